@@ -1,0 +1,359 @@
+//! The flow table: one entry for each direction of a translated connection.
+//!
+//! An entry maps the tuple of a packet as it arrives to the tuple with which it
+//! leaves. Forward and reply entry mirror each other: the key of the one is the
+//! reversed translation of the other. So each finds the other without storing
+//! its key, and a translation of source and destination at once (masquerade)
+//! needs nothing more.
+
+use crate::{
+    addr::{Address, Port},
+    checksum::Delta,
+    service::BackendRef,
+};
+
+/// Source, destination and protocol of a packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tuple<A> {
+    pub src: A,
+    pub dst: A,
+    pub src_port: Port,
+    pub dst_port: Port,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub pad: [u8; 3],
+}
+
+impl<A: Address> Tuple<A> {
+    #[inline(always)]
+    pub const fn new(src: A, dst: A, src_port: Port, dst_port: Port, protocol: u8) -> Self {
+        Self {
+            src,
+            dst,
+            src_port,
+            dst_port,
+            protocol,
+            pad: [0; 3],
+        }
+    }
+
+    /// The tuple of the answer.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self::new(
+            self.dst,
+            self.src,
+            self.dst_port,
+            self.src_port,
+            self.protocol,
+        )
+    }
+}
+
+/// The direction of a [`FlowEntry`]: from the client.
+pub const FORWARD: u8 = 0;
+/// The direction of a [`FlowEntry`]: from the backend.
+pub const REPLY: u8 = 1;
+
+/// What has been seen in one direction of a flow.
+pub mod seen {
+    /// A packet at all (UDP), or one that was no SYN (TCP).
+    pub const DATA: u8 = 1 << 0;
+    pub const SYN: u8 = 1 << 1;
+    pub const FIN: u8 = 1 << 2;
+    pub const RST: u8 = 1 << 3;
+}
+
+/// One direction of a flow: the value of the flow table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowEntry<A> {
+    /// The tuple with which the packet leaves.
+    pub src: A,
+    pub dst: A,
+    pub src_port: Port,
+    pub dst_port: Port,
+    /// [`FORWARD`] or [`REPLY`].
+    pub direction: u8,
+    /// What has been seen in this direction: bits of [`seen`].
+    pub seen: u8,
+    /// What has been seen in the other; written by the other direction's
+    /// packets, and a byte of its own so that neither store undoes the other.
+    pub seen_peer: u8,
+    pub pad: u8,
+    pub service: u32,
+    pub backend: BackendRef,
+    /// TCP: initial sequence number of the client's SYN. A SYN with another
+    /// one is another connection, and so is a SYN-ACK that does not
+    /// acknowledge it.
+    pub isn: u32,
+    /// Seconds of the monotonic clock at the last packet of either direction,
+    /// at most one second late.
+    pub last_seen: u32,
+}
+
+impl<A: Address> FlowEntry<A> {
+    /// The tuple with which a packet of this entry leaves.
+    #[inline(always)]
+    pub const fn translated(&self, protocol: u8) -> Tuple<A> {
+        Tuple::new(self.src, self.dst, self.src_port, self.dst_port, protocol)
+    }
+
+    /// Key of the other direction's entry.
+    #[inline(always)]
+    pub const fn peer_key(&self, protocol: u8) -> Tuple<A> {
+        self.translated(protocol).reversed()
+    }
+
+    /// The other direction's entry, given the key of this one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn mirrored(&self, key: &Tuple<A>) -> Self {
+        Self {
+            src: key.dst,
+            dst: key.src,
+            src_port: key.dst_port,
+            dst_port: key.src_port,
+            direction: self.direction ^ (FORWARD ^ REPLY),
+            seen: self.seen_peer,
+            seen_peer: self.seen,
+            pad: 0,
+            service: self.service,
+            backend: self.backend,
+            isn: self.isn,
+            last_seen: self.last_seen,
+        }
+    }
+
+    /// Whether this entry is the other direction of the flow that has `key`
+    /// in its direction.
+    #[inline(always)]
+    pub fn mirrors(&self, key: &Tuple<A>) -> bool {
+        self.src == key.dst
+            && self.dst == key.src
+            && self.src_port.octets == key.dst_port.octets
+            && self.dst_port.octets == key.src_port.octets
+    }
+
+    /// What the translation of a packet with `key` does to its checksums.
+    #[inline(always)]
+    pub fn address_delta(&self, key: &Tuple<A>) -> Delta {
+        Delta::new()
+            .address(&key.src, &self.src)
+            .address(&key.dst, &self.dst)
+    }
+
+    /// As [`Self::address_delta`], for the ports.
+    #[inline(always)]
+    pub fn port_delta(&self, key: &Tuple<A>) -> Delta {
+        Delta::new().ports([key.src_port, key.dst_port], [self.src_port, self.dst_port])
+    }
+
+    /// The state of the flow that this entry is one direction of.
+    #[inline(always)]
+    pub const fn state(&self, protocol: u8) -> State {
+        State::of(protocol, self.seen, self.seen_peer)
+    }
+
+    /// Whether the flow has been silent for longer than its state allows.
+    /// `now` is in seconds of the monotonic clock.
+    #[inline(always)]
+    pub const fn expired(&self, protocol: u8, now: u32) -> bool {
+        // Signed: another CPU may have written a `last_seen` that is later than
+        // this CPU's `now`.
+        let silent = now.wrapping_sub(self.last_seen).cast_signed();
+        silent > self.state(protocol).timeout().cast_signed()
+    }
+}
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+
+/// Where a flow is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// TCP before both sides have sent something after their SYN.
+    Opening,
+    Established,
+    /// TCP after one FIN.
+    HalfClosed,
+    /// TCP after FINs from both sides.
+    Closed,
+    /// TCP after a RST.
+    Reset,
+    /// UDP without an answer yet.
+    Unreplied,
+    /// UDP with traffic in both directions.
+    Replied,
+}
+
+impl State {
+    /// The state, from what each direction has sent.
+    #[inline(always)]
+    pub const fn of(protocol: u8, one: u8, other: u8) -> Self {
+        let (either, both) = (one | other, one & other);
+        if protocol != TCP {
+            return if both & seen::DATA != 0 {
+                Self::Replied
+            } else {
+                Self::Unreplied
+            };
+        }
+        if either & seen::RST != 0 {
+            Self::Reset
+        } else if both & seen::FIN != 0 {
+            Self::Closed
+        } else if either & seen::FIN != 0 {
+            Self::HalfClosed
+        } else if both & seen::DATA != 0 {
+            Self::Established
+        } else {
+            Self::Opening
+        }
+    }
+
+    /// Seconds of silence after which the flow is over.
+    ///
+    /// The values are those of kube-proxy where it sets one (established
+    /// 24 h, close-wait 1 h) and of nf_conntrack otherwise.
+    #[inline(always)]
+    pub const fn timeout(self) -> u32 {
+        match self {
+            Self::Opening => 60,
+            Self::Established => 24 * 60 * 60,
+            Self::HalfClosed => 60 * 60,
+            Self::Closed | Self::Replied => 120,
+            Self::Reset => 10,
+            Self::Unreplied => 30,
+        }
+    }
+
+    /// Whether a new SYN with the same ports starts a connection of its own,
+    /// free to go to another backend.
+    ///
+    /// In an established flow it does not: the backend answers it with a
+    /// challenge ACK (RFC 5961), and a client that has really started anew
+    /// resets the old connection by itself. So nobody can move a live
+    /// connection by guessing its ports.
+    #[inline(always)]
+    pub const fn yields_to_syn(self) -> bool {
+        !matches!(self, Self::Established)
+    }
+
+    /// As `klb get flows` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Established => "established",
+            Self::HalfClosed => "half-closed",
+            Self::Closed => "closed",
+            Self::Reset => "reset",
+            Self::Unreplied => "unreplied",
+            Self::Replied => "replied",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Addr6;
+
+    fn addr() -> impl Strategy<Value = Addr6> {
+        any::<[u8; 16]>().prop_map(|octets| Addr6 { octets })
+    }
+
+    fn port() -> impl Strategy<Value = Port> {
+        any::<u16>().prop_map(Port::from)
+    }
+
+    prop_compose! {
+        fn tuple()(src in addr(), dst in addr(), sp in port(), dp in port(), protocol in prop_oneof![Just(TCP), Just(UDP)]) -> Tuple<Addr6> {
+            Tuple::new(src, dst, sp, dp, protocol)
+        }
+    }
+
+    prop_compose! {
+        fn entry()(to in tuple(), direction in 0u8..=1, seen in any::<u8>(), seen_peer in any::<u8>(), isn in any::<u32>()) -> FlowEntry<Addr6> {
+            FlowEntry {
+                src: to.src, dst: to.dst, src_port: to.src_port, dst_port: to.dst_port,
+                direction, seen, seen_peer, pad: 0, service: 1,
+                backend: BackendRef { id: 2, generation: 3 }, isn, last_seen: 4,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_mirror_of_the_mirror_is_the_entry(key in tuple(), entry in entry()) {
+            let peer_key = entry.peer_key(key.protocol);
+            let peer = entry.mirrored(&key);
+            prop_assert!(peer.mirrors(&key));
+            prop_assert_eq!(peer.peer_key(key.protocol), key);
+            prop_assert_eq!(peer.mirrored(&peer_key), entry);
+        }
+
+        #[test]
+        fn a_reply_undoes_the_translation(key in tuple(), entry in entry()) {
+            // The backend swaps what it received; the reply entry must turn
+            // that into the swap of what the client sent.
+            let received = entry.translated(key.protocol);
+            let answer = entry.mirrored(&key).translated(key.protocol);
+            prop_assert_eq!(received.reversed(), entry.peer_key(key.protocol));
+            prop_assert_eq!(answer, key.reversed());
+        }
+    }
+
+    #[test]
+    fn tcp_goes_through_its_states() {
+        use seen::{DATA, FIN, RST, SYN};
+        for (client, backend, state) in [
+            (SYN, 0, State::Opening),
+            (SYN, SYN, State::Opening),
+            (SYN | DATA, SYN, State::Opening),
+            (SYN | DATA, SYN | DATA, State::Established),
+            (SYN | DATA | FIN, SYN | DATA, State::HalfClosed),
+            (SYN | DATA, SYN | DATA | FIN, State::HalfClosed),
+            (SYN | DATA | FIN, SYN | DATA | FIN, State::Closed),
+            (SYN, RST, State::Reset),
+            (SYN | DATA | RST, SYN | DATA | FIN, State::Reset),
+        ] {
+            assert_eq!(State::of(TCP, client, backend), state);
+            assert_eq!(State::of(TCP, backend, client), state);
+        }
+    }
+
+    #[test]
+    fn udp_is_replied_once_both_sides_spoke() {
+        assert_eq!(State::of(UDP, seen::DATA, 0), State::Unreplied);
+        assert_eq!(State::of(UDP, seen::DATA, seen::DATA), State::Replied);
+    }
+
+    #[test]
+    fn a_flow_expires_after_its_timeout_and_not_before() {
+        let mut entry = FlowEntry {
+            src: Addr6::default(),
+            dst: Addr6::default(),
+            src_port: Port::from(1),
+            dst_port: Port::from(2),
+            direction: FORWARD,
+            seen: seen::DATA,
+            seen_peer: 0,
+            pad: 0,
+            service: 0,
+            backend: BackendRef::default(),
+            isn: 0,
+            last_seen: 1000,
+        };
+        assert!(!entry.expired(UDP, 1030));
+        assert!(entry.expired(UDP, 1031));
+        assert!(!entry.expired(UDP, 999), "a clock behind the writer's");
+        entry.seen_peer = seen::DATA;
+        assert!(!entry.expired(UDP, 1120));
+        assert!(entry.expired(UDP, 1121));
+    }
+}

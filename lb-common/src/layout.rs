@@ -1,0 +1,49 @@
+//! Sizes, alignments and the absence of holes, checked at compile time, and
+//! what the agent needs to put these types into maps.
+
+use crate::{
+    addr::{Addr4, Addr6, Port},
+    flow::{FlowEntry, Tuple},
+    service::{BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot},
+    socket::{SocketEntry, SocketKey},
+};
+
+/// Asserts that a type has the given size and alignment and that its fields,
+/// whose sizes follow, leave no hole: a key with a hole would match by luck.
+macro_rules! layout {
+    ($type:ty, $size:literal, align $align:literal, [$($field:expr),+]) => {
+        const _: () = {
+            assert!(size_of::<$type>() == $size);
+            assert!(align_of::<$type>() == $align);
+            assert!(0 $(+ $field)+ == $size);
+        };
+
+        // SAFETY: `repr(C)` without holes (asserted above), and every field is
+        // an integer or an array of integers, for which all bytes are valid.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $type {}
+    };
+}
+
+layout!(Addr4, 4, align 4, [4]);
+layout!(Addr6, 16, align 4, [16]);
+layout!(Port, 2, align 2, [2]);
+layout!(BackendRef, 8, align 4, [4, 4]);
+layout!(Name, 64, align 1, [64]);
+
+layout!(ServiceKey<Addr4>, 8, align 4, [4, 2, 1, 1]);
+layout!(ServiceKey<Addr6>, 20, align 4, [16, 2, 1, 1]);
+layout!(ServiceEntry, 16, align 4, [4, 4, 4, 1, 1, 2]);
+layout!(Slot<Addr4>, 16, align 4, [4, 2, 2, 8]);
+layout!(Slot<Addr6>, 28, align 4, [16, 2, 2, 8]);
+layout!(ServiceMeta, 196, align 2, [64, 64, 64, 2, 1, 1]);
+
+layout!(Tuple<Addr4>, 16, align 4, [4, 4, 2, 2, 1, 3]);
+layout!(Tuple<Addr6>, 40, align 4, [16, 16, 2, 2, 1, 3]);
+layout!(FlowEntry<Addr4>, 36, align 4, [4, 4, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4]);
+layout!(FlowEntry<Addr6>, 60, align 4, [16, 16, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4]);
+
+layout!(SocketKey<Addr4>, 16, align 4, [8, 4, 2, 1, 1]);
+layout!(SocketKey<Addr6>, 28, align 4, [8, 16, 2, 1, 1]);
+layout!(SocketEntry<Addr4>, 20, align 4, [4, 2, 2, 4, 8]);
+layout!(SocketEntry<Addr6>, 32, align 4, [16, 2, 2, 4, 8]);

@@ -1,0 +1,90 @@
+//! Names of maps, programs and globals, as they stand in the object and below
+//! the pin folder. The kernel cuts names at 15 bytes, so none is longer.
+
+/// The layout of everything in this crate that stands in a map. A change that
+/// an older or newer agent would misread gets a new number, and with it a pin
+/// folder of its own.
+pub const LAYOUT: &str = "v1";
+
+/// Frontend → slot range; written by the agent.
+pub const SERVICES4: &str = "klb_svc4";
+pub const SERVICES6: &str = "klb_svc6";
+/// Slot number → backend; written by the agent.
+pub const SLOTS4: &str = "klb_slot4";
+pub const SLOTS6: &str = "klb_slot6";
+/// Backend id → living generation; written by the agent.
+pub const BACKENDS: &str = "klb_backend";
+/// Service id → names; written and read by the agent and the tool.
+pub const META: &str = "klb_meta";
+/// Tuple → translation; written by the packet programs.
+pub const FLOWS4: &str = "klb_flow4";
+pub const FLOWS6: &str = "klb_flow6";
+/// Socket and remote address → translation; written by the socket programs.
+pub const SOCKETS4: &str = "klb_sock4";
+pub const SOCKETS6: &str = "klb_sock6";
+/// Hook and reason → packets (or calls); per CPU, written by every program.
+pub const COUNTERS: &str = "klb_count";
+
+/// Every map, in the order of a readable listing.
+pub const MAPS: [&str; 11] = [
+    SERVICES4, SERVICES6, SLOTS4, SLOTS6, BACKENDS, META, FLOWS4, FLOWS6, SOCKETS4, SOCKETS6,
+    COUNTERS,
+];
+
+pub const XDP: &str = "klb_xdp";
+pub const TC_INGRESS: &str = "klb_tc_in";
+pub const TC_EGRESS: &str = "klb_tc_out";
+pub const CONNECT4: &str = "klb_connect4";
+pub const CONNECT6: &str = "klb_connect6";
+pub const SENDMSG4: &str = "klb_sendmsg4";
+pub const SENDMSG6: &str = "klb_sendmsg6";
+pub const RECVMSG4: &str = "klb_recvmsg4";
+pub const RECVMSG6: &str = "klb_recvmsg6";
+pub const GETPEERNAME4: &str = "klb_getpeer4";
+pub const GETPEERNAME6: &str = "klb_getpeer6";
+
+/// Every program that attaches to a cgroup.
+pub const SOCKET_PROGRAMS: [&str; 8] = [
+    CONNECT4,
+    CONNECT6,
+    SENDMSG4,
+    SENDMSG6,
+    RECVMSG4,
+    RECVMSG6,
+    GETPEERNAME4,
+    GETPEERNAME6,
+];
+
+/// Global (`u8`): 1 if the kernel has `bpf_set_retval` (5.18), by which a
+/// socket hook chooses the error that the caller sees.
+pub const HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
+
+/// Default number of entries of each map, in the order of [`MAPS`] where they
+/// can be chosen; the object declares these.
+pub mod size {
+    /// Frontends of one family.
+    pub const SERVICES: usize = 65_536;
+    /// Slots of one family. A range being replaced is held twice for a moment.
+    pub const SLOTS: usize = 262_144;
+    /// Backends of all Service ports, both families.
+    pub const BACKENDS: usize = 262_144;
+    /// Service ports.
+    pub const META: usize = 65_536;
+    /// Flow entries of one family; a flow has two.
+    pub const FLOWS: usize = 262_144;
+    /// Socket entries of one family; a translated socket has two.
+    pub const SOCKETS: usize = 65_536;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_keeps_every_name_whole() {
+        let programs = [XDP, TC_INGRESS, TC_EGRESS];
+        for name in MAPS.iter().chain(&SOCKET_PROGRAMS).chain(&programs) {
+            assert!(name.len() <= 15 && name.starts_with("klb_"), "{name}");
+        }
+    }
+}

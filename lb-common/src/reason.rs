@@ -1,0 +1,161 @@
+//! Why a program did what it did.
+
+/// The hooks that count for themselves. The number is a row of the counters.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Hook {
+    Xdp = 0,
+    TcIngress = 1,
+    TcEgress = 2,
+    Socket = 3,
+}
+
+impl Hook {
+    pub const ALL: [Self; 4] = [Self::Xdp, Self::TcIngress, Self::TcEgress, Self::Socket];
+
+    /// As metrics and `klb status` spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp",
+            Self::TcIngress => "tc-ingress",
+            Self::TcEgress => "tc-egress",
+            Self::Socket => "socket",
+        }
+    }
+}
+
+/// Declares [`Reason`] and, from the same table, everything that must know
+/// every reason.
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $number:literal, $name:literal, $effect:ident;)+) => {
+        /// The outcome of one run of a program: return type, index of the
+        /// counter and label of the metric.
+        ///
+        /// The numbers stand in pinned maps and in dashboards: a number is
+        /// never given to another reason.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Reason {
+            $($(#[doc = $doc])+ $variant = $number,)+
+        }
+
+        impl Reason {
+            /// Every reason, by number.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// As metrics and `klb status` spell it.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),+ }
+            }
+
+            /// What happens to the packet or the call.
+            #[inline(always)]
+            pub const fn effect(self) -> Effect {
+                match self { $(Self::$variant => Effect::$effect),+ }
+            }
+
+            /// One sentence for the operator.
+            pub const fn description(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),+)),+ }
+            }
+        }
+    };
+}
+
+/// What a [`Reason`] means for the packet or the call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// It goes on as it came.
+    Pass,
+    /// It goes on translated.
+    Translate,
+    /// It ends here: a packet is dropped, a call refused.
+    Refuse,
+}
+
+reasons! {
+    /// No frontend and no flow of klb's.
+    NotService = 0, "not_service", Pass;
+    /// First packet of a flow, sent to a backend.
+    NewFlow = 1, "new_flow", Translate;
+    /// Later packet of a flow, sent to the flow's backend.
+    Forward = 2, "forward", Translate;
+    /// Reply of a backend, given the frontend's address again.
+    Reply = 3, "reply", Translate;
+    /// Socket call translated.
+    Socket = 4, "socket", Translate;
+    /// Neither IPv4 nor IPv6.
+    NotIp = 5, "not_ip", Pass;
+    /// A protocol without ports, or one that klb does not balance.
+    OtherProtocol = 6, "other_protocol", Pass;
+    /// Too short for the headers it announces.
+    Truncated = 7, "truncated", Pass;
+    /// A header that contradicts itself.
+    Malformed = 8, "malformed", Pass;
+    /// A fragment of an IP packet.
+    Fragment = 9, "fragment", Pass;
+    /// IPv6 extension headers before the transport header.
+    ExtensionHeader = 10, "extension_header", Pass;
+    /// TCP in mid-connection without a flow: a connection that somebody else translates, or that outlived its flow.
+    NoFlow = 11, "no_flow", Pass;
+    /// A reply on its way to the edge where its client entered.
+    TransitReply = 12, "transit_reply", Pass;
+    /// Left by XDP to TC: the sender's kernel has not finished the checksum.
+    UnfinishedChecksum = 13, "unfinished_checksum", Pass;
+    /// Left by XDP to TC: the chosen backend is not on this node.
+    RemoteBackend = 14, "remote_backend", Pass;
+    /// A direct connection that reuses the ports of an old flow; the old flow was removed.
+    StaleFlow = 15, "stale_flow", Pass;
+    /// The Service has no backend that may be used.
+    NoBackend = 16, "no_backend", Refuse;
+    /// Every backend tried already has a flow with this client's address and port.
+    TupleConflict = 17, "tuple_conflict", Refuse;
+    /// The flow table refused an entry.
+    FlowTableFull = 18, "flow_table_full", Refuse;
+    /// The kernel refused to change the packet.
+    RewriteFailed = 19, "rewrite_failed", Refuse;
+    /// A frontend points at a slot that does not exist.
+    BadSlot = 20, "bad_slot", Refuse;
+}
+
+/// Room for reasons in a row of the counters; a power of two, so that rows
+/// stay where they are when reasons are added.
+pub const REASONS: u32 = 32;
+
+/// Entries of the counter map.
+pub const COUNTERS: u32 = Hook::ALL.len() as u32 * REASONS;
+
+/// Where a hook counts a reason.
+#[inline(always)]
+pub const fn counter_index(hook: Hook, reason: Reason) -> u32 {
+    hook as u32 * REASONS + reason as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn reasons_are_numbered_in_order_and_named_once() {
+        let mut names = HashSet::new();
+        for (number, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, number);
+            assert!(names.insert(reason.name()), "{} twice", reason.name());
+            assert!(reason.description().ends_with('.'));
+        }
+        assert!(Reason::ALL.len() <= REASONS as usize);
+    }
+
+    #[test]
+    fn counters_do_not_overlap() {
+        let mut seen = HashSet::new();
+        for hook in Hook::ALL {
+            for reason in Reason::ALL {
+                let index = counter_index(hook, *reason);
+                assert!(index < COUNTERS && seen.insert(index));
+            }
+        }
+    }
+}

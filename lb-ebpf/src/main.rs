@@ -1,0 +1,112 @@
+//! klb's BPF programs.
+//!
+//! A packet program is parse → flow lookup → service lookup → select → rewrite
+//! → verdict, a file each, generic over the address family and over the kind of
+//! packet ([`packet::Packet`]: XDP or TC). A socket program is the middle of
+//! that with a socket call in place of the packet.
+//!
+//! Code for the verifier has rules of its own: no indexing, no division by a
+//! variable, nothing that can panic, no copy of more than a few words. The
+//! lints below keep the first three.
+#![no_std]
+#![no_main]
+#![deny(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::integer_division_remainder_used,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+#![expect(
+    unreachable_pub,
+    reason = "nothing outside reaches into a program; `pub` marks what a module offers the others"
+)]
+
+mod clock;
+mod edge;
+mod family;
+mod flow;
+mod maps;
+mod packet;
+mod parse;
+mod rewrite;
+mod select;
+mod socket;
+mod verdict;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, TcContext, XdpContext},
+};
+use lb_common::Hook;
+
+/// From the outside, before the stack.
+#[xdp]
+pub fn klb_xdp(ctx: XdpContext) -> u32 {
+    verdict::xdp(edge::enter(&ctx))
+}
+
+/// From a client into the node.
+#[classifier]
+pub fn klb_tc_in(ctx: TcContext) -> i32 {
+    verdict::tc(Hook::TcIngress, edge::enter(&ctx))
+}
+
+/// From the node to a client.
+#[classifier]
+pub fn klb_tc_out(ctx: TcContext) -> i32 {
+    verdict::tc(Hook::TcEgress, edge::leave(&ctx))
+}
+
+#[cgroup_sock_addr(connect4)]
+pub fn klb_connect4(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::connect(&socket::Call4::new(&ctx)))
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn klb_connect6(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::connect6(&ctx))
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn klb_sendmsg4(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::send(&socket::Call4::new(&ctx)))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn klb_sendmsg6(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::send6(&ctx))
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn klb_recvmsg4(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::reveal(&socket::Call4::new(&ctx)))
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn klb_recvmsg6(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::reveal6(&ctx))
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn klb_getpeer4(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::reveal(&socket::Call4::new(&ctx)))
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn klb_getpeer6(ctx: SockAddrContext) -> i32 {
+    verdict::socket(socket::reveal6(&ctx))
+}
+
+/// Most helpers used here are for GPL-compatible programs only, and "Dual
+/// MIT/GPL" is the kernel's word for such a licence that is also permissive.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+pub static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Required to compile; nothing here panics, or the verifier would refuse it.
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

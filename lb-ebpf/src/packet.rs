@@ -1,0 +1,220 @@
+//! A packet at a hook, XDP or TC: bounds-checked reading, and writing that
+//! keeps the checksums true.
+
+use core::ffi::c_long;
+
+use aya_ebpf::{
+    bindings::{BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    programs::{TcContext, XdpContext},
+};
+use lb_common::checksum::Delta;
+
+/// The kernel's `EINVAL`.
+const EINVAL: c_long = 22;
+
+/// Tells `bpf_l4_csum_replace` that the pseudo header is IPv6's, which has no
+/// header checksum to balance the sum that the device reported (Linux 6.16,
+/// commit ead7f9b8de65; older kernels refuse the flag).
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// Where a transport checksum stands and what kind it is.
+#[derive(Clone, Copy)]
+pub struct ChecksumField {
+    pub offset: usize,
+    /// UDP: 0 means "none" and stays, and a sum of 0 is written as 0xffff
+    /// (RFC 768).
+    pub zero_is_none: bool,
+    pub ipv6: bool,
+}
+
+/// The packet could not be changed.
+pub struct Refused;
+
+pub trait Packet {
+    /// Whether this hook runs before a checksum left to the device
+    /// (`CHECKSUM_PARTIAL`) can be told from a finished one.
+    const CHECKSUM_MAY_BE_UNFINISHED: bool;
+    /// Whether only backends on this node may be chosen at this hook.
+    const LOCAL_BACKENDS_ONLY: bool;
+
+    fn data(&self) -> usize;
+    fn data_end(&self) -> usize;
+
+    /// Length of the whole frame in bytes, also of what [`Self::data_end`]
+    /// leaves out.
+    fn length(&self) -> usize;
+
+    /// Tries to make the first `length` bytes readable. Pointers taken before
+    /// are void.
+    fn make_readable(&self, length: usize);
+
+    /// Writes `value` at `offset`.
+    fn write<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused>;
+
+    /// Applies `delta` to the header checksum at `offset`.
+    fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused>;
+
+    /// Applies both deltas to a transport checksum: the pseudo header's
+    /// addresses, and the transport header itself.
+    fn fix_transport_checksum(
+        &self,
+        field: ChecksumField,
+        addresses: Delta,
+        ports: Delta,
+    ) -> Result<(), Refused>;
+
+    /// The value at `offset`, if the frame reaches that far.
+    ///
+    /// `T` must be valid for all bytes. It may be read as aligned although it
+    /// need not be: BPF code runs where the machine does not mind, and the
+    /// alternative is a load per byte.
+    #[inline(always)]
+    fn read<T: Copy>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `pointer` yields only pointers to `T` within the frame.
+        Some(unsafe { *self.pointer::<T>(offset)? })
+    }
+
+    /// Points at the `T` at `offset`, if the frame reaches that far. The form
+    /// `start + size > end` is the one that verifiers before 5.16 get right
+    /// (kernel commit 2fa7d94afc1a).
+    #[inline(always)]
+    fn pointer<T>(&self, offset: usize) -> Option<*mut T> {
+        let start = self.data() + offset;
+        if start + size_of::<T>() > self.data_end() {
+            return None;
+        }
+        Some(start as *mut T)
+    }
+}
+
+impl Packet for XdpContext {
+    const CHECKSUM_MAY_BE_UNFINISHED: bool = true;
+    const LOCAL_BACKENDS_ONLY: bool = true;
+
+    #[inline(always)]
+    fn data(&self) -> usize {
+        Self::data(self)
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        Self::data_end(self)
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        Self::data_end(self) - Self::data(self)
+    }
+
+    #[inline(always)]
+    fn make_readable(&self, _length: usize) {}
+
+    #[inline(always)]
+    fn write<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
+        let to = self.pointer::<T>(offset).ok_or(Refused)?;
+        // SAFETY: `pointer` checked the bounds, and a packet under XDP has one
+        // owner.
+        unsafe { *to = value };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused> {
+        let field = self.pointer::<u16>(offset).ok_or(Refused)?;
+        // SAFETY: as in `write`.
+        unsafe { *field = delta.apply(*field) };
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn fix_transport_checksum(
+        &self,
+        field: ChecksumField,
+        addresses: Delta,
+        ports: Delta,
+    ) -> Result<(), Refused> {
+        let to = self.pointer::<u16>(field.offset).ok_or(Refused)?;
+        // SAFETY: as in `write`.
+        let old = unsafe { *to };
+        if field.zero_is_none && old == 0 {
+            return Ok(());
+        }
+        let mut new = addresses.and(ports).apply(old);
+        if field.zero_is_none && new == 0 {
+            new = 0xffff;
+        }
+        // SAFETY: as in `write`.
+        unsafe { *to = new };
+        Ok(())
+    }
+}
+
+impl Packet for TcContext {
+    const CHECKSUM_MAY_BE_UNFINISHED: bool = false;
+    const LOCAL_BACKENDS_ONLY: bool = false;
+
+    #[inline(always)]
+    fn data(&self) -> usize {
+        Self::data(self)
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        Self::data_end(self)
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        self.len() as usize
+    }
+
+    #[inline(always)]
+    fn make_readable(&self, length: usize) {
+        // Failure shows in the bounds check that follows.
+        let _ = self.pull_data(length as u32);
+    }
+
+    /// Through the helper, not through a pointer: a program that stores
+    /// through packet pointers makes the kernel copy the header of *every*
+    /// cloned packet before it runs, those of no Service included.
+    #[inline(always)]
+    fn write<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
+        self.store(offset, &value, u64::from(BPF_F_INVALIDATE_HASH))
+            .map_err(|_error| Refused)
+    }
+
+    #[inline(always)]
+    fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused> {
+        self.l3_csum_replace(offset, 0, u64::from(delta.to_wsum()), 0)
+            .map_err(|_error| Refused)
+    }
+
+    /// The helper knows whether the checksum is finished; a pseudo header's
+    /// change is the only one that an unfinished one takes.
+    #[inline(always)]
+    fn fix_transport_checksum(
+        &self,
+        field: ChecksumField,
+        addresses: Delta,
+        ports: Delta,
+    ) -> Result<(), Refused> {
+        let mangled = if field.zero_is_none {
+            u64::from(BPF_F_MARK_MANGLED_0)
+        } else {
+            0
+        };
+        let pseudo = mangled | u64::from(BPF_F_PSEUDO_HDR);
+        let sum = u64::from(addresses.to_wsum());
+        let mut result = if field.ipv6 {
+            self.l4_csum_replace(field.offset, 0, sum, pseudo | BPF_F_IPV6)
+        } else {
+            self.l4_csum_replace(field.offset, 0, sum, pseudo)
+        };
+        if field.ipv6 && result == Err(-EINVAL) {
+            result = self.l4_csum_replace(field.offset, 0, sum, pseudo);
+        }
+        result.map_err(|_error| Refused)?;
+        self.l4_csum_replace(field.offset, 0, u64::from(ports.to_wsum()), mangled)
+            .map_err(|_error| Refused)
+    }
+}

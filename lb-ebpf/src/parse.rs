@@ -1,0 +1,274 @@
+//! Bytes → [`Parsed`]: the only code that reads headers.
+//!
+//! Whatever cannot be parsed is passed on untouched; the reason says why.
+
+use lb_common::{
+    Addr4, Addr6, Address, Port, Reason,
+    flow::{TCP, Tuple, UDP, seen},
+};
+use network_types::{eth::EthHdr, ip::Ipv4Hdr, ip::Ipv6Hdr, tcp::TcpHdr, udp::UdpHdr};
+
+use crate::packet::Packet;
+
+/// Where the IP header stands: behind an Ethernet header without a VLAN tag.
+/// (TC has taken a tag off; XDP passes a tagged frame as [`Reason::NotIp`].)
+pub const L3: usize = EthHdr::LEN;
+
+/// `EtherType`s, as they lie in memory.
+const IPV4: u16 = 0x0800_u16.to_be();
+const IPV6: u16 = 0x86dd_u16.to_be();
+
+/// Everything that is looked at in one packet.
+#[derive(Clone, Copy)]
+pub struct Parsed<A> {
+    pub tuple: Tuple<A>,
+    /// Where the transport header stands.
+    pub l4: usize,
+    /// Bytes from there to the end of the IP packet, as the pseudo header
+    /// counts them.
+    pub l4_length: u16,
+    pub tcp: Tcp,
+}
+
+/// What the life of a flow depends on; zero for UDP.
+#[derive(Clone, Copy)]
+pub struct Tcp {
+    pub flags: u8,
+    pub seq: u32,
+    pub ack: u32,
+}
+
+/// The family of a packet.
+pub enum Version {
+    V4,
+    V6,
+}
+
+const FIN: u8 = 1 << 0;
+const SYN: u8 = 1 << 1;
+const RST: u8 = 1 << 2;
+const ACK: u8 = 1 << 4;
+
+impl<A> Parsed<A> {
+    #[inline(always)]
+    pub const fn is_tcp(&self) -> bool {
+        self.tuple.protocol == TCP
+    }
+
+    /// Whether this packet opens a TCP connection.
+    #[inline(always)]
+    pub const fn is_syn(&self) -> bool {
+        self.tcp.flags & (SYN | ACK | RST | FIN) == SYN
+    }
+
+    /// Whether this packet answers a SYN: a SYN-ACK, or the RST that refuses
+    /// it, which is the only one with an ACK and sequence number 0
+    /// (RFC 9293, 3.10.7.1).
+    #[inline(always)]
+    pub const fn answers_syn(&self) -> bool {
+        self.tcp.flags & (SYN | ACK) == SYN | ACK
+            || self.tcp.flags & (RST | ACK) == RST | ACK && self.tcp.seq == 0
+    }
+
+    /// What this packet tells about its direction: bits of [`seen`].
+    #[inline(always)]
+    pub const fn seen(&self) -> u8 {
+        let flags = self.tcp.flags;
+        let mut bits = if flags & SYN == 0 {
+            seen::DATA
+        } else {
+            seen::SYN
+        };
+        if flags & FIN != 0 {
+            bits |= seen::FIN;
+        }
+        if flags & RST != 0 {
+            bits |= seen::RST;
+        }
+        bits
+    }
+}
+
+/// The family of a frame.
+#[inline(always)]
+pub fn version<P: Packet>(packet: &P) -> Result<Version, Reason> {
+    match read::<P, u16>(packet, L3 - size_of::<u16>())? {
+        IPV4 => Ok(Version::V4),
+        IPV6 => Ok(Version::V6),
+        _ => Err(Reason::NotIp),
+    }
+}
+
+/// Reads, and makes the frame readable first where it is not. The frame may
+/// be spread over pages (TC), and mostly its headers are not.
+#[inline(always)]
+fn read<P: Packet, T: Copy>(packet: &P, offset: usize) -> Result<T, Reason> {
+    if let Some(value) = packet.read(offset) {
+        return Ok(value);
+    }
+    if packet.length() < offset + size_of::<T>() {
+        return Err(Reason::Truncated);
+    }
+    packet.make_readable(offset + size_of::<T>());
+    packet.read(offset).ok_or(Reason::Truncated)
+}
+
+/// A header of network-types, whose fields are byte arrays, read as aligned:
+/// else the compiler loads an address byte by byte.
+#[repr(C, align(4))]
+#[derive(Clone, Copy)]
+struct Aligned<T> {
+    header: T,
+}
+
+/// Reads the headers of an IPv4 frame.
+#[inline(always)]
+pub fn parse_v4<P: Packet>(packet: &P) -> Result<Parsed<Addr4>, Reason> {
+    /// More fragments, or an offset: anything but "don't fragment".
+    const FRAGMENT: u16 = 0x3fff;
+    let Aligned { header } = read::<P, Aligned<Ipv4Hdr>>(packet, L3)?;
+    let header_length = usize::from(header.vihl & 0x0f) << 2;
+    if header.vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN {
+        return Err(Reason::Malformed);
+    }
+    if u16::from_be_bytes(header.frags) & FRAGMENT != 0 {
+        return Err(Reason::Fragment);
+    }
+    let claimed = usize::from(u16::from_be_bytes(header.tot_len));
+    let src = Addr4 {
+        octets: header.src_addr,
+    };
+    let dst = Addr4 {
+        octets: header.dst_addr,
+    };
+    let l4 = Transport {
+        protocol: header.proto,
+        offset: L3 + header_length,
+        length: payload_length(packet, claimed, header_length)?,
+    };
+    l4.parse(packet, src, dst)
+}
+
+/// Reads the headers of an IPv6 frame.
+#[inline(always)]
+pub fn parse_v6<P: Packet>(packet: &P) -> Result<Parsed<Addr6>, Reason> {
+    let Aligned { header } = read::<P, Aligned<Ipv6Hdr>>(packet, L3)?;
+    let [version, ..] = header.vcf;
+    if version >> 4 != 6 {
+        return Err(Reason::Malformed);
+    }
+    if is_extension(header.next_hdr) {
+        return Err(Reason::ExtensionHeader);
+    }
+    let claimed = usize::from(u16::from_be_bytes(header.payload_len)) + Ipv6Hdr::LEN;
+    let src = Addr6 {
+        octets: header.src_addr,
+    };
+    let dst = Addr6 {
+        octets: header.dst_addr,
+    };
+    let l4 = Transport {
+        protocol: header.next_hdr,
+        offset: L3 + Ipv6Hdr::LEN,
+        length: payload_length(packet, claimed, Ipv6Hdr::LEN)?,
+    };
+    l4.parse(packet, src, dst)
+}
+
+/// Hop-by-hop, routing, fragment, authentication, destination options
+/// (RFC 8200, 4; RFC 4302).
+#[inline(always)]
+const fn is_extension(next_header: u8) -> bool {
+    matches!(next_header, 0 | 43 | 44 | 51 | 60)
+}
+
+/// Bytes behind the IP header, given the length that the header claims for the
+/// whole packet and its own.
+#[inline(always)]
+fn payload_length<P: Packet>(packet: &P, claimed: usize, header: usize) -> Result<u16, Reason> {
+    if packet.length() < L3 + claimed {
+        return Err(Reason::Truncated);
+    }
+    if claimed < header {
+        return Err(Reason::Malformed);
+    }
+    Ok(claimed.wrapping_sub(header) as u16)
+}
+
+/// What the IP header says about the one behind it.
+struct Transport {
+    protocol: u8,
+    offset: usize,
+    length: u16,
+}
+
+impl Transport {
+    #[inline(always)]
+    fn parse<P: Packet, A: Address>(
+        &self,
+        packet: &P,
+        src: A,
+        dst: A,
+    ) -> Result<Parsed<A>, Reason> {
+        let (src_port, dst_port, tcp) = match self.protocol {
+            TCP => self.parse_tcp(packet)?,
+            UDP => self.parse_udp(packet)?,
+            _ => return Err(Reason::OtherProtocol),
+        };
+        Ok(Parsed {
+            tuple: Tuple::new(src, dst, src_port, dst_port, self.protocol),
+            l4: self.offset,
+            l4_length: self.length,
+            tcp,
+        })
+    }
+
+    #[inline(always)]
+    fn parse_tcp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Tcp), Reason> {
+        /// `network_types::TcpHdr` up to the flags, which it has as a bit field
+        /// that is read bit by bit.
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Head {
+            src_port: Port,
+            dst_port: Port,
+            seq: u32,
+            ack: u32,
+            data_offset: u8,
+            flags: u8,
+        }
+        if usize::from(self.length) < TcpHdr::LEN {
+            return Err(Reason::Truncated);
+        }
+        let head: Head = read(packet, self.offset)?;
+        let header_length = u16::from(head.data_offset >> 4) << 2;
+        if usize::from(header_length) < TcpHdr::LEN || header_length > self.length {
+            return Err(Reason::Malformed);
+        }
+        let tcp = Tcp {
+            flags: head.flags,
+            seq: u32::from_be(head.seq),
+            ack: u32::from_be(head.ack),
+        };
+        Ok((head.src_port, head.dst_port, tcp))
+    }
+
+    #[inline(always)]
+    fn parse_udp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Tcp), Reason> {
+        if usize::from(self.length) < UdpHdr::LEN {
+            return Err(Reason::Truncated);
+        }
+        let Aligned { header } = read::<P, Aligned<UdpHdr>>(packet, self.offset)?;
+        let claimed = u16::from_be_bytes(header.len);
+        if usize::from(claimed) < UdpHdr::LEN || claimed > self.length {
+            return Err(Reason::Malformed);
+        }
+        let no_tcp = Tcp {
+            flags: 0,
+            seq: 0,
+            ack: 0,
+        };
+        let (src, dst) = (Port { octets: header.src }, Port { octets: header.dst });
+        Ok((src, dst, no_tcp))
+    }
+}

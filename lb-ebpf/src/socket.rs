@@ -1,0 +1,333 @@
+//! Translation at the socket: the destination is rewritten once, when a
+//! process names it, and no packet is touched afterwards.
+//!
+//! A socket of IPv6 may name an IPv4 address as `::ffff:a.b.c.d` (RFC 4291,
+//! 2.5.5.2). The kernel runs the IPv6 hooks for it, except that `sendmsg`
+//! runs the IPv4 one; so the IPv6 programs look at the address and take the
+//! IPv4 way through [`CallMapped`].
+
+use aya_ebpf::{
+    EbpfContext as _, Global,
+    bindings::{BPF_ANY, bpf_sock_addr},
+    helpers::bpf_get_socket_cookie,
+    programs::SockAddrContext,
+};
+use lb_common::{
+    Addr4, Addr6, Port, Reason,
+    flow::UDP,
+    service::{ServiceKey, Slot},
+    socket::{SOCKET_FORWARD, SOCKET_REVERSE, SocketEntry, SocketKey},
+};
+
+use crate::{
+    family::{Family, V4, V6, is_alive},
+    select,
+};
+
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: Global<u8> = Global::new(0);
+
+/// Whether the kernel lets a socket hook choose the error.
+#[inline(always)]
+pub fn can_choose_error() -> bool {
+    HAS_SET_RETVAL.load() != 0
+}
+
+/// One socket call, with an address of one family in it.
+pub trait Call {
+    type Family: Family;
+
+    fn context(&self) -> *mut bpf_sock_addr;
+    fn addr(&self) -> <Self::Family as Family>::Addr;
+    fn set_addr(&self, addr: <Self::Family as Family>::Addr);
+
+    #[inline(always)]
+    fn port(&self) -> Port {
+        // SAFETY: the context is the kernel's. The port is in network order in
+        // the low half.
+        let port = unsafe { (*self.context()).user_port } as u16;
+        Port {
+            octets: port.to_ne_bytes(),
+        }
+    }
+
+    #[inline(always)]
+    fn set_port(&self, port: Port) {
+        // SAFETY: as in `port`.
+        unsafe { (*self.context()).user_port = u32::from(u16::from_ne_bytes(port.octets)) };
+    }
+
+    #[inline(always)]
+    fn protocol(&self) -> u8 {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.context()).protocol as u8 }
+    }
+
+    /// The kernel's name for the socket.
+    #[inline(always)]
+    fn cookie(&self) -> [u32; 2] {
+        // SAFETY: the context is the kernel's.
+        let cookie = unsafe { bpf_get_socket_cookie(self.context().cast()) };
+        [cookie as u32, (cookie >> 32) as u32]
+    }
+
+    /// Key of this socket's translations of the address in the call.
+    #[inline(always)]
+    fn key(&self, direction: u8) -> SocketKey<<Self::Family as Family>::Addr> {
+        SocketKey {
+            cookie: self.cookie(),
+            addr: self.addr(),
+            port: self.port(),
+            protocol: self.protocol(),
+            direction,
+        }
+    }
+}
+
+/// A call of an IPv4 socket.
+pub struct Call4(*mut bpf_sock_addr);
+/// A call of an IPv6 socket.
+pub struct Call6(*mut bpf_sock_addr);
+/// A call of an IPv6 socket with an IPv4 address.
+pub struct CallMapped(*mut bpf_sock_addr);
+
+impl Call4 {
+    #[inline(always)]
+    pub fn new(ctx: &SockAddrContext) -> Self {
+        Self(ctx.as_ptr().cast())
+    }
+}
+
+impl Call for Call4 {
+    type Family = V4;
+
+    #[inline(always)]
+    fn context(&self) -> *mut bpf_sock_addr {
+        self.0
+    }
+
+    #[inline(always)]
+    fn addr(&self) -> Addr4 {
+        // SAFETY: the context is the kernel's.
+        let addr = unsafe { (*self.0).user_ip4 };
+        Addr4 {
+            octets: addr.to_ne_bytes(),
+        }
+    }
+
+    #[inline(always)]
+    fn set_addr(&self, addr: Addr4) {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.0).user_ip4 = u32::from_ne_bytes(addr.octets) };
+    }
+}
+
+impl Call for Call6 {
+    type Family = V6;
+
+    #[inline(always)]
+    fn context(&self) -> *mut bpf_sock_addr {
+        self.0
+    }
+
+    #[inline(always)]
+    fn addr(&self) -> Addr6 {
+        from_words(words(self.0))
+    }
+
+    #[inline(always)]
+    fn set_addr(&self, addr: Addr6) {
+        let [w0, w1, w2, w3] = lb_common::Address::words(&addr);
+        // SAFETY: the context is the kernel's. Each word is a store of its
+        // own; wider ones are not allowed by every kernel.
+        unsafe {
+            let to = &raw mut (*self.0).user_ip6;
+            let to = to.cast::<u32>();
+            to.write_volatile(w0);
+            to.add(1).write_volatile(w1);
+            to.add(2).write_volatile(w2);
+            to.add(3).write_volatile(w3);
+        }
+    }
+}
+
+impl Call for CallMapped {
+    type Family = V4;
+
+    #[inline(always)]
+    fn context(&self) -> *mut bpf_sock_addr {
+        self.0
+    }
+
+    #[inline(always)]
+    fn addr(&self) -> Addr4 {
+        let [_, _, _, addr] = words(self.0);
+        Addr4 {
+            octets: addr.to_ne_bytes(),
+        }
+    }
+
+    #[inline(always)]
+    fn set_addr(&self, addr: Addr4) {
+        // SAFETY: the context is the kernel's.
+        unsafe {
+            let to = &raw mut (*self.0).user_ip6;
+            to.cast::<u32>()
+                .add(3)
+                .write_volatile(u32::from_ne_bytes(addr.octets));
+        }
+    }
+}
+
+#[inline(always)]
+fn words(context: *mut bpf_sock_addr) -> [u32; 4] {
+    // SAFETY: the context is the kernel's. Volatile keeps the loads at one
+    // word each, which every kernel allows.
+    unsafe {
+        let from = &raw const (*context).user_ip6;
+        let from = from.cast::<u32>();
+        [
+            from.read_volatile(),
+            from.add(1).read_volatile(),
+            from.add(2).read_volatile(),
+            from.add(3).read_volatile(),
+        ]
+    }
+}
+
+#[inline(always)]
+fn from_words([w0, w1, w2, w3]: [u32; 4]) -> Addr6 {
+    let ([a, b, c, d], [e, f, g, h]) = (w0.to_ne_bytes(), w1.to_ne_bytes());
+    let ([i, j, k, l], [m, n, o, p]) = (w2.to_ne_bytes(), w3.to_ne_bytes());
+    Addr6 {
+        octets: [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p],
+    }
+}
+
+/// `::ffff:0:0/96`
+#[inline(always)]
+fn is_mapped(context: *mut bpf_sock_addr) -> bool {
+    let [w0, w1, w2, _] = words(context);
+    w0 | w1 == 0 && w2 == 0xffff_u32.to_be()
+}
+
+/// A process connects.
+#[inline(always)]
+pub fn connect<C: Call>(call: &C) -> Reason {
+    assign(call)
+}
+
+#[inline(always)]
+pub fn connect6(ctx: &SockAddrContext) -> Reason {
+    let context = ctx.as_ptr().cast();
+    if is_mapped(context) {
+        connect(&CallMapped(context))
+    } else {
+        connect(&Call6(context))
+    }
+}
+
+/// A process sends a datagram without having connected: the backend of the
+/// datagram before is kept while it lives, as a packet's flow would.
+#[inline(always)]
+pub fn send<C: Call>(call: &C) -> Reason {
+    // SAFETY: the copy is made at once.
+    let known = unsafe { C::Family::sockets().get(&call.key(SOCKET_FORWARD)).copied() };
+    if let Some(entry) = known
+        && is_alive(entry.backend)
+    {
+        call.set_addr(entry.addr);
+        call.set_port(entry.port);
+        return Reason::Socket;
+    }
+    assign(call)
+}
+
+#[inline(always)]
+pub fn send6(ctx: &SockAddrContext) -> Reason {
+    let context = ctx.as_ptr().cast();
+    if is_mapped(context) {
+        send(&CallMapped(context))
+    } else {
+        send(&Call6(context))
+    }
+}
+
+/// A process asks who sent a datagram, or whom it is connected to: it is shown
+/// the frontend that it named.
+#[inline(always)]
+pub fn reveal<C: Call>(call: &C) -> Reason {
+    // SAFETY: the copy is made at once.
+    let entry = unsafe { C::Family::sockets().get(&call.key(SOCKET_REVERSE)).copied() };
+    let Some(entry) = entry else {
+        return Reason::NotService;
+    };
+    call.set_addr(entry.addr);
+    call.set_port(entry.port);
+    Reason::Reply
+}
+
+#[inline(always)]
+pub fn reveal6(ctx: &SockAddrContext) -> Reason {
+    let context = ctx.as_ptr().cast();
+    if is_mapped(context) {
+        reveal(&CallMapped(context))
+    } else {
+        reveal(&Call6(context))
+    }
+}
+
+/// Gives the socket a backend, and notes both directions.
+#[inline(always)]
+fn assign<C: Call>(call: &C) -> Reason {
+    match try_assign(call) {
+        Ok(slot) => {
+            call.set_addr(slot.addr);
+            call.set_port(slot.port);
+            Reason::NewFlow
+        }
+        Err(reason) => reason,
+    }
+}
+
+/// The backend for the frontend in the call, noted in both directions.
+#[inline(always)]
+fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::Addr>, Reason> {
+    let forward = call.key(SOCKET_FORWARD);
+    let frontend = ServiceKey::new(forward.addr, forward.port, forward.protocol);
+    let service = C::Family::service(&frontend).ok_or(Reason::NotService)?;
+    let slot = select::backend::<C::Family>(&service)?;
+    let reverse = SocketKey {
+        addr: slot.addr,
+        port: slot.port,
+        direction: SOCKET_REVERSE,
+        ..forward
+    };
+    // Without its entries a connection works all the same, but the process is
+    // shown the backend's address: refuse rather than confuse. Only datagrams
+    // look the forward entry up again.
+    if forward.protocol == UDP {
+        note::<C>(&forward, &reverse, slot, service.service)?;
+    }
+    note::<C>(&reverse, &forward, slot, service.service).map(|()| slot)
+}
+
+/// Writes the entry for `key`, which leads to the address in `to`.
+#[inline(always)]
+fn note<C: Call>(
+    key: &SocketKey<<C::Family as Family>::Addr>,
+    to: &SocketKey<<C::Family as Family>::Addr>,
+    slot: &Slot<<C::Family as Family>::Addr>,
+    service: u32,
+) -> Result<(), Reason> {
+    let entry = SocketEntry {
+        addr: to.addr,
+        port: to.port,
+        pad: 0,
+        service,
+        backend: slot.backend,
+    };
+    C::Family::sockets()
+        .insert(key, &entry, u64::from(BPF_ANY))
+        .map_err(|_error| Reason::FlowTableFull)
+}

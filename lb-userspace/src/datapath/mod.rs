@@ -1,0 +1,111 @@
+//! The border between the agent and the kernel.
+//!
+//! [`Maps`] is all that the control plane knows about it: reading, writing and
+//! deleting entries. The kernel's maps implement it, and so does memory, for
+//! tests.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+};
+
+use lb_common::service::{BackendRef, ServiceEntry, ServiceMeta};
+
+/// IPv4 or IPv6; each has frontends and slots of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    pub const fn of(addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// Key of a frontend in the service maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrontendKey {
+    pub addr: IpAddr,
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+}
+
+/// What stands in one slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SlotValue {
+    pub addr: SocketAddr,
+    /// The backend runs on this node.
+    pub local: bool,
+    pub backend: BackendRef,
+}
+
+/// A map operation that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} {map}: {source}")]
+pub struct MapError {
+    /// `read`, `write` or `delete`.
+    pub operation: &'static str,
+    /// Name of the map, as in `lb_common::names`.
+    pub map: &'static str,
+    pub source: io::Error,
+}
+
+impl MapError {
+    /// Whether the map has no room for another entry (`E2BIG`, and `ENOSPC`
+    /// from allocators above the maps).
+    pub fn is_full(&self) -> bool {
+        matches!(
+            self.source.raw_os_error(),
+            Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM)
+        )
+    }
+}
+
+/// The maps that the agent fills. Every method is one operation on one entry,
+/// or a listing of one map; order is the caller's business.
+pub trait Maps {
+    fn services(&self) -> Result<BTreeMap<FrontendKey, ServiceEntry>, MapError>;
+    fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError>;
+    /// Deleting what is not there succeeds.
+    fn delete_service(&mut self, key: FrontendKey) -> Result<(), MapError>;
+
+    /// Number of slots that the family's map has.
+    fn slot_capacity(&self, family: Family) -> u32;
+    fn slot(&self, family: Family, index: u32) -> Result<SlotValue, MapError>;
+    /// The address must be of `family`.
+    fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError>;
+
+    /// Living backends: id → generation, without the zeros; and the highest
+    /// generation that a dead id ever had is not kept by the kernel, see
+    /// [`Maps::put_backend`].
+    fn backends(&self) -> Result<BTreeMap<u32, u32>, MapError>;
+    /// Number of backend ids that the map has.
+    fn backend_capacity(&self) -> u32;
+    /// Sets the living generation of an id; 0 when the backend is gone.
+    fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError>;
+
+    fn metas(&self) -> Result<BTreeMap<u32, ServiceMeta>, MapError>;
+    fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError>;
+    /// Deleting what is not there succeeds.
+    fn delete_meta(&mut self, service: u32) -> Result<(), MapError>;
+}
+
+impl fmt::Display for FrontendKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            lb_common::flow::TCP => "TCP",
+            lb_common::flow::UDP => "UDP",
+            _ => "?",
+        };
+        write!(f, "{}/{protocol}", SocketAddr::new(self.addr, self.port))
+    }
+}

@@ -1,0 +1,446 @@
+//! The real object in the kernel, with maps of its own: filled by hand, and run
+//! on one packet at a time.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    fs::File,
+    io::Read as _,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
+};
+use lb_common::{
+    Addr4, Addr6, Hook, Port, Reason,
+    flow::{FlowEntry, Tuple},
+    names,
+    reason::counter_index,
+    service::{BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey, Slot},
+};
+
+/// What TC and XDP return, by what it means.
+pub const TC_GO_ON: u32 = u32::MAX;
+pub const TC_DROP: u32 = 2;
+pub const XDP_PASS: u32 = 2;
+pub const XDP_DROP: u32 = 1;
+
+/// The object file: `KLB_BPF_OBJECT`, or where `cargo xtask build` puts it.
+pub fn object_path() -> PathBuf {
+    env::var_os("KLB_BPF_OBJECT").map_or_else(
+        || {
+            PathBuf::from(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../target/bpf/klb.bpf.o"
+            ))
+        },
+        PathBuf::from,
+    )
+}
+
+/// The object's bytes.
+///
+/// # Panics
+/// If there is none.
+pub fn object() -> Vec<u8> {
+    let path = object_path();
+    let mut bytes = Vec::new();
+    File::open(&path)
+        .and_then(|mut file| file.read_to_end(&mut bytes))
+        .unwrap_or_else(|error| {
+            panic!("{}: {error}; `cargo xtask build` makes it", path.display())
+        });
+    bytes
+}
+
+/// Loads the object with small maps that nobody else sees.
+///
+/// # Panics
+/// If the kernel refuses it.
+pub fn load() -> Ebpf {
+    // Before Linux 5.11 maps are charged to this limit.
+    let unlimited = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the struct lives through the call, which only reads it. A
+    // failure shows as a map that cannot be made.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
+    let mut loader = EbpfLoader::new();
+    for map in names::MAPS {
+        if map != names::COUNTERS {
+            loader.map_max_entries(map, 1024);
+        }
+    }
+    loader
+        .load(&object())
+        .unwrap_or_else(|error| panic!("loading the object: {error:?}"))
+}
+
+/// A backend to put into slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backend {
+    pub addr: SocketAddr,
+    pub local: bool,
+}
+
+/// What one run did.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// What the program returned.
+    pub action: u32,
+    pub reason: Reason,
+    pub frame: Vec<u8>,
+}
+
+/// The packet programs with maps of their own.
+pub struct Datapath {
+    ebpf: Ebpf,
+    next_slot: u32,
+    next_service: u32,
+    next_backend: u32,
+}
+
+impl Default for Datapath {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Datapath {
+    /// # Panics
+    /// If the kernel refuses a program.
+    pub fn new() -> Self {
+        let mut ebpf = load();
+        for name in [names::TC_INGRESS, names::TC_EGRESS] {
+            let program: &mut SchedClassifier = ebpf
+                .program_mut(name)
+                .and_then(|program| program.try_into().ok())
+                .unwrap_or_else(|| panic!("no TC program {name}"));
+            program
+                .load()
+                .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        }
+        let program: &mut Xdp = ebpf
+            .program_mut(names::XDP)
+            .and_then(|program| program.try_into().ok())
+            .expect("an XDP program");
+        program
+            .load()
+            .unwrap_or_else(|error| panic!("{}: {error:?}", names::XDP));
+        Self {
+            ebpf,
+            next_slot: 0,
+            next_service: 1,
+            next_backend: 1,
+        }
+    }
+
+    /// Makes `frontend` lead to `backends`; returns the backends' names.
+    pub fn serve(
+        &mut self,
+        protocol: u8,
+        frontend: SocketAddr,
+        backends: &[Backend],
+    ) -> Vec<BackendRef> {
+        let first_slot = self.next_slot;
+        let references: Vec<_> = backends
+            .iter()
+            .map(|backend| self.put_backend(backend))
+            .collect();
+        let entry = ServiceEntry {
+            first_slot,
+            slot_count: u32::try_from(backends.len()).expect("few backends"),
+            service: self.next_service,
+            kind: FrontendKind::ClusterIp as u8,
+            ..ServiceEntry::default()
+        };
+        self.next_service += 1;
+        let port = Port::from(frontend.port());
+        match frontend.ip() {
+            IpAddr::V4(addr) => put(
+                self.map(names::SERVICES4),
+                ServiceKey::new(Addr4::from(addr), port, protocol),
+                entry,
+            ),
+            IpAddr::V6(addr) => put(
+                self.map(names::SERVICES6),
+                ServiceKey::new(Addr6::from(addr), port, protocol),
+                entry,
+            ),
+        }
+        references
+    }
+
+    fn put_backend(&mut self, backend: &Backend) -> BackendRef {
+        let reference = BackendRef {
+            id: self.next_backend,
+            generation: 7,
+        };
+        let index = self.next_slot;
+        self.next_backend += 1;
+        self.next_slot += 1;
+        self.set_generation(reference.id, reference.generation);
+        let port = Port::from(backend.addr.port());
+        let flags = if backend.local { SLOT_LOCAL } else { 0 };
+        match backend.addr.ip() {
+            IpAddr::V4(addr) => set(
+                self.map(names::SLOTS4),
+                index,
+                Slot {
+                    addr: Addr4::from(addr),
+                    port,
+                    flags,
+                    backend: reference,
+                },
+            ),
+            IpAddr::V6(addr) => set(
+                self.map(names::SLOTS6),
+                index,
+                Slot {
+                    addr: Addr6::from(addr),
+                    port,
+                    flags,
+                    backend: reference,
+                },
+            ),
+        }
+        reference
+    }
+
+    /// Sets which life of a backend goes on; 0 for none.
+    pub fn set_generation(&mut self, id: u32, generation: u32) {
+        set(self.map(names::BACKENDS), id, generation);
+    }
+
+    /// Runs one packet through a hook. The reason is read from the counters,
+    /// of which exactly one must have gone up by one.
+    ///
+    /// # Panics
+    /// If the kernel refuses, or if not exactly one reason was counted.
+    pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Outcome {
+        self.try_run(hook, frame)
+            .unwrap_or_else(|| panic!("{hook:?}: the kernel refuses {} bytes", frame.len()))
+    }
+
+    /// As [`Self::run`], but `None` if the kernel refuses to make a packet of
+    /// the frame: a test run at TC wants a whole IP header behind an
+    /// `EtherType` of IP, or at least one byte (which one depends on the
+    /// kernel). A real device delivers such frames; the namespace tests send
+    /// them.
+    pub fn try_run(&mut self, hook: Hook, frame: &[u8]) -> Option<Outcome> {
+        const SHORTEST_IPV6: usize = 14 + 40;
+        let before = self.counters(hook);
+        let mut out = vec![0; frame.len() + 256];
+        let (action, length) = match self.test_run(hook, frame, &mut out, None) {
+            Ok(result) => result,
+            Err(_) if hook != Hook::Xdp && frame.len() < SHORTEST_IPV6 => return None,
+            Err(error) => panic!("{hook:?}: test run: {error:?}"),
+        };
+        out.truncate(length);
+        let after = self.counters(hook);
+        let counted: Vec<_> = Reason::ALL
+            .iter()
+            .filter(|reason| before[reason] != after[reason])
+            .collect();
+        let [reason] = counted[..] else {
+            panic!("one reason should be counted, not {counted:?}");
+        };
+        assert_eq!(after[reason], before[reason] + 1, "{reason:?} counted once");
+        Some(Outcome {
+            action,
+            reason: *reason,
+            frame: out,
+        })
+    }
+
+    /// One `BPF_PROG_TEST_RUN`: what was returned, and the length of the frame
+    /// written to `out`. `context` is a `__sk_buff` before and after (TC only).
+    pub fn test_run(
+        &self,
+        hook: Hook,
+        frame: &[u8],
+        out: &mut [u8],
+        context: Option<(&[u8], &mut [u8])>,
+    ) -> Result<(u32, usize), aya::programs::ProgramError> {
+        let (ctx_in, ctx_out) = context.unzip();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(out),
+            ctx_in,
+            ctx_out,
+            ..TestRunOptions::default()
+        };
+        let name = match hook {
+            Hook::Xdp => names::XDP,
+            Hook::TcIngress => names::TC_INGRESS,
+            Hook::TcEgress => names::TC_EGRESS,
+            Hook::Socket => panic!("the kernel has no test run for sockets"),
+        };
+        let program = self.ebpf.program(name).expect("loaded in new");
+        let result = if hook == Hook::Xdp {
+            <&Xdp>::try_from(program)?.test_run(options)?
+        } else {
+            <&SchedClassifier>::try_from(program)?.test_run(options)?
+        };
+        Ok((
+            result.return_value,
+            usize::try_from(result.data_size_out).expect("fits"),
+        ))
+    }
+
+    /// How often each reason was counted at a hook.
+    pub fn counters(&self, hook: Hook) -> BTreeMap<Reason, u64> {
+        let map = self.ebpf.map(names::COUNTERS).expect("in the object");
+        let counters: PerCpuArray<_, u64> = map.try_into().expect("a per-CPU array");
+        Reason::ALL
+            .iter()
+            .map(|reason| {
+                let values = counters
+                    .get(&counter_index(hook, *reason), 0)
+                    .expect("an index within the map");
+                (*reason, values.iter().sum())
+            })
+            .collect()
+    }
+
+    /// The IPv4 flow table.
+    pub fn flows4(&self) -> BTreeMap<String, FlowEntry<Addr4>> {
+        dump(self.ebpf.map(names::FLOWS4).expect("in the object"))
+    }
+
+    /// The IPv6 flow table.
+    pub fn flows6(&self) -> BTreeMap<String, FlowEntry<Addr6>> {
+        dump(self.ebpf.map(names::FLOWS6).expect("in the object"))
+    }
+
+    /// Number of flow entries of both families.
+    pub fn flow_count(&self) -> usize {
+        self.flows4().len() + self.flows6().len()
+    }
+
+    /// Makes every flow entry look as if it had been silent for so long.
+    pub fn age_flows(&mut self, seconds: u32) {
+        age::<Addr4>(self.map(names::FLOWS4), seconds);
+        age::<Addr6>(self.map(names::FLOWS6), seconds);
+    }
+
+    /// Removes the entries of one direction, as the LRU may.
+    pub fn evict(&mut self, direction: u8) {
+        evict::<Addr4>(self.map(names::FLOWS4), direction);
+        evict::<Addr6>(self.map(names::FLOWS6), direction);
+    }
+
+    fn map(&mut self, name: &str) -> &mut Map {
+        self.ebpf
+            .map_mut(name)
+            .unwrap_or_else(|| panic!("no map {name} in the object"))
+    }
+}
+
+/// A map type of the object that can be walked as `HashMap<Tuple, FlowEntry>`.
+trait FlowAddr: lb_common::Address + std::fmt::Debug
+where
+    Tuple<Self>: aya::Pod,
+    FlowEntry<Self>: aya::Pod,
+{
+}
+impl FlowAddr for Addr4 {}
+impl FlowAddr for Addr6 {}
+
+fn flows<A: FlowAddr>(map: &mut Map) -> HashMap<&mut MapData, Tuple<A>, FlowEntry<A>>
+where
+    Tuple<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    map.try_into().expect("a hash map")
+}
+
+fn dump<A: FlowAddr>(map: &Map) -> BTreeMap<String, FlowEntry<A>>
+where
+    Tuple<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    let flows: HashMap<_, Tuple<A>, FlowEntry<A>> = map.try_into().expect("a hash map");
+    flows
+        .iter()
+        .map(|entry| entry.expect("nobody else changes the table"))
+        .map(|(key, value)| (format!("{key:?}"), value))
+        .collect()
+}
+
+fn age<A: FlowAddr>(map: &mut Map, seconds: u32)
+where
+    Tuple<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    let mut flows = flows::<A>(map);
+    let entries: Vec<_> = flows.iter().map(|entry| entry.expect("readable")).collect();
+    for (key, mut value) in entries {
+        value.last_seen = value.last_seen.wrapping_sub(seconds);
+        flows.insert(key, value, 0).expect("replacing an entry");
+    }
+}
+
+fn evict<A: FlowAddr>(map: &mut Map, direction: u8)
+where
+    Tuple<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    let mut flows = flows::<A>(map);
+    let entries: Vec<_> = flows.iter().map(|entry| entry.expect("readable")).collect();
+    for (key, value) in entries {
+        if value.direction == direction {
+            flows.remove(&key).expect("removing an entry");
+        }
+    }
+}
+
+fn put<K: aya::Pod, V: aya::Pod>(map: &mut Map, key: K, value: V) {
+    let mut map: HashMap<_, K, V> = map.try_into().expect("a hash map");
+    map.insert(key, value, 0).expect("room for an entry");
+}
+
+fn set<V: aya::Pod>(map: &mut Map, index: u32, value: V) {
+    let mut map: Array<_, V> = map.try_into().expect("an array");
+    map.set(index, value, 0).expect("an index within the map");
+}
+
+/// Size and cost of a loaded program.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes after the kernel's rewriting.
+    pub translated: u32,
+    /// Instructions that the verifier walked through (Linux 5.16).
+    pub verified: Option<u32>,
+}
+
+/// Loads every program of the object and tells what each costs.
+///
+/// # Panics
+/// If the kernel refuses one.
+pub fn costs() -> BTreeMap<String, Cost> {
+    use aya::programs::{CgroupSockAddr, Program};
+    let mut ebpf = load();
+    ebpf.programs_mut()
+        .map(|(name, program)| {
+            match program {
+                Program::Xdp(program) => program.load(),
+                Program::SchedClassifier(program) => program.load(),
+                Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+                other => panic!("{name}: unexpected type {:?}", other.prog_type()),
+            }
+            .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            let info = program.info().expect("the kernel describes its programs");
+            let cost = Cost {
+                translated: info.size_translated().unwrap_or(0),
+                verified: info.verified_instruction_count(),
+            };
+            (name.to_owned(), cost)
+        })
+        .collect()
+}

@@ -1,0 +1,62 @@
+//! What must not grow unnoticed: the size and the verifier's work of every
+//! program, the size of map entries, and that the object has what
+//! `lb_common::names` says.
+
+use std::collections::BTreeSet;
+
+use lb_common::names;
+use lb_tests::program::{costs, load};
+
+/// Upper bounds: program, translated bytes, instructions verified. Measured on
+/// Linux 6.18 and rounded up by about a tenth; other kernels walk more or fewer
+/// paths, so only the running kernel of the development machine is close.
+const BUDGET: [(&str, u32, u32); 11] = [
+    (names::XDP, 22_500, 12_500),
+    (names::TC_INGRESS, 20_500, 10_500),
+    (names::TC_EGRESS, 13_000, 2_800),
+    (names::CONNECT4, 1_400, 260),
+    (names::CONNECT6, 3_400, 500),
+    (names::SENDMSG4, 1_850, 320),
+    (names::SENDMSG6, 5_400, 930),
+    (names::RECVMSG4, 520, 50),
+    (names::RECVMSG6, 1_450, 140),
+    (names::GETPEERNAME4, 520, 50),
+    (names::GETPEERNAME6, 1_450, 140),
+];
+
+#[test]
+fn programs_stay_within_their_budget() {
+    let costs = costs();
+    println!("{:<14}{:>12}{:>12}", "program", "translated", "verified");
+    for (name, cost) in &costs {
+        let verified = cost.verified.map_or("-".to_owned(), |n| n.to_string());
+        println!("{name:<14}{:>12}{verified:>12}", cost.translated);
+    }
+    let named: BTreeSet<_> = BUDGET.iter().map(|(name, ..)| (*name).to_owned()).collect();
+    assert_eq!(costs.keys().cloned().collect::<BTreeSet<_>>(), named);
+    for (name, translated, verified) in BUDGET {
+        let cost = &costs[name];
+        assert!(
+            cost.translated <= translated,
+            "{name}: {} bytes translated, the budget is {translated}",
+            cost.translated
+        );
+        let walked = cost.verified.unwrap_or(0);
+        assert!(
+            walked <= verified,
+            "{name}: {walked} instructions verified, the budget is {verified}"
+        );
+    }
+}
+
+#[test]
+fn the_object_has_every_map_with_types_that_can_be_printed() {
+    let ebpf = load();
+    let maps: BTreeSet<_> = ebpf
+        .maps()
+        .map(|(name, _)| name.to_owned())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    let expected: BTreeSet<_> = names::MAPS.iter().map(|&name| name.to_owned()).collect();
+    assert_eq!(maps, expected);
+}

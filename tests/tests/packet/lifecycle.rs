@@ -1,0 +1,358 @@
+//! The life of a flow: when it begins anew, when it ends, and that nothing of
+//! it is left to harm another connection.
+
+use lb_common::{
+    Hook, Reason,
+    flow::{FORWARD, REPLY, State},
+};
+use lb_tests::{
+    packet::{self, Packet, flags},
+    program::Datapath,
+};
+
+use crate::world::{World, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
+
+/// A TCP connection in steps. The client's sequence numbers begin at 1000, the
+/// backend's at 5000.
+struct Connection {
+    world: World,
+    datapath: Datapath,
+}
+
+impl Connection {
+    fn opening(world: World) -> Self {
+        let mut datapath = world.serve_one();
+        let syn = world.first(world.frontend).bytes();
+        assert_eq!(datapath.run(Hook::TcIngress, &syn).reason, Reason::NewFlow);
+        Self { world, datapath }
+    }
+
+    fn established(world: World) -> Self {
+        let mut connection = Self::opening(world);
+        let answer = world.answer(world.backend).bytes();
+        assert_eq!(
+            connection.datapath.run(Hook::TcEgress, &answer).reason,
+            Reason::Reply
+        );
+        connection.from_client(flags::ACK);
+        connection.from_backend(flags::ACK);
+        connection.assert_state(State::Established);
+        connection
+    }
+
+    fn closed(world: World) -> Self {
+        let mut connection = Self::established(world);
+        connection.from_client(flags::FIN | flags::ACK);
+        connection.assert_state(State::HalfClosed);
+        connection.from_backend(flags::FIN | flags::ACK);
+        connection.from_client(flags::ACK);
+        connection.assert_state(State::Closed);
+        connection
+    }
+
+    fn from_client(&mut self, flags: u8) {
+        let World {
+            client, frontend, ..
+        } = self.world;
+        let packet = Packet::tcp(client, frontend, flags).numbers(1001, 5001);
+        let to = (client, self.world.backend);
+        translated(
+            &mut self.datapath,
+            Hook::TcIngress,
+            &packet,
+            Reason::Forward,
+            to,
+        );
+    }
+
+    fn from_backend(&mut self, flags: u8) {
+        let World {
+            client,
+            frontend,
+            backend,
+            ..
+        } = self.world;
+        let packet = Packet::tcp(backend, client, flags).numbers(5001, 1001);
+        let to = (frontend, client);
+        translated(
+            &mut self.datapath,
+            Hook::TcEgress,
+            &packet,
+            Reason::Reply,
+            to,
+        );
+    }
+
+    /// Both entries must agree.
+    fn assert_state(&self, state: State) {
+        let protocol = self.world.protocol;
+        let states: Vec<_> = if self.world.client.is_ipv4() {
+            let flows = self.datapath.flows4();
+            flows.values().map(|flow| flow.state(protocol)).collect()
+        } else {
+            let flows = self.datapath.flows6();
+            flows.values().map(|flow| flow.state(protocol)).collect()
+        };
+        assert_eq!(states, [state, state]);
+    }
+
+    /// A SYN from the client's same port, with the given sequence number, after
+    /// the frontend's backend was replaced.
+    fn syn_after_replacement(&mut self, seq: u32) -> packet::Seen {
+        let World {
+            client,
+            frontend,
+            other_backend,
+            protocol,
+            ..
+        } = self.world;
+        self.datapath
+            .serve(protocol, frontend, &[local(other_backend)]);
+        let syn = Packet::tcp(client, frontend, flags::SYN).numbers(seq, 0);
+        packet::read(&self.datapath.run(Hook::TcIngress, &syn.bytes()).frame)
+    }
+}
+
+#[test]
+fn both_entries_go_through_the_states_together() {
+    for world in tcp_worlds() {
+        Connection::closed(world);
+    }
+}
+
+#[test]
+fn a_retransmitted_syn_goes_to_the_same_backend() {
+    for world in tcp_worlds() {
+        let seen = Connection::opening(world).syn_after_replacement(1000);
+        assert_eq!(seen.dst, world.backend);
+    }
+}
+
+#[test]
+fn a_new_syn_is_a_new_connection_unless_the_old_one_lives() {
+    for world in tcp_worlds() {
+        let other = world.other_backend;
+        let mut opening = Connection::opening(world);
+        assert_eq!(opening.syn_after_replacement(77).dst, other);
+        assert_eq!(opening.datapath.flow_count(), 2, "the old flow is gone");
+        let mut closed = Connection::closed(world);
+        assert_eq!(closed.syn_after_replacement(77).dst, other);
+        assert_eq!(closed.datapath.flow_count(), 2, "the old flow is gone");
+        // A guessed SYN must not move a connection that lives.
+        let mut established = Connection::established(world);
+        assert_eq!(established.syn_after_replacement(77).dst, world.backend);
+    }
+}
+
+#[test]
+fn a_reset_ends_the_flow_from_either_side() {
+    for world in tcp_worlds() {
+        for from_client in [true, false] {
+            let mut connection = Connection::established(world);
+            if from_client {
+                connection.from_client(flags::RST);
+            } else {
+                connection.from_backend(flags::RST | flags::ACK);
+            }
+            connection.assert_state(State::Reset);
+            assert_eq!(
+                connection.syn_after_replacement(77).dst,
+                world.other_backend
+            );
+        }
+    }
+}
+
+#[test]
+fn a_refused_connection_is_told_to_the_client() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::opening(world);
+        let refusal = Packet::tcp(world.backend, world.client, flags::RST | flags::ACK);
+        translated(
+            &mut connection.datapath,
+            Hook::TcEgress,
+            &refusal.numbers(0, 1001),
+            Reason::Reply,
+            (world.frontend, world.client),
+        );
+    }
+}
+
+#[test]
+fn a_direct_connection_from_a_used_port_is_left_alone() {
+    for world in tcp_worlds() {
+        for mut connection in [Connection::closed(world), Connection::established(world)] {
+            let datapath = &mut connection.datapath;
+            let syn = Packet::tcp(world.client, world.backend, flags::SYN).numbers(9000, 0);
+            untouched(datapath, Hook::TcIngress, &syn.bytes(), Reason::NotService);
+            let answer = Packet::tcp(world.backend, world.client, flags::SYN | flags::ACK)
+                .numbers(70, 9001)
+                .bytes();
+            untouched(datapath, Hook::TcEgress, &answer, Reason::StaleFlow);
+            assert_eq!(datapath.flow_count(), 0, "the old flow is gone");
+            let more = Packet::tcp(world.backend, world.client, flags::ACK)
+                .numbers(71, 9001)
+                .bytes();
+            untouched(datapath, Hook::TcEgress, &more, Reason::NotService);
+        }
+    }
+}
+
+#[test]
+fn the_refusal_of_a_direct_connection_is_left_alone() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::closed(world);
+        let refusal = Packet::tcp(world.backend, world.client, flags::RST | flags::ACK)
+            .numbers(0, 9001)
+            .bytes();
+        untouched(
+            &mut connection.datapath,
+            Hook::TcEgress,
+            &refusal,
+            Reason::StaleFlow,
+        );
+    }
+}
+
+#[test]
+fn a_silent_flow_ends_in_both_directions() {
+    for world in worlds() {
+        let mut datapath = world.serve_one();
+        datapath.run(Hook::TcIngress, &world.first(world.frontend).bytes());
+        datapath.age_flows(61);
+        let answer = world.answer(world.backend).bytes();
+        untouched(&mut datapath, Hook::TcEgress, &answer, Reason::StaleFlow);
+        assert_eq!(datapath.flow_count(), 0);
+    }
+}
+
+#[test]
+fn an_established_connection_may_be_silent_for_a_day() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::established(world);
+        connection.datapath.age_flows(23 * 60 * 60);
+        connection.from_backend(flags::ACK);
+        connection.datapath.age_flows(23 * 60 * 60);
+        connection.from_client(flags::ACK);
+        connection.datapath.age_flows(25 * 60 * 60);
+        let late = Packet::tcp(world.client, world.frontend, flags::ACK).bytes();
+        untouched(
+            &mut connection.datapath,
+            Hook::TcIngress,
+            &late,
+            Reason::NoFlow,
+        );
+    }
+}
+
+#[test]
+fn traffic_in_one_direction_keeps_both_alive() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        let first = world.first(world.frontend);
+        datapath.run(Hook::TcIngress, &first.bytes());
+        for _ in 0..10 {
+            datapath.age_flows(20);
+            translated(
+                &mut datapath,
+                Hook::TcIngress,
+                &first,
+                Reason::Forward,
+                (world.client, world.backend),
+            );
+        }
+        translated(
+            &mut datapath,
+            Hook::TcEgress,
+            &world.answer(world.backend),
+            Reason::Reply,
+            (world.frontend, world.client),
+        );
+    }
+}
+
+#[test]
+fn an_entry_that_the_table_dropped_comes_back() {
+    for world in worlds() {
+        let mut datapath = world.serve_one();
+        let first = world.first(world.frontend);
+        datapath.run(Hook::TcIngress, &first.bytes());
+        datapath.evict(REPLY);
+        assert_eq!(datapath.flow_count(), 1);
+        // An entry tells the other one news at most once a second.
+        datapath.age_flows(1);
+        translated(
+            &mut datapath,
+            Hook::TcIngress,
+            &first,
+            Reason::Forward,
+            (world.client, world.backend),
+        );
+        translated(
+            &mut datapath,
+            Hook::TcEgress,
+            &world.answer(world.backend),
+            Reason::Reply,
+            (world.frontend, world.client),
+        );
+        datapath.evict(FORWARD);
+        datapath.age_flows(1);
+        translated(
+            &mut datapath,
+            Hook::TcEgress,
+            &world.answer(world.backend),
+            Reason::Reply,
+            (world.frontend, world.client),
+        );
+        assert_eq!(datapath.flow_count(), 2);
+    }
+}
+
+#[test]
+fn udp_leaves_a_backend_that_has_gone_with_the_next_packet() {
+    for world in udp_worlds() {
+        let mut datapath = Datapath::new();
+        let protocol = world.protocol;
+        let [gone] = datapath.serve(protocol, world.frontend, &[local(world.backend)])[..] else {
+            panic!("one backend was served");
+        };
+        let first = world.first(world.frontend);
+        datapath.run(Hook::TcIngress, &first.bytes());
+        datapath.serve(protocol, world.frontend, &[local(world.other_backend)]);
+        translated(
+            &mut datapath,
+            Hook::TcIngress,
+            &first,
+            Reason::Forward,
+            (world.client, world.backend),
+        );
+        datapath.set_generation(gone.id, 0);
+        translated(
+            &mut datapath,
+            Hook::TcIngress,
+            &first,
+            Reason::NewFlow,
+            (world.client, world.other_backend),
+        );
+        // The id lives again, but as another backend.
+        datapath.set_generation(gone.id, gone.generation + 1);
+        translated(
+            &mut datapath,
+            Hook::TcIngress,
+            &first,
+            Reason::Forward,
+            (world.client, world.other_backend),
+        );
+    }
+}
+
+#[test]
+fn tcp_stays_with_a_backend_that_has_gone() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::established(world);
+        for id in 0..10 {
+            connection.datapath.set_generation(id, 0);
+        }
+        connection.from_client(flags::ACK);
+    }
+}

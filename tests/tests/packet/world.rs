@@ -1,0 +1,135 @@
+//! Who is who in the packet tests, and one step of a script.
+
+use std::net::SocketAddr;
+
+use lb_common::{
+    Hook, Reason,
+    flow::{TCP, UDP},
+    reason::Effect,
+};
+use lb_tests::{
+    packet::{self, Packet, flags},
+    program::{Backend, Datapath, TC_DROP, TC_GO_ON, XDP_DROP, XDP_PASS},
+};
+
+/// The addresses of one family and one protocol, by role.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct World {
+    pub(crate) protocol: u8,
+    pub(crate) client: SocketAddr,
+    pub(crate) frontend: SocketAddr,
+    pub(crate) other_frontend: SocketAddr,
+    pub(crate) backend: SocketAddr,
+    pub(crate) other_backend: SocketAddr,
+    pub(crate) stranger: SocketAddr,
+}
+
+/// Both families, both protocols.
+pub(crate) fn worlds() -> Vec<World> {
+    let parse = |text: &str| text.parse().expect("an address");
+    let mut worlds = Vec::new();
+    for protocol in [TCP, UDP] {
+        worlds.push(World {
+            protocol,
+            client: parse("192.168.50.2:40000"),
+            frontend: parse("10.96.0.1:80"),
+            other_frontend: parse("192.168.50.1:30080"),
+            backend: parse("10.244.0.5:3000"),
+            other_backend: parse("10.244.0.6:3000"),
+            stranger: parse("198.51.100.7:443"),
+        });
+        worlds.push(World {
+            protocol,
+            client: parse("[fd00:50::2]:40000"),
+            frontend: parse("[fd00:10:96::1]:80"),
+            other_frontend: parse("[fd00:50::1]:30080"),
+            backend: parse("[fd00:10:244::5]:3000"),
+            other_backend: parse("[fd00:10:244::6]:3000"),
+            stranger: parse("[2001:db8::7]:443"),
+        });
+    }
+    worlds
+}
+
+/// Those of [`worlds`] that speak TCP.
+pub(crate) fn tcp_worlds() -> impl Iterator<Item = World> {
+    worlds().into_iter().filter(|world| world.protocol == TCP)
+}
+
+/// Those of [`worlds`] that speak UDP.
+pub(crate) fn udp_worlds() -> impl Iterator<Item = World> {
+    worlds().into_iter().filter(|world| world.protocol == UDP)
+}
+
+pub(crate) const fn local(addr: SocketAddr) -> Backend {
+    Backend { addr, local: true }
+}
+
+impl World {
+    /// A datapath in which the frontend leads to the one local backend.
+    pub(crate) fn serve_one(&self) -> Datapath {
+        let mut datapath = Datapath::new();
+        datapath.serve(self.protocol, self.frontend, &[local(self.backend)]);
+        datapath
+    }
+
+    /// The first packet of a connection from the client.
+    pub(crate) fn first(&self, to: SocketAddr) -> Packet {
+        Packet::first(self.protocol, self.client, to)
+    }
+
+    /// The backend's answer to [`Self::first`], as it leaves the backend.
+    pub(crate) fn answer(&self, from: SocketAddr) -> Packet {
+        if self.protocol == TCP {
+            Packet::tcp(from, self.client, flags::SYN | flags::ACK).numbers(5000, 1001)
+        } else {
+            Packet::udp(from, self.client)
+        }
+    }
+}
+
+/// Runs a packet, which must go on translated to the given tuple.
+pub(crate) fn translated(
+    datapath: &mut Datapath,
+    hook: Hook,
+    packet: &Packet,
+    reason: Reason,
+    (src, dst): (SocketAddr, SocketAddr),
+) {
+    let sent = packet::read(&packet.bytes());
+    let outcome = datapath.run(hook, &packet.bytes());
+    assert_eq!(outcome.reason, reason, "{hook:?} {packet:?}");
+    assert_eq!(outcome.action, go_on(hook), "{hook:?} {packet:?}");
+    let seen = packet::read(&outcome.frame);
+    assert_eq!((seen.src, seen.dst), (src, dst), "{hook:?} {packet:?}");
+    assert_eq!(seen.payload, sent.payload, "the payload is not ours");
+}
+
+/// Runs a frame, which must come out byte for byte as it went in.
+pub(crate) fn untouched(datapath: &mut Datapath, hook: Hook, frame: &[u8], reason: Reason) {
+    assert_eq!(
+        reason.effect(),
+        Effect::Pass,
+        "{reason:?} lets nothing pass"
+    );
+    let outcome = datapath.run(hook, frame);
+    assert_eq!(outcome.reason, reason, "{hook:?} {frame:02x?}");
+    assert_eq!(outcome.action, go_on(hook), "{hook:?} {frame:02x?}");
+    assert_eq!(outcome.frame, frame, "{hook:?} changed a packet it passed");
+}
+
+/// Runs a packet, which must be dropped.
+pub(crate) fn dropped(datapath: &mut Datapath, hook: Hook, packet: &Packet, reason: Reason) {
+    let outcome = datapath.run(hook, &packet.bytes());
+    assert_eq!(outcome.reason, reason, "{hook:?} {packet:?}");
+    let drop = if hook == Hook::Xdp { XDP_DROP } else { TC_DROP };
+    assert_eq!(outcome.action, drop, "{hook:?} {packet:?}");
+}
+
+const fn go_on(hook: Hook) -> u32 {
+    if matches!(hook, Hook::Xdp) {
+        XDP_PASS
+    } else {
+        TC_GO_ON
+    }
+}
