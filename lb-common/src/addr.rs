@@ -1,6 +1,9 @@
 //! Addresses and ports as they stand in a packet.
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::{
+    mem::transmute,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 /// An address family's address: what a generic key or entry is generic over.
 pub trait Address: Copy + Eq + 'static {
@@ -44,30 +47,17 @@ impl Address for Addr4 {
 impl Address for Addr6 {
     #[inline(always)]
     fn words(&self) -> [u32; 4] {
-        let [
-            o0,
-            o1,
-            o2,
-            o3,
-            o4,
-            o5,
-            o6,
-            o7,
-            o8,
-            o9,
-            o10,
-            o11,
-            o12,
-            o13,
-            o14,
-            o15,
-        ] = self.octets;
-        [
-            u32::from_ne_bytes([o0, o1, o2, o3]),
-            u32::from_ne_bytes([o4, o5, o6, o7]),
-            u32::from_ne_bytes([o8, o9, o10, o11]),
-            u32::from_ne_bytes([o12, o13, o14, o15]),
-        ]
+        // SAFETY: both are 16 bytes, for which every value is valid.
+        unsafe { transmute::<Self, [u32; 4]>(*self) }
+    }
+}
+
+impl Addr6 {
+    /// The inverse of [`Address::words`].
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        // SAFETY: both are 16 bytes, for which every value is valid.
+        unsafe { transmute::<[u32; 4], Self>(words) }
     }
 }
 

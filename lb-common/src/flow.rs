@@ -217,7 +217,7 @@ impl State {
     /// Seconds of silence after which the flow is over.
     ///
     /// The values are those of kube-proxy where it sets one (established
-    /// 24 h, close-wait 1 h) and of nf_conntrack otherwise.
+    /// 24 h, close-wait 1 h) and of `nf_conntrack` otherwise.
     #[inline(always)]
     pub const fn timeout(self) -> u32 {
         match self {

@@ -13,7 +13,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use lb_common::{
-    Addr4, Addr6, Port, Reason,
+    Addr4, Addr6, Address as _, Port, Reason,
     flow::UDP,
     service::{ServiceKey, Slot},
     socket::{SOCKET_FORWARD, SOCKET_REVERSE, SocketEntry, SocketKey},
@@ -132,12 +132,12 @@ impl Call for Call6 {
 
     #[inline(always)]
     fn addr(&self) -> Addr6 {
-        from_words(words(self.0))
+        Addr6::from_words(words(self.0))
     }
 
     #[inline(always)]
     fn set_addr(&self, addr: Addr6) {
-        let [w0, w1, w2, w3] = lb_common::Address::words(&addr);
+        let [w0, w1, w2, w3] = addr.words();
         // SAFETY: the context is the kernel's. Each word is a store of its
         // own; wider ones are not allowed by every kernel.
         unsafe {
@@ -192,15 +192,6 @@ fn words(context: *mut bpf_sock_addr) -> [u32; 4] {
             from.add(2).read_volatile(),
             from.add(3).read_volatile(),
         ]
-    }
-}
-
-#[inline(always)]
-fn from_words([w0, w1, w2, w3]: [u32; 4]) -> Addr6 {
-    let ([a, b, c, d], [e, f, g, h]) = (w0.to_ne_bytes(), w1.to_ne_bytes());
-    let ([i, j, k, l], [m, n, o, p]) = (w2.to_ne_bytes(), w3.to_ne_bytes());
-    Addr6 {
-        octets: [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p],
     }
 }
 

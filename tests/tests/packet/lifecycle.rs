@@ -34,23 +34,23 @@ impl Connection {
             connection.datapath.run(Hook::TcEgress, &answer).reason,
             Reason::Reply
         );
-        connection.from_client(flags::ACK);
-        connection.from_backend(flags::ACK);
+        connection.client_sends(flags::ACK);
+        connection.backend_sends(flags::ACK);
         connection.assert_state(State::Established);
         connection
     }
 
     fn closed(world: World) -> Self {
         let mut connection = Self::established(world);
-        connection.from_client(flags::FIN | flags::ACK);
+        connection.client_sends(flags::FIN | flags::ACK);
         connection.assert_state(State::HalfClosed);
-        connection.from_backend(flags::FIN | flags::ACK);
-        connection.from_client(flags::ACK);
+        connection.backend_sends(flags::FIN | flags::ACK);
+        connection.client_sends(flags::ACK);
         connection.assert_state(State::Closed);
         connection
     }
 
-    fn from_client(&mut self, flags: u8) {
+    fn client_sends(&mut self, flags: u8) {
         let World {
             client, frontend, ..
         } = self.world;
@@ -65,7 +65,7 @@ impl Connection {
         );
     }
 
-    fn from_backend(&mut self, flags: u8) {
+    fn backend_sends(&mut self, flags: u8) {
         let World {
             client,
             frontend,
@@ -150,9 +150,9 @@ fn a_reset_ends_the_flow_from_either_side() {
         for from_client in [true, false] {
             let mut connection = Connection::established(world);
             if from_client {
-                connection.from_client(flags::RST);
+                connection.client_sends(flags::RST);
             } else {
-                connection.from_backend(flags::RST | flags::ACK);
+                connection.backend_sends(flags::RST | flags::ACK);
             }
             connection.assert_state(State::Reset);
             assert_eq!(
@@ -231,9 +231,9 @@ fn an_established_connection_may_be_silent_for_a_day() {
     for world in tcp_worlds() {
         let mut connection = Connection::established(world);
         connection.datapath.age_flows(23 * 60 * 60);
-        connection.from_backend(flags::ACK);
+        connection.backend_sends(flags::ACK);
         connection.datapath.age_flows(23 * 60 * 60);
-        connection.from_client(flags::ACK);
+        connection.client_sends(flags::ACK);
         connection.datapath.age_flows(25 * 60 * 60);
         let late = Packet::tcp(world.client, world.frontend, flags::ACK).bytes();
         untouched(
@@ -353,6 +353,6 @@ fn tcp_stays_with_a_backend_that_has_gone() {
         for id in 0..10 {
             connection.datapath.set_generation(id, 0);
         }
-        connection.from_client(flags::ACK);
+        connection.client_sends(flags::ACK);
     }
 }
