@@ -131,10 +131,12 @@ impl<A: Address> FlowEntry<A> {
     /// in its direction.
     #[inline(always)]
     pub fn mirrors(&self, key: &Tuple<A>) -> bool {
-        self.src == key.dst
-            && self.dst == key.src
-            && self.src_port.octets == key.dst_port.octets
-            && self.dst_port.octets == key.src_port.octets
+        // Word by word: `==` on the bytes of an IPv6 address is a call of
+        // `memcmp`, one more frame on a BPF stack that has none to spare.
+        same(&self.src, &key.dst)
+            && same(&self.dst, &key.src)
+            && self.src_port.get() == key.dst_port.get()
+            && self.dst_port.get() == key.src_port.get()
     }
 
     /// What the translation of a packet with `key` does to its checksums.
@@ -166,6 +168,12 @@ impl<A: Address> FlowEntry<A> {
         let silent = now.wrapping_sub(self.last_seen).cast_signed();
         silent > self.state(protocol).timeout().cast_signed()
     }
+}
+
+#[inline(always)]
+fn same<A: Address>(one: &A, other: &A) -> bool {
+    let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (one.words(), other.words());
+    (a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) | (a3 ^ b3) == 0
 }
 
 pub const TCP: u8 = 6;

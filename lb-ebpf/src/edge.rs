@@ -73,7 +73,7 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
         return Reason::UnfinishedChecksum;
     }
     let mut entry = MaybeUninit::uninit();
-    let reason = flow::open::<F>(&parsed, &service, now, P::LOCAL_BACKENDS_ONLY, &mut entry);
+    let reason = flow::open::<F>(&parsed, service, now, P::LOCAL_BACKENDS_ONLY, &mut entry);
     if reason.effect() != Effect::Translate {
         return reason;
     }
@@ -105,7 +105,7 @@ fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
 
 /// The frontend that the packet is sent to.
 #[inline(always)]
-fn service<F: Family>(parsed: &Parsed<F::Addr>) -> Option<ServiceEntry> {
+fn service<F: Family>(parsed: &Parsed<F::Addr>) -> Option<&'static ServiceEntry> {
     let tuple = &parsed.tuple;
     F::service(&ServiceKey::new(tuple.dst, tuple.dst_port, tuple.protocol))
 }

@@ -34,9 +34,11 @@ pub trait Family {
 
     /// The entry of a frontend.
     #[inline(always)]
-    fn service(key: &ServiceKey<Self::Addr>) -> Option<ServiceEntry> {
-        // SAFETY: only the agent writes this map, and the copy is made at once.
-        unsafe { Self::services().get(key).copied() }
+    fn service(key: &ServiceKey<Self::Addr>) -> Option<&'static ServiceEntry> {
+        // SAFETY: only the agent writes this map. It is not preallocated, so an
+        // update brings an entry of its own and the old one stays as it is
+        // until every program that may see it has ended.
+        unsafe { Self::services().get(key) }
     }
 
     /// The backend in a slot.

@@ -21,6 +21,10 @@
     reason = "a key given to a map by value is copied to the stack once more"
 )]
 #![expect(
+    clippy::needless_pass_by_value,
+    reason = "aya's macros hand the context over by value"
+)]
+#![expect(
     unreachable_pub,
     reason = "nothing outside reaches into a program; `pub` marks what a module offers the others"
 )]

@@ -287,7 +287,7 @@ fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::
     let forward = call.key(SOCKET_FORWARD);
     let frontend = ServiceKey::new(forward.addr, forward.port, forward.protocol);
     let service = C::Family::service(&frontend).ok_or(Reason::NotService)?;
-    let slot = select::backend::<C::Family>(&service)?;
+    let slot = select::backend::<C::Family>(service)?;
     let reverse = SocketKey {
         addr: slot.addr,
         port: slot.port,

@@ -228,17 +228,15 @@ impl Datapath {
     }
 
     /// As [`Self::run`], but `None` if the kernel refuses to make a packet of
-    /// the frame: a test run at TC wants a whole IP header behind an
-    /// `EtherType` of IP, or at least one byte (which one depends on the
-    /// kernel). A real device delivers such frames; the namespace tests send
-    /// them.
+    /// the frame: it wants an Ethernet header, and at TC newer ones want a whole
+    /// IP header behind an `EtherType` of IP. A real device delivers such
+    /// frames; the namespace tests send them.
     pub fn try_run(&mut self, hook: Hook, frame: &[u8]) -> Option<Outcome> {
-        const SHORTEST_IPV6: usize = 14 + 40;
         let before = self.counters(hook);
         let mut out = vec![0; frame.len() + 256];
         let (action, length) = match self.test_run(hook, frame, &mut out, None) {
             Ok(result) => result,
-            Err(_) if hook != Hook::Xdp && frame.len() < SHORTEST_IPV6 => return None,
+            Err(_) if frame.len() < shortest(hook) => return None,
             Err(error) => panic!("{hook:?}: test run: {error:?}"),
         };
         out.truncate(length);
@@ -339,6 +337,15 @@ impl Datapath {
         self.ebpf
             .map_mut(name)
             .unwrap_or_else(|| panic!("no map {name} in the object"))
+    }
+}
+
+/// The length from which on every kernel runs a frame of any kind.
+const fn shortest(hook: Hook) -> usize {
+    if matches!(hook, Hook::Xdp) {
+        14
+    } else {
+        14 + 40
     }
 }
 
