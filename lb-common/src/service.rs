@@ -99,15 +99,22 @@ pub const SLOT_LOCAL: u16 = 1 << 0;
 
 /// Names one life of one backend of one Service port.
 ///
-/// `klb_backend[id]` holds the generation that is alive. Ids are used again,
-/// generations of an id are not, so a flow that outlived its backend never
-/// takes a later backend with the same id for its own.
+/// `klb_backend[id]` holds the generation that lives, an odd number, or an even
+/// one if the backend has gone: that of its last life, plus one. Ids are used
+/// again, generations of an id are not, so a flow that outlived its backend
+/// never takes a later backend with the same id for its own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BackendRef {
+    /// Never 0, which is what an unused slot says.
     pub id: u32,
-    /// Never 0 for a backend that lives; 0 in `klb_backend` means gone.
     pub generation: u32,
+}
+
+/// Whether this number, in `klb_backend`, says that the backend lives.
+#[inline(always)]
+pub const fn is_living(generation: u32) -> bool {
+    generation & 1 == 1
 }
 
 /// Longest name of a namespace, Service or port (RFC 1123 label).

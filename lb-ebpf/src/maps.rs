@@ -38,7 +38,7 @@ pub static SLOTS4: Slots<Addr4> = Slots::new();
 #[btf_map(name = "klb_slot6")]
 pub static SLOTS6: Slots<Addr6> = Slots::new();
 
-/// Backend id → living generation, 0 when gone; the agent.
+/// Backend id → generation, odd while it lives; the agent.
 #[btf_map(name = "klb_backend")]
 pub static BACKENDS: Array<u32, { size::BACKENDS }> = Array::new();
 

@@ -1,1 +1,18 @@
+//! klb: the agent that fills the kernel's maps, and the tool that reads them.
 
+pub mod agent;
+pub mod args;
+pub mod commands;
+pub mod datapath;
+pub mod devices;
+pub mod errors;
+pub mod health;
+pub mod ids;
+pub mod index;
+pub mod k8s;
+pub mod metrics;
+pub mod model;
+pub mod netlink;
+pub mod plan;
+pub mod reconcile;
+pub mod slots;

@@ -1,2 +1,31 @@
+//! klb's test kit.
+//!
+//! Two ways to look at the same BPF object:
+//! - [`packet`] and [`program`] put one packet through one program and read
+//!   what came out;
+//! - everything else builds a small cluster from network namespaces, runs
+//!   `klb agent` in it and sends real traffic.
+//!
+//! Whatever the second half makes carries the name of its [`scope::Scope`] and
+//! is removed when its guard drops, also after a panic. What a test leaves that
+//! was killed is removed by the next one ([`sweep`]).
+//!
+//! The kit panics with a sentence instead of returning errors: to a test, a
+//! namespace that cannot be made and a Service that does not answer are the
+//! same kind of news.
+
+pub mod agent;
+pub mod cgroup;
+pub mod helper;
+pub mod manifests;
+pub mod netns;
 pub mod packet;
+pub mod process;
 pub mod program;
+pub mod scope;
+pub mod sweep;
+pub mod topology;
+pub mod traffic;
+pub mod wait;
+pub mod wire;
+pub mod world;

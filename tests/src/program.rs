@@ -13,7 +13,10 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray},
-    programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp},
+    programs::{
+        CgroupSockAddr, Program, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp,
+        XdpMode,
+    },
 };
 use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
@@ -291,6 +294,31 @@ impl Datapath {
         ))
     }
 
+    /// Attaches a packet program to a device of the current network namespace,
+    /// for as long as `self` lives. XDP runs in the driver.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn attach(&mut self, hook: Hook, device: &str) {
+        let (name, side) = match hook {
+            Hook::Xdp => (names::XDP, None),
+            Hook::TcIngress => (names::TC_INGRESS, Some(TcAttachType::Ingress)),
+            Hook::TcEgress => (names::TC_EGRESS, Some(TcAttachType::Egress)),
+            Hook::Socket => panic!("sockets are no devices"),
+        };
+        let program = self.ebpf.program_mut(name).expect("loaded in new");
+        let result = match (program, side) {
+            (Program::Xdp(program), None) => {
+                program.attach(device, XdpMode::Driver).map(|_link| ())
+            }
+            (Program::SchedClassifier(program), Some(side)) => {
+                program.attach(device, side).map(|_link| ())
+            }
+            _ => panic!("{name} is of another type"),
+        };
+        result.unwrap_or_else(|error| panic!("{name} at {device}: {error:?}"));
+    }
+
     /// How often each reason was counted at a hook.
     pub fn counters(&self, hook: Hook) -> BTreeMap<Reason, u64> {
         let map = self.ebpf.map(names::COUNTERS).expect("in the object");
@@ -431,7 +459,6 @@ pub struct Cost {
 /// # Panics
 /// If the kernel refuses one.
 pub fn costs() -> BTreeMap<String, Cost> {
-    use aya::programs::{CgroupSockAddr, Program};
     let mut ebpf = load();
     ebpf.programs_mut()
         .map(|(name, program)| {

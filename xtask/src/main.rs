@@ -1,1 +1,54 @@
-fn main() {}
+//! klb's build, test and demo commands: `cargo xtask help`.
+
+mod apt;
+mod ebpf;
+mod kernels;
+mod lint;
+mod paths;
+mod process;
+mod release;
+mod setup;
+mod tally;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Builds, tests and shows klb. Every command sets up what it is missing first.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Command {
+    /// Build target/release/klb, with the BPF object inside
+    Build,
+    /// Run tests: all levels but `kernels`, or the one that is named
+    Test {
+        #[arg(value_enum)]
+        level: Option<test::Selection>,
+    },
+    /// Check the formatting, and deny every warning of compiler, clippy and rustdoc
+    Lint,
+    /// Install what the other commands need, and do nothing else
+    Setup,
+}
+
+fn main() -> ExitCode {
+    match run(&Command::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Build => release::build(),
+        Command::Test { level } => test::run(*level),
+        Command::Lint => lint::run(),
+        Command::Setup => setup::everything(),
+    }
+}

@@ -4,6 +4,17 @@
 //! deleting entries. The kernel's maps implement it, and so does memory, for
 //! tests.
 
+pub mod attach;
+pub mod cgroup;
+mod clsact;
+pub mod features;
+pub mod inspect;
+pub mod kernel;
+pub mod load;
+pub mod memory;
+pub mod pins;
+mod sys;
+
 use std::{
     collections::BTreeMap,
     fmt, io,
@@ -84,13 +95,12 @@ pub trait Maps {
     /// The address must be of `family`.
     fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError>;
 
-    /// Living backends: id → generation, without the zeros; and the highest
-    /// generation that a dead id ever had is not kept by the kernel, see
-    /// [`Maps::put_backend`].
+    /// Backend ids that were ever used, with their generation: odd for one that
+    /// lives, even for one that is gone.
     fn backends(&self) -> Result<BTreeMap<u32, u32>, MapError>;
     /// Number of backend ids that the map has.
     fn backend_capacity(&self) -> u32;
-    /// Sets the living generation of an id; 0 when the backend is gone.
+    /// Sets the generation of an id.
     fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError>;
 
     fn metas(&self) -> Result<BTreeMap<u32, ServiceMeta>, MapError>;

@@ -1,1 +1,24 @@
-fn main() {}
+//! The agent as an operator meets it: files in a folder, signals, commands, and
+//! what stays in the kernel.
+
+mod cleanup;
+mod commands;
+mod dumps;
+mod isolation;
+mod manifests;
+mod restarts;
+mod rollout;
+
+use lb_tests::{agent::Hooks, world::World};
+
+/// A world whose agent does not run yet.
+fn stopped_world(hooks: Hooks) -> World {
+    World::new(env!("CARGO_BIN_EXE_klb-traffic"), hooks)
+}
+
+/// A world whose agent is ready.
+fn world(hooks: Hooks) -> World {
+    let mut world = stopped_world(hooks);
+    world.agent.start();
+    world
+}

@@ -1,1 +1,28 @@
-fn main() {}
+//! Real sockets and real devices: what crosses hooks, namespaces and stacks.
+
+mod combinations;
+mod devices;
+mod kit;
+mod ports;
+mod reveal;
+mod strangers;
+mod wire;
+
+use lb_tests::{agent::Hooks, topology::Options, world::World};
+
+/// A world whose agent is ready.
+fn world(hooks: Hooks) -> World {
+    world_with_offloads(hooks, false)
+}
+
+/// As [`world`]; with `offloads`, checksums stay unfinished and TCP sends
+/// packets larger than a frame.
+fn world_with_offloads(hooks: Hooks, offloads: bool) -> World {
+    let options = Options {
+        helper: env!("CARGO_BIN_EXE_klb-traffic").into(),
+        offloads,
+    };
+    let mut world = World::with_options(options, hooks);
+    world.agent.start();
+    world
+}

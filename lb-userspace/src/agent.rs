@@ -1,0 +1,242 @@
+//! The agent, in reading order: what is started, who owns what, how it ends.
+//!
+//! Two tasks do the work. One owns the programs and keeps them on the node's
+//! devices ([`edge`]), the other owns the desired state and the maps
+//! ([`control`]). Everything else watches them.
+
+mod backoff;
+mod control;
+mod edge;
+
+use std::{io, path::PathBuf};
+
+use anyhow::{Context as _, bail};
+use lb_common::names;
+use sd_notify::NotifyState;
+use tokio::{
+    runtime,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
+};
+use tracing::{info, warn};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+use self::control::Control;
+use crate::{
+    args::{AgentArgs, HookArgs, LogFormat, SocketLb, TcChoice, XdpChoice},
+    datapath::{
+        attach::{Hooks, TcMode},
+        cgroup,
+        features::Features,
+        kernel::{Counters, KernelMaps},
+        load::{load, prepare_pins},
+        pins::{Lock, Pins},
+    },
+    devices::{Rules, Watcher},
+    health,
+    metrics::Metrics,
+};
+
+/// Runs until a signal ends it. The datapath goes on without it.
+///
+/// # Errors
+///
+/// Whatever keeps the agent from its work and will not pass by itself. What may
+/// pass is logged and tried again.
+pub fn run(args: &AgentArgs) -> anyhow::Result<()> {
+    start_log(args.log_format);
+    // Two: a write of ten thousand Services must not hold up a probe.
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(serve(args));
+    // What may still run is of no use any more, a reader of manifests say.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
+    let signals = Signals::listen()?;
+    let _lock = Lock::take(&args.paths.state_dir)?;
+    let pins = Pins::new(&args.paths.bpffs);
+    let hooks = start_datapath(&args.hooks, args, &pins)?;
+    let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
+
+    let (addresses, node_addresses) = watch::channel(watcher.edge().addresses);
+    let (attached, hooks_ready) = watch::channel(false);
+    let (synced, maps_ready) = watch::channel(false);
+    let (set_ready, ready) = watch::channel(false);
+
+    let edge = edge::follow(
+        hooks,
+        watcher,
+        edge::Reports {
+            addresses,
+            attached,
+        },
+    );
+    let control = Control::new(args, KernelMaps::open(&pins)?, node_addresses)?.run(synced);
+    let metrics = Metrics::new(Counters::open(&pins)?);
+    tokio::spawn(health::serve_probes(args.healthz_bind, ready));
+    tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));
+    tokio::spawn(announce(hooks_ready, maps_ready, set_ready));
+
+    tokio::select! {
+        signal = signals.next() => info!(signal, "stopping; the datapath stays as it is"),
+        ended = tokio::spawn(edge) => ended??,
+        ended = tokio::spawn(control) => ended??,
+    }
+    notify(NotifyState::Stopping);
+    Ok(())
+}
+
+/// Loads the programs, and attaches those that are not bound to a device.
+fn start_datapath(hooks: &HookArgs, args: &AgentArgs, pins: &Pins) -> anyhow::Result<Hooks> {
+    let features = Features::probe();
+    info!(?features, "kernel");
+    let tc = tc_mode(hooks.tc, features)?;
+    let cgroup = cgroup_path(hooks)?;
+    prepare_pins(pins)?;
+    let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];
+    if hooks.xdp != XdpChoice::Off {
+        programs.push(names::XDP);
+    }
+    if cgroup.is_some() {
+        programs.extend(names::SOCKET_PROGRAMS);
+    }
+    let ebpf = load(pins, &args.sizes, features, &programs)?;
+    let mut hooks = Hooks::new(ebpf, pins.clone(), tc, hooks.xdp)?;
+    match cgroup {
+        Some(path) => hooks.attach_sockets(&path)?,
+        None => hooks.detach_sockets().context("detaching from sockets")?,
+    }
+    Ok(hooks)
+}
+
+/// # Errors
+///
+/// If tcx is demanded of a kernel that has none.
+fn tc_mode(choice: TcChoice, features: Features) -> anyhow::Result<TcMode> {
+    match (choice, features.tcx) {
+        (TcChoice::Clsact, _) | (TcChoice::Auto, None | Some(false)) => Ok(TcMode::Clsact),
+        (TcChoice::Auto | TcChoice::Tcx, Some(true)) => Ok(TcMode::Tcx),
+        (TcChoice::Tcx, _) => bail!("--tc tcx: this kernel has no tcx (it came with 6.6)"),
+    }
+}
+
+/// Where sockets are translated; `None` if they are not.
+fn cgroup_path(hooks: &HookArgs) -> io::Result<Option<PathBuf>> {
+    match (hooks.socket_lb, &hooks.cgroup) {
+        (SocketLb::Off, _) => Ok(None),
+        (_, Some(path)) => Ok(Some(path.clone())),
+        (_, None) => cgroup::find_root().map(Some),
+    }
+}
+
+/// Says that the agent is ready, once: when every hook is attached and the first
+/// full state is in the maps.
+async fn announce(
+    mut hooks: watch::Receiver<bool>,
+    mut maps: watch::Receiver<bool>,
+    ready: watch::Sender<bool>,
+) {
+    for part in [&mut hooks, &mut maps] {
+        // A sender that has gone takes the agent with it.
+        if part.wait_for(|done| *done).await.is_err() {
+            return;
+        }
+    }
+    info!("ready");
+    ready.send_replace(true);
+    notify(NotifyState::Ready);
+}
+
+/// Tells the service manager, where there is one.
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        warn!(%error, "the service manager was not told");
+    }
+}
+
+/// The signals that end the agent. Listening begins before anything is started,
+/// so that none is met by the default action half-way.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The name of the signal that came.
+    async fn next(mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .from_env_lossy();
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(false).with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn features(tcx: Option<bool>) -> Features {
+        Features {
+            tcx,
+            set_retval: None,
+        }
+    }
+
+    #[test]
+    fn tcx_is_used_where_it_is_and_never_pretended() {
+        use TcChoice::{Auto, Clsact, Tcx};
+        for (choice, tcx, mode) in [
+            (Auto, Some(true), Some(TcMode::Tcx)),
+            (Auto, Some(false), Some(TcMode::Clsact)),
+            (Auto, None, Some(TcMode::Clsact)),
+            (Clsact, Some(true), Some(TcMode::Clsact)),
+            (Tcx, Some(true), Some(TcMode::Tcx)),
+            (Tcx, Some(false), None),
+        ] {
+            assert_eq!(
+                tc_mode(choice, features(tcx)).ok(),
+                mode,
+                "{choice:?} {tcx:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn readiness_waits_for_both_halves() {
+        let (hooks, hooks_ready) = watch::channel(false);
+        let (maps, maps_ready) = watch::channel(false);
+        let (set_ready, ready) = watch::channel(false);
+        let announced = tokio::spawn(announce(hooks_ready, maps_ready, set_ready));
+        maps.send_replace(true);
+        tokio::task::yield_now().await;
+        assert!(!*ready.borrow(), "the hooks are missing");
+        hooks.send_replace(true);
+        announced.await.expect("announced");
+        assert!(*ready.borrow());
+    }
+}

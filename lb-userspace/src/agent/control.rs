@@ -1,0 +1,179 @@
+//! The task that owns the desired state and the maps: from what the source tells
+//! to what the kernel has.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use tokio::{sync::watch, task::block_in_place, time::sleep};
+use tracing::{debug, info, warn};
+
+use super::backoff::Backoff;
+use crate::{
+    args::AgentArgs,
+    datapath::kernel::KernelMaps,
+    errors::Chain,
+    index::{Conflict, Index},
+    k8s::manifests::ManifestSource,
+    model::{Event, NamespacedName},
+    plan::ServicePlan,
+    reconcile::{Reconciler, Report},
+};
+
+/// The desired state, and the maps that follow it.
+pub(super) struct Control {
+    source: ManifestSource,
+    /// On which `NodePort`s answer.
+    addresses: watch::Receiver<BTreeSet<IpAddr>>,
+    index: Index,
+    reconciler: Reconciler<KernelMaps>,
+    /// The conflicts that were logged, to say each once.
+    conflicts: BTreeMap<NamespacedName, Vec<Conflict>>,
+    backoff: Backoff,
+}
+
+/// What is left to do after the maps were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Complete,
+    /// Some Services have no room. More will not come of trying.
+    NoRoom,
+    /// Some writes failed.
+    Failed,
+}
+
+impl Control {
+    /// Takes over what the maps hold. Writes nothing yet.
+    pub(super) fn new(
+        args: &AgentArgs,
+        maps: KernelMaps,
+        mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
+    ) -> anyhow::Result<Self> {
+        let Some(folder) = &args.manifests else {
+            bail!("no source of Services is given");
+        };
+        let mut index = Index::new(&args.node_name);
+        index.set_node_addresses(addresses.borrow_and_update().clone());
+        Ok(Self {
+            source: ManifestSource::open(folder)
+                .with_context(|| format!("--manifests {}", folder.display()))?,
+            addresses,
+            index,
+            reconciler: Reconciler::restore(maps).context("reading the maps of an earlier run")?,
+            conflicts: BTreeMap::new(),
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
+        })
+    }
+
+    /// Follows the source, for ever. `synced` is set once the first full state
+    /// is in the maps.
+    pub(super) async fn run(mut self, synced: watch::Sender<bool>) -> anyhow::Result<()> {
+        self.read_everything().await;
+        loop {
+            let outcome = self.reconcile();
+            let retry = match outcome {
+                Outcome::Complete => {
+                    self.backoff.reset();
+                    None
+                }
+                Outcome::NoRoom | Outcome::Failed => Some(self.backoff.next()),
+            };
+            if outcome != Outcome::Failed {
+                synced.send_replace(true);
+            }
+            self.wait(retry).await?;
+        }
+    }
+
+    /// Reads until the source has told all there is. Only then may the maps be
+    /// written: what is missing until then would be taken for deleted.
+    async fn read_everything(&mut self) {
+        loop {
+            let events = self.source.next().await;
+            if self.take_in(events) {
+                break;
+            }
+        }
+        // What an earlier run left of Services that are no more.
+        for service in self.reconciler.services() {
+            self.index.mark(service);
+        }
+    }
+
+    /// Whether the source has told everything.
+    fn take_in(&mut self, events: Vec<Event>) -> bool {
+        let mut synced = false;
+        for event in events {
+            match event {
+                Event::Apply(object) => self.index.apply(object),
+                Event::Delete(object) => self.index.delete(&object),
+                Event::Synced => synced = true,
+            }
+        }
+        synced
+    }
+
+    /// Waits for news, or for the time of the next try.
+    async fn wait(&mut self, retry: Option<Duration>) -> anyhow::Result<()> {
+        let retry = async {
+            match retry {
+                Some(wait) => sleep(wait).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            events = self.source.next() => {
+                self.take_in(events);
+            }
+            changed = self.addresses.changed() => {
+                changed.context("the node's addresses are not followed any more")?;
+                let addresses = self.addresses.borrow_and_update().clone();
+                info!(?addresses, "the node's addresses have changed");
+                self.index.set_node_addresses(addresses);
+            }
+            () = retry => {}
+        }
+        Ok(())
+    }
+
+    /// Writes what has changed. Services that failed are marked for the next
+    /// time.
+    fn reconcile(&mut self) -> Outcome {
+        let start = Instant::now();
+        let mut plans = Vec::new();
+        for (plan, conflicts) in self.index.take_changes() {
+            self.log_conflicts(&plan, conflicts);
+            plans.push(plan);
+        }
+        // Writing ten thousand Services takes a while, and others have work too.
+        let Report { writes, failed } =
+            block_in_place(|| self.reconciler.apply(&plans, Instant::now()));
+        debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
+        let mut outcome = Outcome::Complete;
+        for (service, error) in failed {
+            warn!(%service, error = %Chain(&error), "keeps its previous state in the maps");
+            outcome = match outcome {
+                Outcome::Complete | Outcome::NoRoom if error.is_full() => Outcome::NoRoom,
+                _ => Outcome::Failed,
+            };
+            self.index.mark(service);
+        }
+        outcome
+    }
+
+    fn log_conflicts(&mut self, plan: &ServicePlan, conflicts: Vec<Conflict>) {
+        let service = &plan.service;
+        if conflicts.is_empty() {
+            self.conflicts.remove(service);
+            return;
+        }
+        let logged = self.conflicts.insert(service.clone(), conflicts.clone());
+        let is_new = |conflict: &&Conflict| !logged.iter().flatten().any(|old| old == *conflict);
+        for Conflict { key, owner } in conflicts.iter().filter(is_new) {
+            warn!(%service, frontend = %key, %owner, "an older Service has this frontend");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The task that keeps the programs on the node's devices.
+//!
+//! A task of its own, and the only owner of the programs: a new pod's device
+//! gets them at once, even while thousands of Services are being written.
+
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+
+use anyhow::Context as _;
+use tokio::{sync::watch, time::timeout};
+use tracing::{info, warn};
+
+use super::backoff::Backoff;
+use crate::{
+    datapath::attach::Hooks,
+    devices::{Device, Role, Watcher},
+    errors::Chain,
+};
+
+/// What this task tells the others.
+pub(super) struct Reports {
+    /// The addresses on which `NodePort`s answer.
+    pub addresses: watch::Sender<BTreeSet<IpAddr>>,
+    /// Set once every hook of the devices that there were at the start is
+    /// attached.
+    pub attached: watch::Sender<bool>,
+}
+
+/// Runs until netlink fails.
+pub(super) async fn follow(
+    mut hooks: Hooks,
+    mut watcher: Watcher,
+    reports: Reports,
+) -> anyhow::Result<()> {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+    let mut uplinks = None;
+    loop {
+        let edge = watcher.edge();
+        log_uplinks(&mut uplinks, edge.devices.values());
+        reports.addresses.send_if_modified(|addresses| {
+            let changed = *addresses != edge.addresses;
+            *addresses = edge.addresses;
+            changed
+        });
+        let failures = hooks.apply(&edge.devices);
+        for failure in &failures {
+            warn!(error = %Chain(failure), "a program is not attached; trying again");
+        }
+        let changed = if failures.is_empty() {
+            backoff.reset();
+            reports.attached.send_replace(true);
+            watcher.changed().await
+        } else {
+            // The time being over is as good a reason to try as a change.
+            timeout(backoff.next(), watcher.changed())
+                .await
+                .unwrap_or(Ok(()))
+        };
+        changed.context("following the node's devices and addresses")?;
+    }
+}
+
+/// Says which devices are uplinks, whenever that changes: by default they follow
+/// the routes, which somebody may wonder about.
+fn log_uplinks<'a>(
+    logged: &mut Option<BTreeSet<String>>,
+    devices: impl Iterator<Item = &'a Device>,
+) {
+    let uplinks: BTreeSet<String> = devices
+        .filter(|device| device.role == Role::Uplink)
+        .map(|device| device.name.clone())
+        .collect();
+    if logged.as_ref() == Some(&uplinks) {
+        return;
+    }
+    if uplinks.is_empty() {
+        warn!("no device is an uplink: nothing from outside reaches a Service; see --uplink");
+    } else {
+        info!(?uplinks, "uplinks");
+    }
+    *logged = Some(uplinks);
+}

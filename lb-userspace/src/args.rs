@@ -1,0 +1,378 @@
+//! The command line: what is understood, its defaults, and what is refused.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use lb_common::names::size;
+
+/// Service load balancer for Kubernetes, in eBPF.
+#[derive(Debug, Parser)]
+#[command(name = "klb", version, about, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run on a node: fill the maps, attach the programs, follow changes
+    Agent(Box<AgentArgs>),
+    /// List what the kernel's maps hold; needs no agent
+    Get(GetArgs),
+    /// Show whether all is well: agent, hooks, maps, counters
+    Status(StatusArgs),
+    /// Remove everything that klb put into the kernel, and nothing else
+    Cleanup(CleanupArgs),
+}
+
+/// Where klb keeps things; the same for every command.
+#[derive(Args, Clone, Debug)]
+pub struct Paths {
+    /// Folder on a BPF file system for pinned maps and links
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/klb")]
+    pub bpffs: PathBuf,
+    /// Folder for the agent's lock
+    #[arg(long, value_name = "DIR", default_value = "/run/klb")]
+    pub state_dir: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub struct AgentArgs {
+    /// Name of this node, as in the Node object
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    pub node_name: String,
+
+    /// Read Services, EndpointSlices and Nodes from the YAML files in a folder, and follow changes
+    #[arg(long, value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub kubeconfig: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub config: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+    #[command(flatten)]
+    pub hooks: HookArgs,
+    #[command(flatten)]
+    pub sizes: MapSizes,
+    #[command(flatten)]
+    pub paths: Paths,
+
+    /// Where translated packets go: up the stack, past netfilter and policies
+    #[arg(long, value_enum, default_value_t = Routing::Kernel)]
+    pub routing: Routing,
+    /// How a backend is chosen for a new flow
+    #[arg(long, value_enum, default_value_t = Algorithm::Random)]
+    pub algorithm: Algorithm,
+
+    /// Where /healthz, /livez and /readyz answer
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:10256")]
+    pub healthz_bind: SocketAddr,
+    /// Where /metrics answers
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:10249")]
+    pub metrics_bind: SocketAddr,
+
+    /// How log lines on stderr look; `RUST_LOG` sets what is logged
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// Which devices are the node's edges.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Devices")]
+pub struct DeviceArgs {
+    /// Devices towards other nodes and the outside, by name with `*` and `?`; may be repeated
+    /// [default: those that carry a default route]
+    #[arg(long, value_name = "GLOB", value_delimiter = ',')]
+    pub uplink: Vec<String>,
+    /// Host sides of pods' links, by name with `*` and `?`; may be repeated
+    #[arg(
+        long,
+        value_name = "GLOB",
+        value_delimiter = ',',
+        default_values = crate::devices::DEFAULT_POD_DEVICES
+    )]
+    pub pod_device: Vec<String>,
+    /// Answer `NodePort`s only on the node's addresses in these networks; may be repeated
+    /// [default: all addresses of the node]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub nodeport_addresses: Vec<IpNet>,
+}
+
+/// Which hooks are used, and how.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Hooks")]
+pub struct HookArgs {
+    /// XDP on uplinks; auto is native where the driver has it, else generic
+    #[arg(long, value_enum, default_value_t = XdpChoice::Auto)]
+    pub xdp: XdpChoice,
+    /// How TC programs are attached; auto is tcx where the kernel has it (6.6)
+    #[arg(long, value_enum, default_value_t = TcChoice::Auto)]
+    pub tc: TcChoice,
+    /// Whose sockets are translated: of the host and pods, of the host only, or none
+    #[arg(long, value_enum, default_value_t = SocketLb::All)]
+    pub socket_lb: SocketLb,
+    /// Root of the control groups whose sockets are translated
+    /// [default: where a cgroup2 file system is mounted]
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+}
+
+/// Number of entries of the maps. A map that is already pinned keeps its size
+/// until `klb cleanup`.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Map sizes")]
+pub struct MapSizes {
+    /// Frontends, for each family
+    #[arg(long, value_name = "N", default_value_t = size::SERVICES as u32, value_parser = entries())]
+    pub map_services: u32,
+    /// Backend slots of all frontends together, for each family
+    #[arg(long, value_name = "N", default_value_t = size::SLOTS as u32, value_parser = entries())]
+    pub map_slots: u32,
+    /// Backends
+    #[arg(long, value_name = "N", default_value_t = size::BACKENDS as u32, value_parser = entries())]
+    pub map_backends: u32,
+    /// Service ports
+    #[arg(long, value_name = "N", default_value_t = size::META as u32, value_parser = entries())]
+    pub map_service_ports: u32,
+    /// Flow entries, for each family; a flow has two
+    #[arg(long, value_name = "N", default_value_t = size::FLOWS as u32, value_parser = entries())]
+    pub map_flows: u32,
+    /// Socket entries, for each family; a socket has up to two
+    #[arg(long, value_name = "N", default_value_t = size::SOCKETS as u32, value_parser = entries())]
+    pub map_sockets: u32,
+}
+
+impl Default for MapSizes {
+    fn default() -> Self {
+        Self {
+            map_services: size::SERVICES as u32,
+            map_slots: size::SLOTS as u32,
+            map_backends: size::BACKENDS as u32,
+            map_service_ports: size::META as u32,
+            map_flows: size::FLOWS as u32,
+            map_sockets: size::SOCKETS as u32,
+        }
+    }
+}
+
+/// The kernel refuses maps without entries.
+fn entries() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Routing {
+    Kernel,
+    #[value(hide = true)]
+    Bypass,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Algorithm {
+    Random,
+    #[value(hide = true)]
+    Maglev,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum XdpChoice {
+    Auto,
+    Native,
+    Generic,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TcChoice {
+    Auto,
+    Tcx,
+    Clsact,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SocketLb {
+    All,
+    #[value(hide = true)]
+    Host,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Args, Debug)]
+pub struct GetArgs {
+    #[arg(value_enum)]
+    pub what: What,
+    /// Only what belongs to Services of this namespace
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum What {
+    /// Frontends and where they lead
+    #[value(alias = "service", alias = "svc")]
+    Services,
+    /// Backends that new flows may get
+    #[value(alias = "backend")]
+    Backends,
+    /// Connections and exchanges that packet hooks translate
+    #[value(alias = "flow")]
+    Flows,
+    /// Translations made at sockets, which the packet hooks never see
+    #[value(alias = "socket")]
+    Sockets,
+    /// Devices with klb's programs on them
+    #[value(alias = "device")]
+    Devices,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Table,
+    Json,
+}
+
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+#[derive(Args, Debug)]
+pub struct CleanupArgs {
+    /// Go on although an agent runs; it will go wrong until it is restarted
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+impl AgentArgs {
+    /// Refuses what klb cannot do yet, rather than doing something else.
+    ///
+    /// # Errors
+    ///
+    /// A sentence for the user; the exit status is that of wrong usage.
+    pub fn check(&self) -> Result<(), String> {
+        let unsupported = [
+            (self.kubeconfig.is_some(), "--kubeconfig"),
+            (self.config.is_some(), "--config"),
+            (self.routing == Routing::Bypass, "--routing bypass"),
+            (self.algorithm == Algorithm::Maglev, "--algorithm maglev"),
+            (self.hooks.socket_lb == SocketLb::Host, "--socket-lb host"),
+        ];
+        for (given, flag) in unsupported {
+            if given {
+                return Err(format!("{flag} is not supported yet"));
+            }
+        }
+        if self.manifests.is_none() {
+            return Err(
+                "reading from the Kubernetes API is not supported yet: give --manifests DIR"
+                    .to_owned(),
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn agent(flags: &[&str]) -> Result<Box<AgentArgs>, clap::Error> {
+        let line = ["klb", "agent", "--node-name", "n"].iter().chain(flags);
+        match Cli::try_parse_from(line)?.command {
+            Command::Agent(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_a_help_text() {
+        let cli = Cli::command();
+        for command in cli.get_subcommands() {
+            for argument in command.get_arguments() {
+                let described = argument.get_help().is_some()
+                    || argument.is_hide_set()
+                    || !argument.get_possible_values().is_empty();
+                assert!(described, "{} {}", command.get_name(), argument.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let args = agent(&["--manifests", "d"]).expect("valid");
+        args.check().expect("supported");
+        assert_eq!(args.healthz_bind.to_string(), "0.0.0.0:10256");
+        assert_eq!(args.metrics_bind.to_string(), "127.0.0.1:10249");
+        assert_eq!(args.paths.bpffs.to_str(), Some("/sys/fs/bpf/klb"));
+        assert_eq!(args.paths.state_dir.to_str(), Some("/run/klb"));
+        assert_eq!(args.hooks.xdp, XdpChoice::Auto);
+        assert_eq!(args.hooks.socket_lb, SocketLb::All);
+        assert!(args.devices.uplink.is_empty());
+        assert!(args.devices.pod_device.contains(&"veth*".to_owned()));
+    }
+
+    #[test]
+    fn what_is_not_there_yet_is_refused_by_name() {
+        for (flags, named) in [
+            (&["--kubeconfig", "f"][..], "--kubeconfig"),
+            (&["--config", "f"], "--config"),
+            (&["--routing", "bypass"], "--routing bypass"),
+            (&["--algorithm", "maglev"], "--algorithm maglev"),
+            (&["--socket-lb", "host"], "--socket-lb host"),
+            (&[], "--manifests"),
+        ] {
+            let args = agent(flags).expect("understood");
+            let refusal = args.check().expect_err("refused");
+            assert!(refusal.contains(named), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn lists_may_be_repeated_or_separated_by_commas() {
+        let args = agent(&["--uplink", "eth*,bond0", "--uplink", "ens?"]).expect("valid");
+        assert_eq!(args.devices.uplink, ["eth*", "bond0", "ens?"]);
+        let args = agent(&["--nodeport-addresses", "10.0.0.0/8,fd00::/8"]).expect("valid");
+        assert_eq!(args.devices.nodeport_addresses.len(), 2);
+    }
+
+    #[test]
+    fn nonsense_is_wrong_usage() {
+        for flags in [
+            &["--xdp", "sometimes"][..],
+            &["--nodeport-addresses", "10.0.0.0/33"],
+            &["--healthz-bind", "here"],
+            &["--map-flows", "0"],
+        ] {
+            assert_eq!(
+                agent(flags).expect_err("refused").exit_code(),
+                2,
+                "{flags:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The commands that look at the kernel and go: they work with no agent.
+
+pub mod cleanup;
+pub mod get;
+pub mod status;
+mod table;
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write as _},
+};
+
+use anyhow::{Context as _, bail};
+use lb_common::{flow, service::ServiceMeta};
+use serde::Serialize;
+
+use crate::{
+    args::{Output, Paths},
+    datapath::{Maps as _, kernel::KernelMaps, pins::Pins},
+};
+
+/// Opens the maps that an agent pinned.
+fn open_maps(paths: &Paths) -> anyhow::Result<(Pins, KernelMaps)> {
+    let pins = Pins::new(&paths.bpffs);
+    if !pins
+        .root()
+        .try_exists()
+        .with_context(|| pins.root().display().to_string())?
+    {
+        bail!(
+            "nothing of klb is pinned at {}: no agent has run with this --bpffs",
+            pins.root().display()
+        );
+    }
+    let maps = KernelMaps::open(&pins)?;
+    Ok((pins, maps))
+}
+
+/// Prints a document as asked.
+fn print<T: Serialize>(
+    output: Output,
+    document: &T,
+    text: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
+    let text = match output {
+        Output::Table => text(document),
+        Output::Json => serde_json::to_string_pretty(document)? + "\n",
+    };
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        // The reader has seen enough, as with `| head`.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("writing to stdout"),
+    }
+}
+
+/// A Service port, as people call it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+struct PortId {
+    namespace: String,
+    name: String,
+    port_name: String,
+}
+
+impl PortId {
+    /// `name`, or `name:port`.
+    fn service(&self) -> String {
+        match self.port_name.as_str() {
+            "" => self.name.clone(),
+            port => format!("{}:{port}", self.name),
+        }
+    }
+
+    fn is_in(&self, namespace: Option<&str>) -> bool {
+        namespace.is_none_or(|wanted| self.namespace == wanted)
+    }
+}
+
+impl From<&ServiceMeta> for PortId {
+    fn from(meta: &ServiceMeta) -> Self {
+        Self {
+            namespace: meta.namespace.as_str().to_owned(),
+            name: meta.name.as_str().to_owned(),
+            port_name: meta.port_name.as_str().to_owned(),
+        }
+    }
+}
+
+/// What the Service ports are called.
+struct Names {
+    metas: BTreeMap<u32, ServiceMeta>,
+}
+
+impl Names {
+    fn port(&self, service: u32) -> PortId {
+        self.metas.get(&service).map_or_else(
+            // Between the writes of an agent that starts or was killed.
+            || PortId {
+                namespace: String::new(),
+                name: format!("unknown-{service}"),
+                port_name: String::new(),
+            },
+            PortId::from,
+        )
+    }
+}
+
+fn names(maps: &KernelMaps) -> anyhow::Result<Names> {
+    Ok(Names {
+        metas: maps.metas()?,
+    })
+}
+
+/// A protocol as Kubernetes spells it.
+fn protocol_name(protocol: u8) -> String {
+    match protocol {
+        flow::TCP => "TCP".to_owned(),
+        flow::UDP => "UDP".to_owned(),
+        other => other.to_string(),
+    }
+}

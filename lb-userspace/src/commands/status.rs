@@ -1,0 +1,385 @@
+//! `klb status`: whether all is well, on one page.
+
+use std::fmt::Write as _;
+
+use lb_common::{names, reason::Effect};
+use serde::Serialize;
+
+use super::{
+    get::{DeviceRow, device_table, devices},
+    open_maps, print,
+    table::Table,
+};
+use crate::{
+    args::StatusArgs,
+    datapath::{
+        features::Features,
+        inspect,
+        kernel::{Counter, Counters, Fill, KernelMaps},
+        pins::{Lock, Pins},
+    },
+};
+
+/// From this share on, in percent, a map is worth a warning.
+const NEARLY_FULL: usize = 90;
+
+/// Everything that `klb status` shows.
+#[derive(Debug, Serialize)]
+struct Status {
+    version: &'static str,
+    layout: &'static str,
+    pins: String,
+    agent: Agent,
+    kernel: Kernel,
+    /// Names of the socket hooks that are attached.
+    sockets: Vec<String>,
+    devices: Vec<DeviceRow>,
+    maps: Vec<MapRow>,
+    /// Those above zero.
+    counters: Vec<CounterRow>,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Agent {
+    running: bool,
+    pid: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Kernel {
+    release: String,
+    #[serde(flatten)]
+    features: Features,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct MapRow {
+    name: &'static str,
+    entries: usize,
+    max_entries: u32,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct CounterRow {
+    hook: &'static str,
+    reason: &'static str,
+    effect: &'static str,
+    count: u64,
+    description: &'static str,
+}
+
+/// Runs `klb status`.
+pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let (pins, maps) = open_maps(&args.paths)?;
+    let pid = Lock::holder(&args.paths.state_dir)?;
+    let agent = Agent {
+        running: pid.is_some(),
+        pid,
+    };
+    let status = gather(&pins, &maps, agent)?;
+    print(args.output, &status, page)
+}
+
+fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status> {
+    let counters = Counters::open(pins)?.read()?;
+    let counters = counters.iter().filter(|counter| counter.count > 0);
+    let mut status = Status {
+        version: env!("CARGO_PKG_VERSION"),
+        layout: names::LAYOUT,
+        pins: pins.root().display().to_string(),
+        agent,
+        kernel: Kernel {
+            release: kernel_release(),
+            features: Features::probe(),
+        },
+        sockets: inspect::sockets(pins),
+        devices: devices(pins)?,
+        maps: maps.fill()?.into_iter().map(MapRow::from).collect(),
+        counters: counters.map(CounterRow::from).collect(),
+        warnings: Vec::new(),
+    };
+    status.warnings = warnings(&status);
+    Ok(status)
+}
+
+impl From<Fill> for MapRow {
+    fn from(fill: Fill) -> Self {
+        Self {
+            name: fill.map,
+            entries: fill.entries,
+            max_entries: fill.max_entries,
+        }
+    }
+}
+
+impl From<&Counter> for CounterRow {
+    fn from(counter: &Counter) -> Self {
+        Self {
+            hook: counter.hook.name(),
+            reason: counter.reason.name(),
+            effect: match counter.reason.effect() {
+                Effect::Pass => "pass",
+                Effect::Translate => "translate",
+                Effect::Refuse => "refuse",
+            },
+            count: counter.count,
+            description: counter.reason.description(),
+        }
+    }
+}
+
+impl MapRow {
+    fn percent(&self) -> usize {
+        self.entries * 100 / (self.max_entries as usize).max(1)
+    }
+
+    /// Whether a full map gives up its oldest entries for new ones.
+    fn evicts(&self) -> bool {
+        use names::{FLOWS4, FLOWS6, SOCKETS4, SOCKETS6};
+        [FLOWS4, FLOWS6, SOCKETS4, SOCKETS6].contains(&self.name)
+    }
+}
+
+fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+fn warnings(status: &Status) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if !status.agent.running {
+        warnings
+            .push("no agent runs: traffic flows, changes of Services are not followed".to_owned());
+    }
+    if (1..names::SOCKET_PROGRAMS.len()).contains(&status.sockets.len()) {
+        warnings.push("only some of the socket hooks are attached".to_owned());
+    }
+    for device in &status.devices {
+        // One without a name has gone, and the agent will forget it.
+        if let Some(name) = &device.name
+            && (device.tc_ingress.is_none() || device.tc_egress.is_none())
+        {
+            warnings.push(format!("device {name} lacks a TC program"));
+        }
+    }
+    for map in status
+        .maps
+        .iter()
+        .filter(|map| map.percent() >= NEARLY_FULL)
+    {
+        let consequence = if map.evicts() {
+            "the oldest entries give way to new ones"
+        } else {
+            "Services that do not fit keep their previous state"
+        };
+        warnings.push(format!(
+            "map {} is {}% full: {consequence}",
+            map.name,
+            map.percent()
+        ));
+    }
+    for counter in &status.counters {
+        if ["flow_table_full", "rewrite_failed", "bad_slot"].contains(&counter.reason) {
+            warnings.push(format!(
+                "{} at {}: {} times",
+                counter.reason, counter.hook, counter.count
+            ));
+        }
+    }
+    warnings
+}
+
+fn page(status: &Status) -> String {
+    let mut page = String::new();
+    let agent = match &status.agent.pid {
+        Some(pid) => format!("running, pid {pid}"),
+        None => "not running".to_owned(),
+    };
+    let sockets = match status.sockets.len() {
+        0 => "off".to_owned(),
+        _ => status.sockets.join(" "),
+    };
+    for (label, text) in [
+        (
+            "klb",
+            format!(
+                "{}, layout {}, pins {}",
+                status.version, status.layout, status.pins
+            ),
+        ),
+        ("agent", agent),
+        (
+            "kernel",
+            format!(
+                "{}, {}",
+                status.kernel.release,
+                features(status.kernel.features)
+            ),
+        ),
+        ("sockets", sockets),
+    ] {
+        line(&mut page, &format!("{label:<9} {text}"));
+    }
+    section(
+        &mut page,
+        "devices",
+        status.devices.len(),
+        &device_table(&status.devices),
+    );
+    section(
+        &mut page,
+        "maps",
+        status.maps.len(),
+        &map_table(&status.maps),
+    );
+    section(
+        &mut page,
+        "counters",
+        status.counters.len(),
+        &counter_table(&status.counters),
+    );
+    line(
+        &mut page,
+        if status.warnings.is_empty() {
+            "\nwarnings  none"
+        } else {
+            "\nwarnings"
+        },
+    );
+    for warning in &status.warnings {
+        line(&mut page, &format!("  {warning}"));
+    }
+    page
+}
+
+fn features(features: Features) -> String {
+    let word = |name: &str, found: Option<bool>| match found {
+        Some(true) => format!("{name} yes"),
+        Some(false) => format!("{name} no"),
+        None => format!("{name} unknown"),
+    };
+    let Features { tcx, set_retval } = features;
+    [word("tcx", tcx), word("bpf_set_retval", set_retval)].join(", ")
+}
+
+fn line(page: &mut String, text: &str) {
+    page.push_str(text);
+    page.push('\n');
+}
+
+fn section(page: &mut String, title: &str, rows: usize, table: &Table) {
+    let empty = if rows == 0 { "  none" } else { "" };
+    line(page, &format!("\n{title}{empty}"));
+    if rows > 0 {
+        // Writing to a String does not fail.
+        let _ok = write!(page, "{}", table.clone().indented(2));
+    }
+}
+
+fn map_table(maps: &[MapRow]) -> Table {
+    let mut table = Table::new(&["MAP", "ENTRIES", "MAX", "FULL"]);
+    for map in maps {
+        table.row([
+            map.name.to_owned(),
+            map.entries.to_string(),
+            map.max_entries.to_string(),
+            format!("{}%", map.percent()),
+        ]);
+    }
+    table
+}
+
+fn counter_table(counters: &[CounterRow]) -> Table {
+    let mut table = Table::new(&["HOOK", "REASON", "EFFECT", "COUNT", "MEANING"]);
+    for counter in counters {
+        table.row([
+            counter.hook.to_owned(),
+            counter.reason.to_owned(),
+            counter.effect.to_owned(),
+            counter.count.to_string(),
+            counter.description.trim().to_owned(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        Status {
+            version: "1.2.3",
+            layout: "v1",
+            pins: "/sys/fs/bpf/klb/v1".to_owned(),
+            agent: Agent {
+                running: true,
+                pid: Some("42".to_owned()),
+            },
+            kernel: Kernel {
+                release: "6.1.0".to_owned(),
+                features: Features {
+                    tcx: Some(false),
+                    set_retval: Some(true),
+                },
+            },
+            sockets: names::SOCKET_PROGRAMS
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            devices: Vec::new(),
+            maps: vec![MapRow {
+                name: names::SERVICES4,
+                entries: 3,
+                max_entries: 100,
+            }],
+            counters: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_healthy_node_has_no_warnings() {
+        let status = status();
+        assert_eq!(warnings(&status), [""; 0]);
+        let page = page(&status);
+        assert!(page.contains("running, pid 42"), "{page}");
+        assert!(page.contains("tcx no, bpf_set_retval yes"), "{page}");
+        assert!(page.contains("warnings  none"), "{page}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let mut status = status();
+        status.agent.running = false;
+        status.sockets.truncate(2);
+        status.maps[0].entries = 95;
+        status.devices.push(DeviceRow {
+            name: Some("eth0".to_owned()),
+            index: 2,
+            role: None,
+            tc_ingress: Some("tcx"),
+            tc_egress: None,
+            xdp: None,
+        });
+        status.counters.push(CounterRow {
+            hook: "xdp",
+            reason: "bad_slot",
+            effect: "refuse",
+            count: 4,
+            description: "",
+        });
+        let warnings = warnings(&status).join("\n");
+        for part in [
+            "no agent",
+            "some of the socket hooks",
+            "klb_svc4 is 95% full",
+            "eth0",
+            "bad_slot at xdp: 4",
+        ] {
+            assert!(warnings.contains(part), "{part} in {warnings}");
+        }
+    }
+}

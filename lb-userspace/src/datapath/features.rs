@@ -1,0 +1,47 @@
+//! What the running kernel can do beyond the floor, found by trying.
+//!
+//! Never by version: distributions take features back into older kernels, and
+//! leave others out by configuration.
+
+use aya::{
+    programs::{ProgramType, SchedClassifier, TcAttachType},
+    sys::{BpfHelper, is_helper_supported},
+};
+use serde::Serialize;
+
+/// What was found. `None` where it could not be tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Features {
+    /// TC programs by link, with an order among programs (6.6).
+    pub tcx: Option<bool>,
+    /// `bpf_set_retval`: a socket hook may choose the error that the caller
+    /// sees (5.18).
+    pub set_retval: Option<bool>,
+}
+
+impl Features {
+    /// Needs the privileges to load programs.
+    pub fn probe() -> Self {
+        Self {
+            tcx: tcx(),
+            set_retval: is_helper_supported(
+                ProgramType::CgroupSockAddr,
+                BpfHelper::BPF_FUNC_set_retval,
+            )
+            .ok(),
+        }
+    }
+}
+
+/// Asks which programs are on `lo`, which every network namespace has; a kernel
+/// without tcx does not understand the question.
+fn tcx() -> Option<bool> {
+    match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+        Ok(_) => Some(true),
+        Err(aya::programs::ProgramError::SyscallError(error)) => {
+            let refused = error.io_error.raw_os_error() == Some(libc::EINVAL);
+            refused.then_some(false)
+        }
+        Err(_) => None,
+    }
+}

@@ -1,0 +1,635 @@
+//! The kernel's maps, opened from their pins: for the agent, which fills them,
+//! and for the tool, which reads them with or without an agent.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use aya::{
+    Pod,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray},
+};
+use lb_common::{
+    Addr4, Addr6, Address, Hook, Port, Reason,
+    flow::{FORWARD, FlowEntry, State, Tuple},
+    names,
+    reason::counter_index,
+    service::{SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot, is_living},
+    socket::{SOCKET_REVERSE, SocketEntry, SocketKey},
+};
+
+use super::{
+    Family, FrontendKey, MapError, Maps, SlotValue,
+    load::{LoadError, open_map},
+    pins::Pins,
+    sys,
+};
+
+/// A family's address as it stands in the maps.
+trait MapAddr: Address + Pod + Into<IpAddr> {
+    /// `None` for an address of the other family.
+    fn from_ip(addr: IpAddr) -> Option<Self>;
+}
+
+impl MapAddr for Addr4 {
+    fn from_ip(addr: IpAddr) -> Option<Self> {
+        match addr {
+            IpAddr::V4(addr) => Some(addr.into()),
+            IpAddr::V6(_) => None,
+        }
+    }
+}
+
+impl MapAddr for Addr6 {
+    fn from_ip(addr: IpAddr) -> Option<Self> {
+        match addr {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(addr) => Some(addr.into()),
+        }
+    }
+}
+
+/// The address and port of one end.
+fn socket_addr<A: MapAddr>(addr: A, port: Port) -> SocketAddr {
+    SocketAddr::new(addr.into(), port.get())
+}
+
+/// A hash map, with the descriptor by which it is read in bulk.
+struct Hash<K, V> {
+    name: &'static str,
+    fd: OwnedFd,
+    entries: HashMap<MapData, K, V>,
+    max_entries: u32,
+}
+
+impl<K: Pod, V: Pod> Hash<K, V> {
+    fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
+        let (data, fd, max_entries) = open(pins, name)?;
+        Ok(Self {
+            name,
+            fd,
+            entries: typed(data, name)?,
+            max_entries,
+        })
+    }
+
+    fn read_all(&self) -> Result<Vec<(K, V)>, MapError> {
+        sys::read_all(&self.fd).map_err(|source| MapError {
+            operation: "read",
+            map: self.name,
+            source,
+        })
+    }
+
+    fn put(&mut self, key: &K, value: &V) -> Result<(), MapError> {
+        let result = self.entries.insert(key, value, 0);
+        result.map_err(|error| map_error("write", self.name, error))
+    }
+
+    fn delete(&mut self, key: &K) -> Result<(), MapError> {
+        match self
+            .entries
+            .remove(key)
+            .map_err(|error| map_error("delete", self.name, error))
+        {
+            Err(error) if error.source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn fill(&self) -> Result<Fill, MapError> {
+        Ok(Fill {
+            map: self.name,
+            entries: self.read_all()?.len(),
+            max_entries: self.max_entries,
+        })
+    }
+}
+
+/// An array, with its name for errors.
+struct Table<V: Pod> {
+    name: &'static str,
+    fd: OwnedFd,
+    entries: Array<MapData, V>,
+}
+
+impl<V: Pod> Table<V> {
+    fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
+        let (data, fd, _) = open(pins, name)?;
+        Ok(Self {
+            name,
+            fd,
+            entries: typed(data, name)?,
+        })
+    }
+
+    fn get(&self, index: u32) -> Result<V, MapError> {
+        let result = self.entries.get(&index, 0);
+        result.map_err(|error| map_error("read", self.name, error))
+    }
+
+    fn put(&mut self, index: u32, value: V) -> Result<(), MapError> {
+        let result = self.entries.set(index, value, 0);
+        result.map_err(|error| map_error("write", self.name, error))
+    }
+}
+
+fn open(pins: &Pins, name: &'static str) -> Result<(MapData, OwnedFd, u32), LoadError> {
+    let data = open_map(pins, name)?;
+    let fd = data.fd().as_fd().try_clone_to_owned();
+    let fd = fd.map_err(|error| LoadError::Map {
+        name,
+        source: error.into(),
+    })?;
+    let info = data
+        .info()
+        .map_err(|source| LoadError::Map { name, source })?;
+    Ok((data, fd, info.max_entries()))
+}
+
+/// Gives a map its type, which is refused for keys or values of another size.
+fn typed<T>(data: MapData, name: &'static str) -> Result<T, LoadError>
+where
+    T: TryFrom<Map, Error = aya::maps::MapError>,
+{
+    Map::from_map_data(data)
+        .and_then(T::try_from)
+        .map_err(|source| LoadError::Map { name, source })
+}
+
+fn map_error(operation: &'static str, map: &'static str, error: aya::maps::MapError) -> MapError {
+    let source = match error {
+        aya::maps::MapError::SyscallError(error) => error.io_error,
+        aya::maps::MapError::KeyNotFound | aya::maps::MapError::ElementNotFound => {
+            io::Error::from_raw_os_error(libc::ENOENT)
+        }
+        error => io::Error::other(error),
+    };
+    MapError {
+        operation,
+        map,
+        source,
+    }
+}
+
+/// The maps that each family has.
+struct FamilyMaps<A: MapAddr>
+where
+    Slot<A>: Pod,
+{
+    services: Hash<ServiceKey<A>, ServiceEntry>,
+    slots: Table<Slot<A>>,
+    flows: Hash<Tuple<A>, FlowEntry<A>>,
+    sockets: Hash<SocketKey<A>, SocketEntry<A>>,
+}
+
+impl<A: MapAddr> FamilyMaps<A>
+where
+    ServiceKey<A>: Pod,
+    Slot<A>: Pod,
+    Tuple<A>: Pod,
+    FlowEntry<A>: Pod,
+    SocketKey<A>: Pod,
+    SocketEntry<A>: Pod,
+{
+    /// Names in the order services, slots, flows, sockets.
+    fn open(
+        pins: &Pins,
+        [services, slots, flows, sockets]: [&'static str; 4],
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            services: Hash::open(pins, services)?,
+            slots: Table::open(pins, slots)?,
+            flows: Hash::open(pins, flows)?,
+            sockets: Hash::open(pins, sockets)?,
+        })
+    }
+
+    fn services(&self) -> Result<impl Iterator<Item = (FrontendKey, ServiceEntry)>, MapError> {
+        let entries = self.services.read_all()?.into_iter();
+        Ok(entries.map(|(key, entry)| (frontend_key(&key), entry)))
+    }
+
+    /// The key, or `None` for a frontend of the other family.
+    fn service_key(key: FrontendKey) -> Option<ServiceKey<A>> {
+        Some(ServiceKey::new(
+            A::from_ip(key.addr)?,
+            Port::from(key.port),
+            key.protocol,
+        ))
+    }
+
+    fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
+        match Self::service_key(key) {
+            Some(key) => self.services.put(&key, entry),
+            None => Err(wrong_family(self.services.name)),
+        }
+    }
+
+    fn delete_service(&mut self, key: FrontendKey) -> Result<(), MapError> {
+        Self::service_key(key).map_or(Ok(()), |key| self.services.delete(&key))
+    }
+
+    fn slot(&self, index: u32) -> Result<SlotValue, MapError> {
+        let slot = self.slots.get(index)?;
+        Ok(SlotValue {
+            addr: socket_addr(slot.addr, slot.port),
+            local: slot.flags & SLOT_LOCAL != 0,
+            backend: slot.backend,
+        })
+    }
+
+    fn put_slot(&mut self, index: u32, value: &SlotValue) -> Result<(), MapError> {
+        let addr = A::from_ip(value.addr.ip()).ok_or_else(|| wrong_family(self.slots.name))?;
+        let slot = Slot {
+            addr,
+            port: Port::from(value.addr.port()),
+            flags: if value.local { SLOT_LOCAL } else { 0 },
+            backend: value.backend,
+        };
+        self.slots.put(index, slot)
+    }
+
+    /// The slots that frontends lead to; those of one Service may share them.
+    fn slots_fill(&self) -> Result<Fill, MapError> {
+        let ranges: BTreeMap<u32, u32> = self
+            .services()?
+            .map(|(_, entry)| (entry.first_slot, entry.slot_count))
+            .collect();
+        Ok(Fill {
+            map: self.slots.name,
+            entries: ranges.values().map(|count| *count as usize).sum(),
+            max_entries: self.slots.entries.len(),
+        })
+    }
+
+    fn flows(&self, now: u32) -> Result<impl Iterator<Item = Flow>, MapError> {
+        let entries = self.flows.read_all()?.into_iter();
+        Ok(entries.filter_map(move |(key, entry)| flow(&key, &entry, now)))
+    }
+
+    fn sockets(&self) -> Result<impl Iterator<Item = Socket>, MapError> {
+        let entries = self.sockets.read_all()?.into_iter();
+        Ok(entries.filter_map(|(key, entry)| socket(&key, &entry)))
+    }
+}
+
+fn wrong_family(map: &'static str) -> MapError {
+    MapError {
+        operation: "write",
+        map,
+        source: io::Error::new(io::ErrorKind::InvalidInput, "address of the other family"),
+    }
+}
+
+fn frontend_key<A: MapAddr>(key: &ServiceKey<A>) -> FrontendKey {
+    FrontendKey {
+        addr: key.addr.into(),
+        port: key.port.get(),
+        protocol: key.protocol,
+    }
+}
+
+/// A translated connection or exchange, as its client's direction shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// IP protocol number.
+    pub protocol: u8,
+    pub client: SocketAddr,
+    pub frontend: SocketAddr,
+    pub backend: SocketAddr,
+    /// Service port, the key of the names.
+    pub service: u32,
+    pub state: State,
+    /// Seconds since the last packet of either direction.
+    pub idle: u32,
+}
+
+/// `None` for the direction of the replies, and for a flow that is over and
+/// only waits for its entry to be used again.
+fn flow<A: MapAddr>(key: &Tuple<A>, entry: &FlowEntry<A>, now: u32) -> Option<Flow> {
+    if entry.direction != FORWARD || entry.expired(key.protocol, now) {
+        return None;
+    }
+    Some(Flow {
+        protocol: key.protocol,
+        client: socket_addr(key.src, key.src_port),
+        frontend: socket_addr(key.dst, key.dst_port),
+        backend: socket_addr(entry.dst, entry.dst_port),
+        service: entry.service,
+        state: entry.state(key.protocol),
+        idle: now.saturating_sub(entry.last_seen),
+    })
+}
+
+/// A translation that was made at a socket. The socket may have been closed
+/// since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The kernel's id of the socket.
+    pub cookie: u64,
+    pub frontend: SocketAddr,
+    pub backend: SocketAddr,
+    /// Service port, the key of the names.
+    pub service: u32,
+}
+
+/// From the entry that leads back from the backend, which TCP and UDP both
+/// have.
+fn socket<A: MapAddr>(key: &SocketKey<A>, entry: &SocketEntry<A>) -> Option<Socket> {
+    let [low, high] = key.cookie;
+    (key.direction == SOCKET_REVERSE).then(|| Socket {
+        protocol: key.protocol,
+        cookie: u64::from(high) << 32 | u64::from(low),
+        frontend: socket_addr(entry.addr, entry.port),
+        backend: socket_addr(key.addr, key.port),
+        service: entry.service,
+    })
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    pub map: &'static str,
+    pub entries: usize,
+    pub max_entries: u32,
+}
+
+/// How often a hook came to an outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counter {
+    pub hook: Hook,
+    pub reason: Reason,
+    /// Packets, or calls; summed over all CPUs.
+    pub count: u64,
+}
+
+/// Every map of one pin folder.
+pub struct KernelMaps {
+    v4: FamilyMaps<Addr4>,
+    v6: FamilyMaps<Addr6>,
+    backends: Table<u32>,
+    metas: Hash<u32, ServiceMeta>,
+}
+
+impl KernelMaps {
+    /// # Errors
+    ///
+    /// [`LoadError::Map`] names the map that is missing or of another shape.
+    pub fn open(pins: &Pins) -> Result<Self, LoadError> {
+        use names::{FLOWS4, FLOWS6, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6};
+        Ok(Self {
+            v4: FamilyMaps::open(pins, [SERVICES4, SLOTS4, FLOWS4, SOCKETS4])?,
+            v6: FamilyMaps::open(pins, [SERVICES6, SLOTS6, FLOWS6, SOCKETS6])?,
+            backends: Table::open(pins, names::BACKENDS)?,
+            metas: Hash::open(pins, names::META)?,
+        })
+    }
+
+    /// The flows that packets are translated by.
+    pub fn flows(&self) -> Result<Vec<Flow>, MapError> {
+        let now = monotonic_seconds();
+        Ok(self.v4.flows(now)?.chain(self.v6.flows(now)?).collect())
+    }
+
+    /// The translations that were made at sockets.
+    pub fn sockets(&self) -> Result<Vec<Socket>, MapError> {
+        Ok(self.v4.sockets()?.chain(self.v6.sockets()?).collect())
+    }
+
+    /// How full the maps are. An array always has all its entries; of it, those
+    /// in use are counted.
+    pub fn fill(&self) -> Result<Vec<Fill>, MapError> {
+        let Self {
+            v4,
+            v6,
+            backends,
+            metas,
+        } = self;
+        let backends = Fill {
+            map: backends.name,
+            entries: self
+                .backends()?
+                .values()
+                .filter(|&&generation| is_living(generation))
+                .count(),
+            max_entries: self.backend_capacity(),
+        };
+        Ok(vec![
+            v4.services.fill()?,
+            v6.services.fill()?,
+            v4.slots_fill()?,
+            v6.slots_fill()?,
+            backends,
+            metas.fill()?,
+            v4.flows.fill()?,
+            v6.flows.fill()?,
+            v4.sockets.fill()?,
+            v6.sockets.fill()?,
+        ])
+    }
+}
+
+/// Seconds of the clock that flows are stamped with.
+fn monotonic_seconds() -> u32 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    now.map_or(0, |now| now.tv_sec().cast_unsigned() as u32)
+}
+
+/// The counters of one pin folder; by themselves, since the metrics read them
+/// while the agent's task owns the maps.
+pub struct Counters {
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Counters {
+    pub fn open(pins: &Pins) -> Result<Self, LoadError> {
+        let data = open_map(pins, names::COUNTERS)?;
+        Ok(Self {
+            counters: typed(data, names::COUNTERS)?,
+        })
+    }
+
+    /// Every hook and reason, those never counted included.
+    pub fn read(&self) -> Result<Vec<Counter>, MapError> {
+        let pairs = Hook::ALL
+            .into_iter()
+            .flat_map(|hook| Reason::ALL.iter().map(move |reason| (hook, *reason)));
+        let counters = pairs.map(|(hook, reason)| {
+            let values = self.counters.get(&counter_index(hook, reason), 0);
+            let values = values.map_err(|error| map_error("read", names::COUNTERS, error))?;
+            Ok(Counter {
+                hook,
+                reason,
+                count: values.iter().sum(),
+            })
+        });
+        counters.collect()
+    }
+}
+
+impl Maps for KernelMaps {
+    fn services(&self) -> Result<BTreeMap<FrontendKey, ServiceEntry>, MapError> {
+        Ok(self.v4.services()?.chain(self.v6.services()?).collect())
+    }
+
+    fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
+        match Family::of(key.addr) {
+            Family::V4 => self.v4.put_service(key, entry),
+            Family::V6 => self.v6.put_service(key, entry),
+        }
+    }
+
+    fn delete_service(&mut self, key: FrontendKey) -> Result<(), MapError> {
+        match Family::of(key.addr) {
+            Family::V4 => self.v4.delete_service(key),
+            Family::V6 => self.v6.delete_service(key),
+        }
+    }
+
+    fn slot_capacity(&self, family: Family) -> u32 {
+        match family {
+            Family::V4 => self.v4.slots.entries.len(),
+            Family::V6 => self.v6.slots.entries.len(),
+        }
+    }
+
+    fn slot(&self, family: Family, index: u32) -> Result<SlotValue, MapError> {
+        match family {
+            Family::V4 => self.v4.slot(index),
+            Family::V6 => self.v6.slot(index),
+        }
+    }
+
+    fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
+        match family {
+            Family::V4 => self.v4.put_slot(index, value),
+            Family::V6 => self.v6.put_slot(index, value),
+        }
+    }
+
+    fn backends(&self) -> Result<BTreeMap<u32, u32>, MapError> {
+        let table = &self.backends;
+        let entries = sys::read_all::<u32, u32>(&table.fd).map_err(|source| MapError {
+            operation: "read",
+            map: table.name,
+            source,
+        })?;
+        Ok(entries
+            .into_iter()
+            .filter(|(_, generation)| *generation != 0)
+            .collect())
+    }
+
+    fn backend_capacity(&self) -> u32 {
+        self.backends.entries.len()
+    }
+
+    fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        self.backends.put(id, generation)
+    }
+
+    fn metas(&self) -> Result<BTreeMap<u32, ServiceMeta>, MapError> {
+        Ok(self.metas.read_all()?.into_iter().collect())
+    }
+
+    fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError> {
+        self.metas.put(&service, meta)
+    }
+
+    fn delete_meta(&mut self, service: u32) -> Result<(), MapError> {
+        self.metas.delete(&service)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::{
+        flow::{REPLY, UDP, seen},
+        service::BackendRef,
+        socket::SOCKET_FORWARD,
+    };
+
+    use super::*;
+
+    fn addr(text: &str) -> Addr4 {
+        Addr4::from_ip(text.parse().expect("address")).expect("IPv4")
+    }
+
+    fn entry(direction: u8, last_seen: u32) -> FlowEntry<Addr4> {
+        FlowEntry {
+            src: addr("10.0.0.1"),
+            dst: addr("10.244.0.5"),
+            src_port: Port::from(40000),
+            dst_port: Port::from(53),
+            direction,
+            seen: seen::DATA,
+            seen_peer: 0,
+            pad: 0,
+            service: 7,
+            backend: BackendRef::default(),
+            isn: 0,
+            last_seen,
+        }
+    }
+
+    #[test]
+    fn a_flow_is_shown_from_its_clients_side_while_it_lives() {
+        let key = Tuple::new(
+            addr("10.0.0.1"),
+            addr("10.96.0.10"),
+            Port::from(40000),
+            Port::from(53),
+            UDP,
+        );
+        let shown = flow(&key, &entry(FORWARD, 100), 105).expect("living");
+        assert_eq!(shown.client.to_string(), "10.0.0.1:40000");
+        assert_eq!(shown.frontend.to_string(), "10.96.0.10:53");
+        assert_eq!(shown.backend.to_string(), "10.244.0.5:53");
+        assert_eq!(
+            (shown.service, shown.idle, shown.state),
+            (7, 5, State::Unreplied)
+        );
+        assert_eq!(flow(&key, &entry(REPLY, 100), 105), None);
+        assert_eq!(flow(&key, &entry(FORWARD, 100), 1000), None);
+    }
+
+    #[test]
+    fn a_socket_is_shown_once() {
+        let key = |direction| SocketKey {
+            cookie: [2, 1],
+            addr: addr("10.244.0.5"),
+            port: Port::from(53),
+            protocol: UDP,
+            direction,
+        };
+        let entry = SocketEntry {
+            addr: addr("10.96.0.10"),
+            port: Port::from(53),
+            pad: 0,
+            service: 7,
+            backend: BackendRef::default(),
+        };
+        let shown = socket(&key(SOCKET_REVERSE), &entry).expect("shown");
+        assert_eq!(shown.cookie, 0x1_0000_0002);
+        assert_eq!(shown.frontend.to_string(), "10.96.0.10:53");
+        assert_eq!(shown.backend.to_string(), "10.244.0.5:53");
+        assert_eq!(socket(&key(SOCKET_FORWARD), &entry), None);
+    }
+
+    #[test]
+    fn a_full_map_is_recognised_behind_ayas_errors() {
+        let error = |number| {
+            let io_error = io::Error::from_raw_os_error(number);
+            let call = "bpf_map_update_elem";
+            aya::maps::MapError::SyscallError(aya::sys::SyscallError { call, io_error })
+        };
+        assert!(map_error("write", names::META, error(libc::E2BIG)).is_full());
+        assert!(!map_error("write", names::META, error(libc::EPERM)).is_full());
+    }
+}

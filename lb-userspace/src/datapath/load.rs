@@ -1,0 +1,272 @@
+//! Loads the BPF object: maps from their pins or new, programs by the verifier.
+
+use std::{
+    fs, io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{MapData, MapError, MapInfo},
+    programs::{Program, ProgramError},
+};
+use lb_common::names;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::{
+        resource::{RLIM_INFINITY, Resource, setrlimit},
+        statfs::{BPF_FS_MAGIC, statfs},
+    },
+};
+use tracing::{debug, warn};
+
+use super::{features::Features, pins::Pins};
+use crate::args::MapSizes;
+
+/// The object that the build put into the binary; empty if it had none.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/klb.bpf.o"));
+
+/// Where the BPF file system belongs.
+const BPFFS_MOUNT: &str = "/sys/fs/bpf";
+
+/// Lines of the verifier's log that an error carries: the last ones name the
+/// instruction, and the whole may be megabytes.
+const VERIFIER_LINES: usize = 12;
+
+/// Why the object was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("this klb was built without its BPF programs: build it with `cargo xtask build`")]
+    NoObject,
+    #[error(
+        "{} is not on a BPF file system, and only {BPFFS_MOUNT} is mounted by klb: \
+         run `mount -t bpf bpf DIR` for a folder above it",
+        path.display()
+    )]
+    NotBpffs { path: PathBuf },
+    #[error("{action} {}", path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("loading the BPF object")]
+    Object(#[source] EbpfError),
+    #[error("map {name}")]
+    Map {
+        name: &'static str,
+        source: MapError,
+    },
+    #[error("the BPF object has no program {0}")]
+    MissingProgram(&'static str),
+    #[error("program {name}")]
+    Program {
+        name: &'static str,
+        source: ProgramError,
+    },
+    #[error("program {name}: {error}; the verifier's last words:\n{log}")]
+    Verifier {
+        name: &'static str,
+        error: io::Error,
+        log: String,
+    },
+}
+
+/// Makes the pin folder, with a BPF file system below it.
+///
+/// # Errors
+///
+/// [`LoadError::NotBpffs`] for a folder elsewhere than below `/sys/fs/bpf` on
+/// another file system.
+pub fn prepare_pins(pins: &Pins) -> Result<(), LoadError> {
+    let root = pins.root();
+    if !is_bpffs(existing_ancestor(root)) {
+        if !root.starts_with(BPFFS_MOUNT) {
+            return Err(LoadError::NotBpffs { path: root.into() });
+        }
+        mount_bpffs(Path::new(BPFFS_MOUNT)).map_err(|source| LoadError::Io {
+            action: "mounting a BPF file system at",
+            path: BPFFS_MOUNT.into(),
+            source,
+        })?;
+    }
+    pins.create()
+        .and_then(|()| pins.remove_unfinished())
+        .map_err(|source| LoadError::Io {
+            action: "preparing",
+            path: root.into(),
+            source,
+        })
+}
+
+fn existing_ancestor(path: &Path) -> &Path {
+    path.ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(path)
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Mounts, once: a second mount by another agent at the same moment would hide
+/// what the first one has pinned.
+fn mount_bpffs(path: &Path) -> io::Result<()> {
+    let folder = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY)
+        .open(path)?;
+    let _lock = Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+    if is_bpffs(path) {
+        return Ok(());
+    }
+    mount(
+        Some("bpf"),
+        path,
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    )?;
+    debug!(path = %path.display(), "BPF file system mounted");
+    Ok(())
+}
+
+/// Makes or opens the maps, and has the kernel verify the named programs.
+///
+/// The pin folder must be there ([`prepare_pins`]).
+pub fn load(
+    pins: &Pins,
+    sizes: &MapSizes,
+    features: Features,
+    programs: &[&'static str],
+) -> Result<Ebpf, LoadError> {
+    if OBJECT.is_empty() {
+        return Err(LoadError::NoObject);
+    }
+    raise_memlock_limit();
+    let set_retval = u8::from(features.set_retval == Some(true));
+    let paths = names::MAPS.map(|name| (name, pins.map(name)));
+    let mut loader = EbpfLoader::new();
+    loader.override_global(names::HAS_SET_RETVAL, &set_retval, true);
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path);
+        if let Some(entries) = wanted_entries(sizes, name) {
+            loader.map_max_entries(name, entries);
+        }
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(LoadError::Object)?;
+    for name in names::MAPS {
+        warn_of_other_size(pins, sizes, name)?;
+    }
+    for name in programs {
+        load_program(&mut ebpf, name)?;
+    }
+    Ok(ebpf)
+}
+
+/// Before 5.11 the memory of maps counts against a limit that is 64 KiB by
+/// default. A failure shows when a map is made.
+fn raise_memlock_limit() {
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        debug!(%error, "the limit of locked memory stays");
+    }
+}
+
+/// The number of entries that the flags ask for; `None` where the object knows
+/// best.
+fn wanted_entries(sizes: &MapSizes, name: &str) -> Option<u32> {
+    match name {
+        names::SERVICES4 | names::SERVICES6 => Some(sizes.map_services),
+        names::SLOTS4 | names::SLOTS6 => Some(sizes.map_slots),
+        names::BACKENDS => Some(sizes.map_backends),
+        names::META => Some(sizes.map_service_ports),
+        names::FLOWS4 | names::FLOWS6 => Some(sizes.map_flows),
+        names::SOCKETS4 | names::SOCKETS6 => Some(sizes.map_sockets),
+        _ => None,
+    }
+}
+
+/// A pinned map is kept with all it holds, whatever the flags say now.
+fn warn_of_other_size(pins: &Pins, sizes: &MapSizes, name: &'static str) -> Result<(), LoadError> {
+    let info =
+        MapInfo::from_pin(pins.map(name)).map_err(|source| LoadError::Map { name, source })?;
+    if let Some(wanted) = wanted_entries(sizes, name)
+        && info.max_entries() != wanted
+    {
+        warn!(
+            map = name,
+            entries = info.max_entries(),
+            wanted,
+            "a map of another size is pinned and stays; `klb cleanup` makes way for a new one"
+        );
+    }
+    Ok(())
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), LoadError> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or(LoadError::MissingProgram(name))?;
+    let loaded = match program {
+        Program::Xdp(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    loaded.map_err(|error| match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => LoadError::Verifier {
+            name,
+            error: io_error,
+            log: last_lines(&verifier_log.to_string(), VERIFIER_LINES),
+        },
+        source => LoadError::Program { name, source },
+    })
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+/// Opens a pinned map.
+pub(super) fn open_map(pins: &Pins, name: &'static str) -> Result<MapData, LoadError> {
+    MapData::from_pin(pins.map(name)).map_err(|source| LoadError::Map { name, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_end_of_a_long_log_is_kept() {
+        assert_eq!(last_lines("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(last_lines("a", 2), "a");
+        assert_eq!(last_lines("", 2), "");
+    }
+
+    #[test]
+    fn every_map_with_a_chosen_size_follows_its_flag() {
+        let sizes = MapSizes {
+            map_services: 1,
+            map_slots: 2,
+            map_backends: 3,
+            map_service_ports: 4,
+            map_flows: 5,
+            map_sockets: 6,
+        };
+        let wanted = names::MAPS.map(|name| wanted_entries(&sizes, name).unwrap_or(0));
+        assert_eq!(wanted, [1, 1, 2, 2, 3, 4, 5, 5, 6, 6, 0]);
+    }
+
+    #[test]
+    fn a_folder_elsewhere_is_no_place_for_pins() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let error = prepare_pins(&Pins::new(folder.path())).expect_err("no BPF file system");
+        assert!(matches!(error, LoadError::NotBpffs { .. }), "{error}");
+    }
+}

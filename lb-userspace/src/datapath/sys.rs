@@ -1,0 +1,265 @@
+//! The calls of bpf(2) that aya 0.14 does not offer: what a link is attached
+//! to, replacing a link's program whatever its kind (aya does it for XDP and TC
+//! only), and reading many entries of a map at once.
+
+use std::{
+    ffi::CString,
+    io,
+    mem::size_of,
+    os::{
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+use aya::Pod;
+
+// Numbers of `enum bpf_cmd` in the kernel's `linux/bpf.h`.
+const OBJ_GET: libc::c_int = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const MAP_LOOKUP_BATCH: libc::c_int = 24;
+const LINK_UPDATE: libc::c_int = 29;
+const LINK_DETACH: libc::c_int = 34;
+
+// Numbers of `enum bpf_link_type`.
+const LINK_TYPE_CGROUP: u32 = 3;
+const LINK_TYPE_XDP: u32 = 6;
+const LINK_TYPE_TCX: u32 = 11;
+
+/// What a link holds its program to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Index of the device; 0 once the device has gone.
+    Device(u32),
+    /// Id of the control group, which is its inode number; 0 once it has gone.
+    Cgroup(u64),
+    /// A kind of link that klb does not make.
+    Other,
+}
+
+/// What the kernel tells about a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LinkInfo {
+    pub program_id: u32,
+    pub target: Target,
+}
+
+/// `struct bpf_link_info`, as far as klb reads it.
+#[repr(C)]
+#[derive(Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    program_id: u32,
+    pad: u32,
+    /// A union by `kind`. Cgroup: a `u64` id. XDP and tcx: a `u32` index.
+    target: [u32; 2],
+    attach_type: u32,
+    tail: u32,
+}
+
+impl From<&RawLinkInfo> for LinkInfo {
+    fn from(raw: &RawLinkInfo) -> Self {
+        let [first, second] = raw.target;
+        let mut id = [0; 8];
+        id[..4].copy_from_slice(&first.to_ne_bytes());
+        id[4..].copy_from_slice(&second.to_ne_bytes());
+        Self {
+            program_id: raw.program_id,
+            target: match raw.kind {
+                LINK_TYPE_CGROUP => Target::Cgroup(u64::from_ne_bytes(id)),
+                LINK_TYPE_XDP | LINK_TYPE_TCX => Target::Device(first),
+                _ => Target::Other,
+            },
+        }
+    }
+}
+
+/// One call of bpf(2).
+///
+/// # Safety
+///
+/// `attr` must be the beginning of `union bpf_attr` as `command` reads it, and
+/// the addresses in it must be valid for what the kernel reads and writes there.
+unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
+    // SAFETY: the caller vouches for the contents, and the size bounds what the
+    // kernel reads.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result as RawFd)
+}
+
+/// Opens what is pinned at a path.
+///
+/// # Errors
+///
+/// `ENOENT` if nothing is pinned there, `EPERM` without privileges.
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    // SAFETY: the path ends with a zero and outlives the call.
+    let fd = unsafe { bpf(OBJ_GET, &mut attr) }?;
+    // SAFETY: the call made this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Asks the kernel about a link.
+pub(super) fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
+    #[repr(C)]
+    struct Attr {
+        fd: RawFd,
+        length: u32,
+        info: u64,
+    }
+    let mut info = RawLinkInfo::default();
+    let mut attr = Attr {
+        fd: link.as_fd().as_raw_fd(),
+        length: size_of::<RawLinkInfo>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: `info` has the length that is given and outlives the call.
+    unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(LinkInfo::from(&info))
+}
+
+/// Replaces the program of a link. No packet and no call meets the hook without
+/// one.
+///
+/// # Errors
+///
+/// `ENOLINK` if what the link was attached to has gone.
+pub(super) fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: RawFd,
+        program: RawFd,
+        flags: u32,
+        old_program: u32,
+    }
+    let mut attr = Attr {
+        link: link.as_fd().as_raw_fd(),
+        program: program.as_fd().as_raw_fd(),
+        flags: 0,
+        old_program: 0,
+    };
+    // SAFETY: the attributes hold numbers only.
+    unsafe { bpf(LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Takes a link's program off its hook, at once: a link that loses its last
+/// reference does so some time later.
+pub(super) fn detach_link(link: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: RawFd,
+    }
+    let mut attr = Attr {
+        link: link.as_fd().as_raw_fd(),
+    };
+    // SAFETY: the attributes hold a number only.
+    unsafe { bpf(LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// Reads all entries of a hash map or an array.
+///
+/// The kernel walks bucket by bucket, so that a map that changes meanwhile is
+/// read in one pass; by `BPF_MAP_GET_NEXT_KEY` the walk starts anew at every
+/// entry that goes, and may never end on a busy flow table.
+///
+/// # Errors
+///
+/// That of the call. `K` and `V` of other sizes than the map's are refused by
+/// the types that the caller opened the map with.
+pub(super) fn read_all<K: Pod, V: Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
+    #[repr(C)]
+    struct Attr {
+        position: u64,
+        next_position: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        fd: RawFd,
+        element_flags: u64,
+        flags: u64,
+    }
+    // More than a bucket ever holds, or the call fails with ENOSPC.
+    const CHUNK: usize = 4096;
+
+    let mut keys = Vec::<K>::with_capacity(CHUNK);
+    let mut values = Vec::<V>::with_capacity(CHUNK);
+    let mut entries = Vec::new();
+    // Opaque to us. Four bytes for hash maps, a key for arrays: four as well.
+    let mut position = None::<u32>;
+    loop {
+        let mut next_position = 0_u32;
+        let mut attr = Attr {
+            position: position
+                .as_ref()
+                .map_or(0, |position| &raw const *position as u64),
+            next_position: (&raw mut next_position) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: CHUNK as u32,
+            fd: map.as_fd().as_raw_fd(),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: both vectors have room for `count` elements of the map, and
+        // the positions outlive the call.
+        let result = unsafe { bpf(MAP_LOOKUP_BATCH, &mut attr) };
+        let last = match result {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        let count = (attr.count as usize).min(CHUNK);
+        // SAFETY: the kernel has written `count` elements to each, and any bytes
+        // are a valid `K` and `V`.
+        unsafe {
+            keys.set_len(count);
+            values.set_len(count);
+        }
+        entries.extend(keys.drain(..).zip(values.drain(..)));
+        if last {
+            return Ok(entries);
+        }
+        position = Some(next_position);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_names_its_target_by_its_kind() {
+        let raw = |kind| RawLinkInfo {
+            kind,
+            program_id: 9,
+            target: [7, 0],
+            ..RawLinkInfo::default()
+        };
+        for (kind, target) in [
+            (LINK_TYPE_TCX, Target::Device(7)),
+            (LINK_TYPE_XDP, Target::Device(7)),
+            (LINK_TYPE_CGROUP, Target::Cgroup(7)),
+            (1, Target::Other),
+        ] {
+            let info = LinkInfo::from(&raw(kind));
+            assert_eq!((info.program_id, info.target), (9, target));
+        }
+    }
+}

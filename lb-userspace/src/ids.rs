@@ -1,0 +1,163 @@
+//! Numbers for Service ports and backends.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lb_common::service::{BackendRef, is_living};
+
+/// Hands out the smallest number that is free, from 1.
+#[derive(Clone, Debug)]
+pub struct Numbers {
+    free: BTreeSet<u32>,
+    next: u32,
+    end: u32,
+}
+
+impl Numbers {
+    /// Numbers below `end`.
+    pub fn new(end: u32) -> Self {
+        Self {
+            free: BTreeSet::new(),
+            next: 1,
+            end,
+        }
+    }
+
+    /// `None` if all are in use.
+    pub fn take(&mut self) -> Option<u32> {
+        if let Some(number) = self.free.pop_first() {
+            return Some(number);
+        }
+        let number = self.next;
+        (number < self.end).then(|| {
+            self.next += 1;
+            number
+        })
+    }
+
+    /// Takes a given number; `false` if it is in use or none of these.
+    pub fn reserve(&mut self, number: u32) -> bool {
+        if number == 0 || number >= self.end {
+            return false;
+        }
+        if number < self.next {
+            return self.free.remove(&number);
+        }
+        self.free.extend(self.next..number);
+        self.next = number + 1;
+        true
+    }
+
+    /// Gives a number back.
+    pub fn release(&mut self, number: u32) {
+        self.free.insert(number);
+    }
+}
+
+/// Hands out ids of backends, each time with a generation that the id never
+/// had. The map keeps the last generation of dead ids too, so this holds
+/// across restarts.
+#[derive(Clone, Debug)]
+pub struct BackendIds {
+    numbers: Numbers,
+    /// What `klb_backend` holds, without zeros.
+    values: BTreeMap<u32, u32>,
+}
+
+impl BackendIds {
+    /// From the content of the map and its number of entries.
+    pub fn new(values: BTreeMap<u32, u32>, capacity: u32) -> Self {
+        Self {
+            numbers: Numbers::new(capacity),
+            values,
+        }
+    }
+
+    /// Takes back a backend that a slot names; `false` if it does not live, or
+    /// has been taken already.
+    pub fn adopt(&mut self, backend: BackendRef) -> bool {
+        is_living(backend.generation)
+            && self.values.get(&backend.id) == Some(&backend.generation)
+            && self.numbers.reserve(backend.id)
+    }
+
+    /// Ids that live in the map and that nobody has adopted.
+    pub fn strays(&self) -> Vec<BackendRef> {
+        let mut numbers = self.numbers.clone();
+        let living = self.values.iter().filter(|(_, value)| is_living(**value));
+        living
+            .filter(|(id, _)| numbers.reserve(**id))
+            .map(|(&id, &generation)| BackendRef { id, generation })
+            .collect()
+    }
+
+    /// A backend that never was. It lives once the map says so.
+    pub fn take(&mut self) -> Option<BackendRef> {
+        let id = self.numbers.take()?;
+        let last = self.values.get(&id).copied().unwrap_or(0);
+        // The next odd number.
+        let generation = (last | 1).wrapping_add(if is_living(last) { 2 } else { 0 });
+        self.values.insert(id, generation);
+        Some(BackendRef { id, generation })
+    }
+
+    /// Ends a life; returns what the map must say.
+    pub fn end(&mut self, backend: BackendRef) -> u32 {
+        let dead = backend.generation.wrapping_add(1);
+        self.values.insert(backend.id, dead);
+        self.numbers.release(backend.id);
+        dead
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_small_and_unique() {
+        let mut numbers = Numbers::new(5);
+        assert!(numbers.reserve(3) && !numbers.reserve(3));
+        assert!(!numbers.reserve(0) && !numbers.reserve(5));
+        let taken: Vec<_> = (0..4).map(|_| numbers.take()).collect();
+        assert_eq!(taken, [Some(1), Some(2), Some(4), None]);
+        numbers.release(2);
+        assert_eq!(numbers.take(), Some(2));
+    }
+
+    #[test]
+    fn no_life_has_the_generation_of_another() {
+        let mut ids = BackendIds::new(BTreeMap::new(), 10);
+        let mut seen = BTreeSet::new();
+        let mut map = BTreeMap::new();
+        for round in 0..20 {
+            let backend = ids.take().expect("ids are free");
+            assert!(is_living(backend.generation) && seen.insert(backend));
+            let dead = ids.end(backend);
+            assert!(!is_living(dead));
+            map.insert(backend.id, dead);
+            if round % 3 == 0 {
+                // A restart knows only the map.
+                ids = BackendIds::new(map.clone(), 10);
+            }
+        }
+    }
+
+    #[test]
+    fn a_restart_adopts_what_lives() {
+        let living = BackendRef {
+            id: 2,
+            generation: 5,
+        };
+        let mut ids = BackendIds::new(BTreeMap::from([(2, 5), (3, 8), (4, 1)]), 10);
+        assert!(ids.adopt(living) && !ids.adopt(living));
+        for (id, generation) in [(2, 7), (3, 7), (3, 8), (7, 1)] {
+            assert!(!ids.adopt(BackendRef { id, generation }), "{id} {generation}");
+        }
+        let stray = BackendRef {
+            id: 4,
+            generation: 1,
+        };
+        assert_eq!(ids.strays(), [stray]);
+        assert_eq!(ids.take().map(|backend| backend.id), Some(1));
+    }
+}

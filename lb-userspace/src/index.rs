@@ -1,0 +1,220 @@
+//! The cluster as far as it is known: objects by name, Services joined with
+//! their slices, and which Services a change concerns.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    net::IpAddr,
+};
+
+use crate::{
+    datapath::FrontendKey,
+    model::{EndpointSlice, Kind, NamespacedName, Object, ObjectRef, Service},
+    plan::{NodeFacts, ServicePlan, plan},
+};
+
+/// Everything that the sources told, and what of it is new.
+#[derive(Debug, Default)]
+pub struct Index {
+    node: NodeFacts,
+    services: BTreeMap<NamespacedName, Service>,
+    /// By name of the Service, then by name of the slice.
+    slices: BTreeMap<NamespacedName, BTreeMap<String, EndpointSlice>>,
+    /// Slice → its Service.
+    slice_owners: BTreeMap<NamespacedName, NamespacedName>,
+    claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
+    /// Service → what it claims.
+    claimed: BTreeMap<NamespacedName, (Claim, BTreeSet<FrontendKey>)>,
+    dirty: BTreeSet<NamespacedName>,
+}
+
+/// A Service's wish for a frontend. The least one has it: the oldest Service,
+/// and of two equally old ones the first by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim {
+    created: i64,
+    service: NamespacedName,
+}
+
+/// A frontend that a Service does not get because another one has it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Conflict {
+    pub key: FrontendKey,
+    pub owner: NamespacedName,
+}
+
+impl Index {
+    pub fn new(node_name: impl Into<String>) -> Self {
+        Self {
+            node: NodeFacts {
+                name: node_name.into(),
+                ..NodeFacts::default()
+            },
+            ..Self::default()
+        }
+    }
+
+    /// Takes in an object, new or changed.
+    pub fn apply(&mut self, object: Object) {
+        match object {
+            Object::Service(service) => {
+                self.dirty.insert(service.id.clone());
+                self.services.insert(service.id.clone(), service);
+            }
+            Object::EndpointSlice(slice) => {
+                // A slice may have moved to another Service.
+                self.delete_slice(&slice.id);
+                let service = NamespacedName::new(&slice.id.namespace, &slice.service);
+                self.dirty.insert(service.clone());
+                self.slice_owners.insert(slice.id.clone(), service.clone());
+                let slices = self.slices.entry(service).or_default();
+                slices.insert(slice.id.name.clone(), slice);
+            }
+            Object::Node(node) => {
+                if node.name == self.node.name && node.zone != self.node.zone {
+                    self.node.zone = node.zone;
+                    self.dirty.extend(self.services.keys().cloned());
+                }
+            }
+        }
+    }
+
+    /// Forgets an object. Forgetting what is not known changes nothing.
+    pub fn delete(&mut self, object: &ObjectRef) {
+        match object.kind {
+            Kind::Service => {
+                self.services.remove(&object.id);
+                self.dirty.insert(object.id.clone());
+            }
+            Kind::EndpointSlice => self.delete_slice(&object.id),
+            Kind::Node => {
+                if object.id.name == self.node.name && self.node.zone.take().is_some() {
+                    self.dirty.extend(self.services.keys().cloned());
+                }
+            }
+        }
+    }
+
+    fn delete_slice(&mut self, id: &NamespacedName) {
+        let Some(service) = self.slice_owners.remove(id) else {
+            return;
+        };
+        if let Entry::Occupied(mut slices) = self.slices.entry(service.clone()) {
+            slices.get_mut().remove(&id.name);
+            if slices.get().is_empty() {
+                slices.remove();
+            }
+        }
+        self.dirty.insert(service);
+    }
+
+    /// Sets the addresses at which `NodePort`s answer.
+    pub fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
+        if self.node.addresses == addresses {
+            return;
+        }
+        self.node.addresses = addresses;
+        let affected = self.services.values().filter(|service| service.has_node_ports());
+        self.dirty.extend(affected.map(|service| service.id.clone()));
+    }
+
+    /// The names of all Services.
+    pub fn services(&self) -> impl Iterator<Item = &NamespacedName> {
+        self.services.keys()
+    }
+
+    /// Marks a Service for another try.
+    pub fn mark(&mut self, service: NamespacedName) {
+        self.dirty.insert(service);
+    }
+
+    /// The Services that changed since the last call, with what the maps should
+    /// say about them now; a Service that is gone has a plan without ports.
+    ///
+    /// A frontend that two Services claim is in the plan of one; the other's
+    /// conflict is told beside it. A claim that is given up concerns the Service
+    /// that gets the frontend then, so its plan is among the results too.
+    pub fn take_changes(&mut self) -> Vec<(ServicePlan, Vec<Conflict>)> {
+        let mut plans = BTreeMap::new();
+        while let Some(id) = self.dirty.pop_first() {
+            let plan = self.plan(&id);
+            self.claim(&plan);
+            plans.insert(id, plan);
+            // Services that this one gave a frontend to, or took one from, are
+            // dirty now; those planned already need no other plan.
+            self.dirty.retain(|id| !plans.contains_key(id));
+        }
+        plans.into_values().map(|plan| self.arbitrate(plan)).collect()
+    }
+
+    fn plan(&self, id: &NamespacedName) -> ServicePlan {
+        match self.services.get(id) {
+            Some(service) => {
+                let slices = self.slices.get(id);
+                plan(service, slices.into_iter().flat_map(BTreeMap::values), &self.node)
+            }
+            None => ServicePlan {
+                service: id.clone(),
+                ports: Vec::new(),
+            },
+        }
+    }
+
+    /// Replaces a Service's claims, and marks those whom the change concerns.
+    fn claim(&mut self, plan: &ServicePlan) {
+        let service = &plan.service;
+        let new = Claim {
+            created: self.services.get(service).map_or(0, |service| service.created),
+            service: service.clone(),
+        };
+        let new_keys = frontends(plan);
+        let old = self.claimed.remove(service);
+        let old_keys = old.as_ref().map(|(_, keys)| keys.clone()).unwrap_or_default();
+        for key in old_keys.union(&new_keys) {
+            let claims = self.claims.entry(*key).or_default();
+            let before = claims.first().cloned();
+            if let Some((old, _)) = &old {
+                claims.remove(old);
+            }
+            if new_keys.contains(key) {
+                claims.insert(new.clone());
+            }
+            let after = claims.first().cloned();
+            if claims.is_empty() {
+                self.claims.remove(key);
+            }
+            if before != after {
+                let concerned = before.into_iter().chain(after).map(|claim| claim.service);
+                self.dirty.extend(concerned.filter(|other| other != service));
+            }
+        }
+        if !new_keys.is_empty() {
+            self.claimed.insert(service.clone(), (new, new_keys));
+        }
+    }
+
+    /// Takes out of a plan what belongs to other Services.
+    fn arbitrate(&self, mut plan: ServicePlan) -> (ServicePlan, Vec<Conflict>) {
+        let mut conflicts = Vec::new();
+        for port in &mut plan.ports {
+            port.frontends.retain(|frontend| {
+                let owner = self.claims.get(&frontend.key).and_then(BTreeSet::first);
+                let Some(other) = owner.filter(|owner| owner.service != plan.service) else {
+                    return true;
+                };
+                conflicts.push(Conflict {
+                    key: frontend.key,
+                    owner: other.service.clone(),
+                });
+                false
+            });
+        }
+        (plan, conflicts)
+    }
+}
+
+fn frontends(plan: &ServicePlan) -> BTreeSet<FrontendKey> {
+    let ports = plan.ports.iter();
+    ports
+        .flat_map(|port| port.frontends.iter().map(|frontend| frontend.key))
+        .collect()
+}

@@ -1,0 +1,398 @@
+//! Kubernetes objects → model: which objects count, and what of them.
+//!
+//! The rules are kube-proxy's (`ShouldSkipService`, `GetClusterIPByFamily`,
+//! `newBaseServiceInfo`, `addEndpoints`). Besides, what the API server would
+//! have refused is refused here, since a manifest has not been there.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use lb_common::service::NAME_LEN;
+
+use crate::{
+    datapath::Family,
+    model::{
+        Endpoint, EndpointPort, EndpointSlice, Hints, Kind, NamespacedName, Node, Object,
+        ObjectRef, Policy, Protocol, Service, ServicePort,
+    },
+};
+
+/// A Service with this label, whatever its value, is another proxy's.
+const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// What is wrong with an object, and where.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{object}: {field}: {message}")]
+pub struct ObjectError {
+    pub object: ObjectRef,
+    /// Path of the field, like `spec.ports[1].port`.
+    pub field: String,
+    pub message: String,
+}
+
+/// An object as klb sees it: `None` if it is none of klb's business; and what
+/// in it is left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Converted {
+    pub object: Option<Object>,
+    pub warnings: Vec<ObjectError>,
+}
+
+/// Collects the errors of one object with its name.
+struct Context {
+    object: ObjectRef,
+    warnings: Vec<ObjectError>,
+}
+
+impl Context {
+    fn new(kind: Kind, id: NamespacedName) -> Self {
+        Self {
+            object: ObjectRef { kind, id },
+            warnings: Vec::new(),
+        }
+    }
+
+    fn error(&self, field: impl Into<String>, message: impl Into<String>) -> ObjectError {
+        ObjectError {
+            object: self.object.clone(),
+            field: field.into(),
+            message: message.into(),
+        }
+    }
+
+    fn warn(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        let warning = self.error(field, message);
+        self.warnings.push(warning);
+    }
+
+    fn done(self, object: impl Into<Option<Object>>) -> Converted {
+        Converted {
+            object: object.into(),
+            warnings: self.warnings,
+        }
+    }
+
+    fn port(&self, field: &str, value: i32) -> Result<u16, ObjectError> {
+        u16::try_from(value)
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| self.error(field, format!("{value} is not between 1 and 65535")))
+    }
+
+    fn ip(&self, field: &str, value: &str) -> Result<IpAddr, ObjectError> {
+        value
+            .parse()
+            .map_err(|_not_an_ip| self.error(field, format!("{value:?} is not an IP address")))
+    }
+
+    /// `None` for a protocol that klb leaves out, after saying so.
+    fn protocol(
+        &mut self,
+        field: &str,
+        value: Option<&str>,
+    ) -> Result<Option<Protocol>, ObjectError> {
+        match value.unwrap_or("TCP") {
+            "TCP" => Ok(Some(Protocol::Tcp)),
+            "UDP" => Ok(Some(Protocol::Udp)),
+            "SCTP" => {
+                self.warn(field, "SCTP is not supported yet; the port is left out");
+                Ok(None)
+            }
+            other => Err(self.error(field, format!("{other:?} is not TCP, UDP or SCTP"))),
+        }
+    }
+
+    /// Names become fixed fields of a map.
+    fn short(&self, field: &str, value: &str) -> Result<(), ObjectError> {
+        if value.len() > NAME_LEN {
+            return Err(self.error(field, format!("longer than {NAME_LEN} characters")));
+        }
+        Ok(())
+    }
+}
+
+/// A Service.
+///
+/// # Errors
+///
+/// Names the field that the API server would have refused.
+pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted, ObjectError> {
+    let mut context = Context::new(Kind::Service, id);
+    context.short("metadata.namespace", &context.object.id.namespace)?;
+    context.short("metadata.name", &context.object.id.name)?;
+    let Some(spec) = &service.spec else {
+        return Err(context.error("spec", "is missing"));
+    };
+    let labels = service.metadata.labels.as_ref();
+    let is_others = labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL));
+    let is_external_name = spec.type_.as_deref() == Some("ExternalName");
+    if is_others || is_external_name || is_headless(spec) {
+        return Ok(context.done(None));
+    }
+    let cluster_ips = cluster_ips(&context, spec)?;
+    let ports = service_ports(&mut context, spec)?;
+    let created = service.metadata.creation_timestamp.as_ref();
+    let mut result = Service {
+        id: context.object.id.clone(),
+        created: created.map_or(i64::MAX, |time| time.0.as_second()),
+        external_ips: external_ips(&context, spec)?,
+        load_balancer_ips: load_balancer_ips(&context, service)?,
+        internal_policy: policy(
+            &context,
+            "spec.internalTrafficPolicy",
+            spec.internal_traffic_policy.as_deref(),
+        )?,
+        external_policy: policy(
+            &context,
+            "spec.externalTrafficPolicy",
+            spec.external_traffic_policy.as_deref(),
+        )?,
+        cluster_ips,
+        ports,
+    };
+    // kube-proxy and the API server leave out addresses of a family that the
+    // Service does not have.
+    let families: Vec<_> = result.cluster_ips.iter().map(|ip| Family::of(*ip)).collect();
+    for ips in [&mut result.external_ips, &mut result.load_balancer_ips] {
+        ips.retain(|ip| families.contains(&Family::of(*ip)));
+    }
+    if !result.is_externally_accessible() {
+        result.external_policy = Policy::Cluster;
+    }
+    Ok(context.done(Object::Service(result)))
+}
+
+fn is_headless(spec: &core::ServiceSpec) -> bool {
+    let first = spec.cluster_ips.iter().flatten().next();
+    matches!(
+        spec.cluster_ip.as_ref().or(first).map(String::as_str),
+        None | Some("" | "None")
+    )
+}
+
+/// One address for each family that the Service says it has.
+fn cluster_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAddr>, ObjectError> {
+    let listed = spec.cluster_ips.as_deref().unwrap_or_default();
+    let single = spec.cluster_ip.as_slice();
+    let (field, texts) = if listed.is_empty() {
+        ("spec.clusterIP", single)
+    } else {
+        ("spec.clusterIPs", listed)
+    };
+    let families = spec.ip_families.as_deref().unwrap_or_default();
+    let mut ips: Vec<IpAddr> = Vec::new();
+    for (index, text) in texts.iter().enumerate() {
+        let field = if listed.is_empty() {
+            field.to_owned()
+        } else {
+            format!("{field}[{index}]")
+        };
+        let ip = context.ip(&field, text)?;
+        if ips.iter().any(|other| Family::of(*other) == Family::of(ip)) {
+            return Err(context.error(field, "a second address of one family"));
+        }
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        if families.get(index).is_none_or(|named| named == family) {
+            ips.push(ip);
+        }
+    }
+    Ok(ips)
+}
+
+fn service_ports(
+    context: &mut Context,
+    spec: &core::ServiceSpec,
+) -> Result<Vec<ServicePort>, ObjectError> {
+    let specs = spec.ports.as_deref().unwrap_or_default();
+    if specs.is_empty() {
+        return Err(context.error("spec.ports", "is missing or empty"));
+    }
+    let mut ports: Vec<ServicePort> = Vec::new();
+    for (index, spec) in specs.iter().enumerate() {
+        let field = |name: &str| format!("spec.ports[{index}].{name}");
+        let name = spec.name.clone().unwrap_or_default();
+        context.short(&field("name"), &name)?;
+        if name.is_empty() && specs.len() > 1 {
+            return Err(context.error(field("name"), "is missing, and there are several ports"));
+        }
+        let port = context.port(&field("port"), spec.port)?;
+        let node_port = match spec.node_port {
+            None | Some(0) => None,
+            Some(port) => Some(context.port(&field("nodePort"), port)?),
+        };
+        let protocol = context.protocol(&field("protocol"), spec.protocol.as_deref())?;
+        let Some(protocol) = protocol else { continue };
+        for other in &ports {
+            if other.name == name {
+                return Err(context.error(field("name"), format!("{name:?} occurs twice")));
+            }
+            if (other.port, other.protocol) == (port, protocol) {
+                return Err(context.error(field("port"), format!("{port}/{protocol} occurs twice")));
+            }
+        }
+        ports.push(ServicePort {
+            name,
+            protocol,
+            port,
+            node_port,
+        });
+    }
+    Ok(ports)
+}
+
+fn external_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAddr>, ObjectError> {
+    let texts = spec.external_ips.iter().flatten().enumerate();
+    texts
+        .map(|(index, text)| context.ip(&format!("spec.externalIPs[{index}]"), text))
+        .collect()
+}
+
+/// Addresses at which klb stands in for the load balancer. With `ipMode:
+/// Proxy` the balancer wants the traffic itself; a host name is its business.
+fn load_balancer_ips(
+    context: &Context,
+    service: &core::Service,
+) -> Result<Vec<IpAddr>, ObjectError> {
+    let status = service.status.as_ref();
+    let balancer = status.and_then(|status| status.load_balancer.as_ref());
+    let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref());
+    let mut ips = Vec::new();
+    for (index, ingress) in ingress.unwrap_or_default().iter().enumerate() {
+        let is_vip = ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP");
+        let Some(ip) = ingress.ip.as_ref().filter(|ip| !ip.is_empty() && is_vip) else {
+            continue;
+        };
+        let field = format!("status.loadBalancer.ingress[{index}].ip");
+        ips.push(context.ip(&field, ip)?);
+    }
+    Ok(ips)
+}
+
+fn policy(context: &Context, field: &str, value: Option<&str>) -> Result<Policy, ObjectError> {
+    match value {
+        None | Some("Cluster" | "") => Ok(Policy::Cluster),
+        Some("Local") => Ok(Policy::Local),
+        Some(other) => Err(context.error(field, format!("{other:?} is not Cluster or Local"))),
+    }
+}
+
+/// An EndpointSlice.
+///
+/// # Errors
+///
+/// Names the field that the API server would have refused.
+pub fn endpoint_slice(
+    id: NamespacedName,
+    slice: &discovery::EndpointSlice,
+) -> Result<Converted, ObjectError> {
+    let mut context = Context::new(Kind::EndpointSlice, id);
+    let labels = slice.metadata.labels.as_ref();
+    let label = |name| labels.and_then(|labels| labels.get(name));
+    let family = match slice.address_type.as_str() {
+        "IPv4" => Some(Family::V4),
+        "IPv6" => Some(Family::V6),
+        "FQDN" => None,
+        other => {
+            let message = format!("{other:?} is not IPv4, IPv6 or FQDN");
+            return Err(context.error("addressType", message));
+        }
+    };
+    let (Some(service), Some(family), None) =
+        (label(SERVICE_NAME_LABEL), family, label(HEADLESS_LABEL))
+    else {
+        return Ok(context.done(None));
+    };
+    let ports = endpoint_ports(&mut context, slice)?;
+    let endpoints = endpoints(&context, slice, family)?;
+    let result = EndpointSlice {
+        id: context.object.id.clone(),
+        service: service.clone(),
+        family,
+        ports,
+        endpoints,
+    };
+    Ok(context.done(Object::EndpointSlice(result)))
+}
+
+fn endpoint_ports(
+    context: &mut Context,
+    slice: &discovery::EndpointSlice,
+) -> Result<Vec<EndpointPort>, ObjectError> {
+    let mut ports = Vec::new();
+    for (index, port) in slice.ports.iter().flatten().enumerate() {
+        let field = |name: &str| format!("ports[{index}].{name}");
+        // Without a number the port is "all ports", which is for consumers of
+        // headless Services. The API server sets a name, if only an empty one.
+        let Some(number) = port.port.filter(|number| *number != 0) else {
+            continue;
+        };
+        let number = context.port(&field("port"), number)?;
+        let protocol = context.protocol(&field("protocol"), port.protocol.as_deref())?;
+        let Some(protocol) = protocol else { continue };
+        ports.push(EndpointPort {
+            name: port.name.clone().unwrap_or_default(),
+            protocol,
+            port: number,
+        });
+    }
+    Ok(ports)
+}
+
+fn endpoints(
+    context: &Context,
+    slice: &discovery::EndpointSlice,
+    family: Family,
+) -> Result<Vec<Endpoint>, ObjectError> {
+    let mut endpoints = Vec::new();
+    for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+        let field = format!("endpoints[{index}].addresses[0]");
+        // All addresses of an endpoint are the same pod; the first is it.
+        let Some(text) = endpoint.addresses.first() else {
+            return Err(context.error(field, "is missing"));
+        };
+        let addr = context.ip(&field, text)?;
+        if Family::of(addr) != family {
+            let message = format!("{text} is not of type {}", slice.address_type);
+            return Err(context.error(field, message));
+        }
+        let conditions = endpoint.conditions.as_ref();
+        let condition = |value: Option<Option<bool>>, default| value.flatten().unwrap_or(default);
+        endpoints.push(Endpoint {
+            addr,
+            node: endpoint.node_name.clone(),
+            ready: condition(conditions.map(|c| c.ready), true),
+            serving: condition(conditions.map(|c| c.serving), true),
+            terminating: condition(conditions.map(|c| c.terminating), false),
+            hints: hints(endpoint),
+        });
+    }
+    Ok(endpoints)
+}
+
+fn hints(endpoint: &discovery::Endpoint) -> Hints {
+    let Some(hints) = &endpoint.hints else {
+        return Hints::default();
+    };
+    let zones = hints.for_zones.iter().flatten();
+    let nodes = hints.for_nodes.iter().flatten();
+    Hints {
+        zones: zones.map(|zone| zone.name.clone()).collect::<BTreeSet<_>>(),
+        nodes: nodes.map(|node| node.name.clone()).collect::<BTreeSet<_>>(),
+    }
+}
+
+/// A Node.
+pub fn node(name: String, node: &core::Node) -> Converted {
+    let labels = node.metadata.labels.as_ref();
+    let zone = labels.and_then(|labels| labels.get(ZONE_LABEL)).cloned();
+    Converted {
+        object: Some(Object::Node(Node {
+            name,
+            zone: zone.filter(|zone| !zone.is_empty()),
+        })),
+        warnings: Vec::new(),
+    }
+}

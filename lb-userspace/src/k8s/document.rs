@@ -1,0 +1,182 @@
+//! The text of a manifest → objects, one document at a time.
+//!
+//! YAML is read by `serde_yaml_ng`, the maintained continuation of
+//! `serde_yaml`; kube uses the same data model, so what `kubectl` takes is
+//! taken here.
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    },
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::convert::{self, Converted, ObjectError};
+use crate::model::{Kind, NamespacedName, Object, ObjectRef};
+
+/// What a document describes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Document {
+    pub objects: Vec<Object>,
+    pub warnings: Vec<DocumentError>,
+}
+
+impl Document {
+    pub fn extend(&mut self, other: Self) {
+        self.objects.extend(other.objects);
+        self.warnings.extend(other.warnings);
+    }
+}
+
+/// Why a document, or an item of a list in it, is skipped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DocumentError {
+    /// As far as it is known.
+    pub object: Option<ObjectRef>,
+    /// Path of the field, if it is one field's fault.
+    pub field: Option<String>,
+    pub message: String,
+}
+
+impl From<ObjectError> for DocumentError {
+    fn from(error: ObjectError) -> Self {
+        Self {
+            object: Some(error.object),
+            field: Some(error.field),
+            message: error.message,
+        }
+    }
+}
+
+/// What each document of a text describes: one result, or one for each item of
+/// a list.
+pub fn read_all(text: &str) -> Vec<Vec<Result<Document, DocumentError>>> {
+    split(text).into_iter().map(read_document).collect()
+}
+
+/// Cuts a text at its document markers. A line that begins with three dashes
+/// and a space, or is nothing else, is one wherever it stands (YAML 1.2, 9.1.2);
+/// cutting first means that a broken document does not take the others along.
+fn split(text: &str) -> Vec<&str> {
+    let mut documents = Vec::new();
+    let mut start = 0;
+    let mut position = 0;
+    for line in text.split_inclusive('\n') {
+        let rest = line.strip_prefix("---");
+        if rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace)) {
+            documents.push(&text[start..position]);
+            start = position;
+        }
+        position += line.len();
+    }
+    documents.push(&text[start..]);
+    // What stands before the first marker is a document only if it says
+    // something, and so is each: numbers count documents as a reader would.
+    documents.retain(|document| {
+        let mut lines = document.lines().map(|line| line.trim_start_matches("---").trim());
+        lines.any(|line| !line.is_empty() && !line.starts_with('#') && !line.starts_with('%'))
+    });
+    documents
+}
+
+fn read_document(text: &str) -> Vec<Result<Document, DocumentError>> {
+    match serde_yaml_ng::from_str::<Value>(text) {
+        Ok(value) => read_value(value),
+        Err(error) => vec![Err(DocumentError {
+            object: None,
+            field: None,
+            message: format!("no valid YAML: {error}"),
+        })],
+    }
+}
+
+fn read_value(value: Value) -> Vec<Result<Document, DocumentError>> {
+    let kind = value.get("kind").and_then(Value::as_str);
+    if kind.is_some_and(|kind| kind.ends_with("List"))
+        && let Some(Value::Array(items)) = value.get("items")
+    {
+        return items.iter().cloned().flat_map(read_value).collect();
+    }
+    vec![read_object(value)]
+}
+
+fn read_object(value: Value) -> Result<Document, DocumentError> {
+    let text = |pointer| value.pointer(pointer).and_then(Value::as_str);
+    let (api_version, kind) = (text("/apiVersion"), text("/kind"));
+    let (Some(api_version), Some(kind)) = (api_version, kind) else {
+        let field = if kind.is_some() { "apiVersion" } else { "kind" };
+        return Err(DocumentError {
+            object: None,
+            field: Some(field.to_owned()),
+            message: "is missing, so this is no Kubernetes object".to_owned(),
+        });
+    };
+    let kind = match (api_version, kind) {
+        ("v1", "Service") => Kind::Service,
+        ("discovery.k8s.io/v1", "EndpointSlice") => Kind::EndpointSlice,
+        ("v1", "Node") => Kind::Node,
+        (version, "Service" | "EndpointSlice" | "Node") => {
+            return Err(DocumentError {
+                object: None,
+                field: Some("apiVersion".to_owned()),
+                message: format!("{version:?} is no version of {kind} that klb knows"),
+            });
+        }
+        _ => {
+            tracing::debug!(kind, api_version, "none of klb's business");
+            return Ok(Document::default());
+        }
+    };
+    let Some(name) = text("/metadata/name").filter(|name| !name.is_empty()) else {
+        return Err(DocumentError {
+            object: None,
+            field: Some("metadata.name".to_owned()),
+            message: format!("is missing in a {kind}"),
+        });
+    };
+    let namespace = match kind {
+        Kind::Node => "",
+        _ => text("/metadata/namespace").unwrap_or("default"),
+    };
+    let id = NamespacedName::new(namespace, name);
+    let converted = convert(kind, id, value)?;
+    Ok(Document {
+        objects: converted.object.into_iter().collect(),
+        warnings: converted.warnings.into_iter().map(Into::into).collect(),
+    })
+}
+
+fn convert(kind: Kind, id: NamespacedName, value: Value) -> Result<Converted, DocumentError> {
+    let reference = ObjectRef {
+        kind,
+        id: id.clone(),
+    };
+    match kind {
+        Kind::Service => {
+            let service = typed::<Service>(value, reference)?;
+            Ok(convert::service(id, &service)?)
+        }
+        Kind::EndpointSlice => {
+            let slice = typed::<EndpointSlice>(value, reference)?;
+            Ok(convert::endpoint_slice(id, &slice)?)
+        }
+        Kind::Node => {
+            let node = typed::<Node>(value, reference)?;
+            Ok(convert::node(id.name, &node))
+        }
+    }
+}
+
+/// Reads a value as a Kubernetes type; an error names the field.
+fn typed<T: DeserializeOwned>(value: Value, object: ObjectRef) -> Result<T, DocumentError> {
+    serde_path_to_error::deserialize(value).map_err(|error| DocumentError {
+        object: Some(object),
+        field: Some(error.path().to_string()),
+        message: error.into_inner().to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,230 @@
+use super::*;
+use crate::{
+    datapath::Family,
+    model::{Policy, Protocol},
+};
+
+const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 10.96.0.1
+  clusterIPs: [10.96.0.1, 'fd00:10:96::1']
+  ipFamilies: [IPv4, IPv6]
+  ports:
+  - {name: http, port: 80, targetPort: web, nodePort: 30080}
+  - {name: dns, port: 53, protocol: UDP}
+";
+
+const SLICE: &str = "
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: web-1
+  namespace: shop
+  labels: {kubernetes.io/service-name: web}
+addressType: IPv4
+ports:
+- {name: http, port: 3000, protocol: TCP}
+endpoints:
+- addresses: [10.244.0.5]
+  nodeName: node-a
+  conditions: {ready: true}
+  hints: {forZones: [{name: zone-a}]}
+- addresses: [10.244.0.6]
+  conditions: {ready: false, serving: true, terminating: true}
+";
+
+/// The one result of a text with one document.
+fn read(text: &str) -> Result<Document, DocumentError> {
+    let mut results: Vec<_> = read_all(text).into_iter().flatten().collect();
+    assert_eq!(results.len(), 1, "{text}");
+    results.remove(0)
+}
+
+fn read_service(text: &str) -> crate::model::Service {
+    match read(text).expect("a good document").objects.remove(0) {
+        Object::Service(service) => service,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_service_is_read() {
+    let service = read_service(SERVICE);
+    assert_eq!(service.id, NamespacedName::new("shop", "web"));
+    assert_eq!(service.cluster_ips.len(), 2);
+    assert_eq!(service.external_policy, Policy::Cluster);
+    let ports: Vec<_> = service
+        .ports
+        .iter()
+        .map(|port| (port.name.as_str(), port.protocol, port.port, port.node_port))
+        .collect();
+    assert_eq!(
+        ports,
+        [
+            ("http", Protocol::Tcp, 80, Some(30080)),
+            ("dns", Protocol::Udp, 53, None)
+        ]
+    );
+}
+
+#[test]
+fn a_slice_is_read() {
+    let document = read(SLICE).expect("a good document");
+    let [Object::EndpointSlice(slice)] = &document.objects[..] else {
+        panic!("{document:?}");
+    };
+    assert_eq!((slice.service.as_str(), slice.family), ("web", Family::V4));
+    let [ready, draining] = &slice.endpoints[..] else {
+        panic!("{slice:?}");
+    };
+    assert!(ready.ready && ready.serving && !ready.terminating);
+    assert!(ready.hints.zones.contains("zone-a"));
+    assert_eq!(ready.node.as_deref(), Some("node-a"));
+    assert!(!draining.ready && draining.serving && draining.terminating);
+    assert_eq!(draining.node, None);
+}
+
+#[test]
+fn a_node_is_read() {
+    let text = "{apiVersion: v1, kind: Node, metadata: {name: a, labels: {topology.kubernetes.io/zone: z}}}";
+    let document = read(text).expect("a good document");
+    let [Object::Node(node)] = &document.objects[..] else {
+        panic!("{document:?}");
+    };
+    assert_eq!(node.zone.as_deref(), Some("z"));
+}
+
+/// A document with one thing replaced.
+fn edited(text: &str, from: &str, to: &str) -> String {
+    assert!(text.contains(from), "{from}");
+    text.replacen(from, to, 1)
+}
+
+#[test]
+fn what_is_none_of_klbs_business() {
+    let rows = [
+        edited(SERVICE, "clusterIP: 10.96.0.1", "clusterIP: None"),
+        edited(SERVICE, "spec:", "spec:\n  type: ExternalName"),
+        edited(
+            SERVICE,
+            "namespace: shop}",
+            "namespace: shop, labels: {service.kubernetes.io/service-proxy-name: other}}",
+        ),
+        edited(SLICE, "kubernetes.io/service-name: web", "a: b"),
+        edited(SLICE, "labels: {", "labels: {service.kubernetes.io/headless: '', "),
+        "{apiVersion: v1, kind: Service, metadata: {name: a}, spec: {ports: [{port: 1}]}}".into(),
+        "{apiVersion: apps/v1, kind: Deployment, metadata: {name: a}}".into(),
+        "{apiVersion: v1, kind: ConfigMap, metadata: {}}".into(),
+    ];
+    for text in rows {
+        let document = read(&text).unwrap_or_else(|error| panic!("{text}\n{error:?}"));
+        assert_eq!(document, Document::default(), "{text}");
+    }
+}
+
+#[test]
+fn errors_name_the_object_and_the_field() {
+    let rows = [
+        (SERVICE, "port: 80", "port: 0", "spec.ports[0].port"),
+        (SERVICE, "port: 80", "port: 65536", "spec.ports[0].port"),
+        (SERVICE, "port: 80", "port: web", "spec.ports[0].port"),
+        (SERVICE, "port: 53", "port: -1", "spec.ports[1].port"),
+        (SERVICE, "nodePort: 30080", "nodePort: 99999", "spec.ports[0].nodePort"),
+        (SERVICE, "name: dns, ", "", "spec.ports[1].name"),
+        (SERVICE, "name: dns", "name: http", "spec.ports[1].name"),
+        (SERVICE, "port: 53, protocol: UDP", "port: 80", "spec.ports[1].port"),
+        (SERVICE, "protocol: UDP", "protocol: QUIC", "spec.ports[1].protocol"),
+        (SERVICE, "clusterIPs: [10.96.0.1", "clusterIPs: [10.96.0.256", "spec.clusterIPs[0]"),
+        (SERVICE, "'fd00:10:96::1'", "10.96.0.2", "spec.clusterIPs[1]"),
+        (SERVICE, "spec:", "spec:\n  externalTrafficPolicy: Near", "spec.externalTrafficPolicy"),
+        (SERVICE, "spec:", "spec:\n  externalIPs: [here]", "spec.externalIPs[0]"),
+        (SLICE, "port: 3000", "port: 70000", "ports[0].port"),
+        (SLICE, "[10.244.0.6]", "[10.244.0]", "endpoints[1].addresses[0]"),
+        (SLICE, "[10.244.0.6]", "['fd00::6']", "endpoints[1].addresses[0]"),
+        (SLICE, "[10.244.0.6]", "[]", "endpoints[1].addresses[0]"),
+        (SLICE, "addressType: IPv4", "addressType: IPX", "addressType"),
+        (SLICE, "ready: true", "ready: perhaps", "endpoints[0].conditions.ready"),
+    ];
+    for (text, from, to, field) in rows {
+        let error = read(&edited(text, from, to)).expect_err(to);
+        assert_eq!(error.field.as_deref(), Some(field), "{to}: {}", error.message);
+        let object = error.object.expect("known by name").to_string();
+        assert!(object == "Service shop/web" || object == "EndpointSlice shop/web-1");
+    }
+}
+
+#[test]
+fn without_a_name_the_error_says_what_is_missing() {
+    for (text, field) in [
+        ("{kind: Service}", "apiVersion"),
+        ("{apiVersion: v1}", "kind"),
+        ("{apiVersion: v1, kind: Service, spec: {}}", "metadata.name"),
+        ("{apiVersion: v2, kind: Service, metadata: {name: a}}", "apiVersion"),
+        ("[1, 2]", "kind"),
+    ] {
+        let error = read(text).expect_err(text);
+        assert_eq!(error.field.as_deref(), Some(field), "{text}");
+    }
+    let error = read("kind: {").expect_err("no YAML");
+    assert!(error.message.starts_with("no valid YAML"), "{}", error.message);
+}
+
+#[test]
+fn sctp_is_left_out_and_said() {
+    let document = read(&edited(SERVICE, "protocol: UDP", "protocol: SCTP")).expect("a document");
+    let [Object::Service(service)] = &document.objects[..] else {
+        panic!("{document:?}");
+    };
+    assert_eq!(service.ports.len(), 1);
+    assert_eq!(document.warnings[0].field.as_deref(), Some("spec.ports[1].protocol"));
+}
+
+#[test]
+fn external_addresses_count_as_kube_proxy_counts_them() {
+    let text = edited(
+        SERVICE,
+        "spec:",
+        "status: {loadBalancer: {ingress: [{ip: 203.0.113.1}, {ip: 203.0.113.2, ipMode: VIP}, {ip: 203.0.113.3, ipMode: Proxy}, {hostname: lb}]}}
+spec:
+  externalTrafficPolicy: Local
+  externalIPs: [198.51.100.1]",
+    );
+    let service = read_service(&text);
+    assert_eq!(service.load_balancer_ips.len(), 2);
+    assert_eq!(service.external_ips.len(), 1);
+    assert_eq!(service.external_policy, Policy::Local);
+    // Not reachable from outside: the external policy has no meaning.
+    let text = edited(SERVICE, ", nodePort: 30080", "");
+    let text = edited(&text, "spec:", "spec:\n  externalTrafficPolicy: Local");
+    assert_eq!(read_service(&text).external_policy, Policy::Cluster);
+    // Addresses of a family that the Service does not have.
+    let text = edited(SERVICE, ", 'fd00:10:96::1']", "]");
+    let text = edited(&text, "spec:", "spec:\n  externalIPs: ['2001:db8::1']");
+    assert!(read_service(&text).external_ips.is_empty());
+}
+
+#[test]
+fn documents_are_cut_where_yaml_cuts_them() {
+    let text = "# only a comment\n---\na: 1\n--- # next\nb: |\n  ---x\n---\n\n---\n{c: [}\n---\nd: 4";
+    let results = read_all(text);
+    assert_eq!(results.len(), 4, "{results:?}");
+    let broken = results[2][0].as_ref().expect_err("broken");
+    assert!(broken.message.starts_with("no valid YAML"));
+}
+
+#[test]
+fn a_list_is_its_items_and_one_broken_item_leaves_the_others() {
+    let item = |text: &str| text.replace('\n', "\n    ");
+    let text = format!(
+        "apiVersion: v1\nkind: List\nitems:\n  -{}\n  -{}\n  -{}",
+        item(SERVICE),
+        item(&edited(SERVICE, "port: 80", "port: 0")),
+        item(SLICE),
+    );
+    let results = read_all(&text).remove(0);
+    assert_eq!(results.len(), 3);
+    assert!(results[0].is_ok() && results[1].is_err() && results[2].is_ok());
+}

@@ -1,0 +1,222 @@
+//! What klb needs to know of a cluster, in plain types: no Kubernetes, no maps.
+
+use std::{collections::BTreeSet, fmt, net::IpAddr};
+
+use lb_common::flow::{TCP, UDP};
+
+use crate::datapath::Family;
+
+/// Namespace and name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NamespacedName {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl NamespacedName {
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for NamespacedName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A protocol that klb balances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => TCP,
+            Self::Udp => UDP,
+        }
+    }
+
+    /// The protocol with this number.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            TCP => Some(Self::Tcp),
+            UDP => Some(Self::Udp),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+/// A traffic policy: all endpoints, or those of this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Policy {
+    #[default]
+    Cluster,
+    Local,
+}
+
+/// A Service that has frontends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub id: NamespacedName,
+    /// Seconds since 1970; of two Services that claim one frontend the older
+    /// has it. A manifest has no such time, and counts as new.
+    pub created: i64,
+    /// At most one of each family. The Service exists for these families only.
+    pub cluster_ips: Vec<IpAddr>,
+    pub external_ips: Vec<IpAddr>,
+    pub load_balancer_ips: Vec<IpAddr>,
+    pub internal_policy: Policy,
+    /// `Local` only where it has a meaning: on a Service that can be reached
+    /// from outside.
+    pub external_policy: Policy,
+    pub ports: Vec<ServicePort>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Empty if the Service has one port without a name.
+    pub name: String,
+    pub protocol: Protocol,
+    pub port: u16,
+    pub node_port: Option<u16>,
+}
+
+impl Service {
+    /// The Service's own address of a family.
+    pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {
+        let mut ips = self.cluster_ips.iter();
+        ips.find(|ip| Family::of(**ip) == family).copied()
+    }
+
+    /// Whether clients outside of the cluster have a way in.
+    pub fn is_externally_accessible(&self) -> bool {
+        !self.external_ips.is_empty()
+            || !self.load_balancer_ips.is_empty()
+            || self.has_node_ports()
+    }
+
+    pub fn has_node_ports(&self) -> bool {
+        self.ports.iter().any(|port| port.node_port.is_some())
+    }
+}
+
+/// Some of a Service's endpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    pub id: NamespacedName,
+    /// Name of the Service, in the same namespace.
+    pub service: String,
+    pub family: Family,
+    pub ports: Vec<EndpointPort>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointPort {
+    pub name: String,
+    pub protocol: Protocol,
+    pub port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub addr: IpAddr,
+    pub node: Option<String>,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+    pub hints: Hints,
+}
+
+/// For whom the endpoint is meant, as the EndpointSlice controller suggests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    pub zones: BTreeSet<String>,
+    pub nodes: BTreeSet<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    pub name: String,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<String>,
+}
+
+/// Anything that a source brings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    Service(Service),
+    EndpointSlice(EndpointSlice),
+    Node(Node),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    Service,
+    EndpointSlice,
+    Node,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+        })
+    }
+}
+
+/// Names an object. A Node has the empty namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectRef {
+    pub kind: Kind,
+    pub id: NamespacedName,
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.kind == Kind::Node {
+            return write!(f, "Node {}", self.id.name);
+        }
+        write!(f, "{} {}", self.kind, self.id)
+    }
+}
+
+impl Object {
+    pub fn reference(&self) -> ObjectRef {
+        let (kind, id) = match self {
+            Self::Service(service) => (Kind::Service, service.id.clone()),
+            Self::EndpointSlice(slice) => (Kind::EndpointSlice, slice.id.clone()),
+            Self::Node(node) => (Kind::Node, NamespacedName::new("", &node.name)),
+        };
+        ObjectRef { kind, id }
+    }
+}
+
+/// What a source tells, whichever it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    Apply(Object),
+    Delete(ObjectRef),
+    /// Everything that there is has been told; from now on what was not told
+    /// does not exist.
+    Synced,
+}

@@ -1,0 +1,280 @@
+use std::str::FromStr as _;
+
+use super::*;
+use crate::model::{EndpointPort, Hints, Protocol};
+
+const NODE: &str = "node-a";
+
+fn node() -> NodeFacts {
+    NodeFacts {
+        name: NODE.to_owned(),
+        zone: Some("zone-a".to_owned()),
+        addresses: ["192.168.50.1", "fd00:50::1"]
+            .map(|addr| IpAddr::from_str(addr).expect("an address"))
+            .into(),
+    }
+}
+
+fn service() -> Service {
+    Service {
+        id: NamespacedName::new("default", "web"),
+        created: 0,
+        cluster_ips: vec![ip("10.96.0.1")],
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        internal_policy: Policy::Cluster,
+        external_policy: Policy::Cluster,
+        ports: vec![ServicePort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// An endpoint from a few letters: `r`eady, `s`erving, `t`erminating; on this
+/// node unless `@` says elsewhere; hints for zones and nodes by name.
+fn endpoint(addr: &str, letters: &str) -> Endpoint {
+    let mut words = letters.split_whitespace();
+    let conditions = words.next().unwrap_or_default();
+    let mut hints = Hints::default();
+    let mut node = Some(NODE.to_owned());
+    for word in words {
+        if let Some(name) = word.strip_prefix("zone=") {
+            hints.zones.insert(name.to_owned());
+        } else if let Some(name) = word.strip_prefix("for=") {
+            hints.nodes.insert(name.to_owned());
+        } else if let Some(name) = word.strip_prefix('@') {
+            node = (!name.is_empty()).then(|| name.to_owned());
+        }
+    }
+    Endpoint {
+        addr: ip(addr),
+        node,
+        ready: conditions.contains('r'),
+        serving: conditions.contains('s'),
+        terminating: conditions.contains('t'),
+        hints,
+    }
+}
+
+fn slice(name: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    EndpointSlice {
+        id: NamespacedName::new("default", name),
+        service: "web".to_owned(),
+        family: Family::of(endpoints.first().map_or(ip("10.0.0.1"), |endpoint| endpoint.addr)),
+        ports: vec![EndpointPort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 3000,
+        }],
+        endpoints,
+    }
+}
+
+/// Last octets of the backends of the one frontend of a kind.
+fn backends(plan: &ServicePlan, kind: FrontendKind) -> (Verdict, Vec<u8>) {
+    let frontends = plan.ports.iter().flat_map(|port| &port.frontends);
+    let frontend = frontends
+        .into_iter()
+        .find(|frontend| frontend.kind == kind)
+        .unwrap_or_else(|| panic!("no frontend of kind {kind:?}"));
+    let last_octet = |backend: &Backend| match backend.addr.ip() {
+        IpAddr::V4(addr) => addr.octets()[3],
+        IpAddr::V6(addr) => addr.octets()[15],
+    };
+    (frontend.verdict, frontend.backends.iter().map(last_octet).collect())
+}
+
+#[test]
+fn endpoints_that_new_flows_get() {
+    use Verdict::{Forward, Reject};
+    let rows: [(&str, &[&str], Verdict, &[u8]); 8] = [
+        ("ready ones", &["rs", "rs"], Forward, &[1, 2]),
+        ("none", &[], Reject, &[]),
+        ("not ready", &["s", "rs"], Forward, &[2]),
+        ("not ready, the only one", &["s"], Reject, &[]),
+        ("draining, while one is ready", &["st", "rs"], Forward, &[2]),
+        ("draining, none is ready", &["st", "s"], Forward, &[1]),
+        ("terminating and no longer serving", &["t"], Reject, &[]),
+        ("ready by publishNotReadyAddresses", &["rt"], Forward, &[1]),
+    ];
+    for (name, endpoints, verdict, expected) in rows {
+        let endpoints = endpoints
+            .iter()
+            .enumerate()
+            .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
+        let plan = plan(&service(), [slice("a", endpoints.collect())].iter(), &node());
+        let found = backends(&plan, FrontendKind::ClusterIp);
+        assert_eq!(found, (verdict, expected.to_vec()), "{name}");
+    }
+}
+
+#[test]
+fn local_policies() {
+    use Policy::{Cluster, Local};
+    use Verdict::{Drop, Forward, Reject};
+    // Policies, endpoints, then what ClusterIP and NodePort lead to.
+    let rows: [(&str, Policy, Policy, &[&str], (Verdict, &[u8]), (Verdict, &[u8])); 9] = [
+        ("both Cluster", Cluster, Cluster, &["rs", "rs @b"], (Forward, &[1, 2]), (Forward, &[1, 2])),
+        ("external Local", Cluster, Local, &["rs", "rs @b"], (Forward, &[1, 2]), (Forward, &[1])),
+        ("internal Local", Local, Cluster, &["rs", "rs @b"], (Forward, &[1]), (Forward, &[1, 2])),
+        ("both Local", Local, Local, &["rs", "rs @b"], (Forward, &[1]), (Forward, &[1])),
+        ("none here", Cluster, Local, &["rs @b"], (Forward, &[1]), (Drop, &[])),
+        ("none here, internal", Local, Cluster, &["rs @b"], (Drop, &[]), (Forward, &[1])),
+        ("none anywhere", Local, Local, &[], (Reject, &[]), (Reject, &[])),
+        ("here only draining", Cluster, Local, &["st", "rs @b"], (Forward, &[2]), (Forward, &[1])),
+        ("no node is not here", Cluster, Local, &["rs @"], (Forward, &[1]), (Drop, &[])),
+    ];
+    for (name, internal, external, endpoints, cluster_ip, node_port) in rows {
+        let mut service = service();
+        service.internal_policy = internal;
+        service.external_policy = external;
+        service.ports[0].node_port = Some(30080);
+        let endpoints = endpoints
+            .iter()
+            .enumerate()
+            .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
+        let plan = plan(&service, [slice("a", endpoints.collect())].iter(), &node());
+        let (verdict, list) = cluster_ip;
+        assert_eq!(
+            backends(&plan, FrontendKind::ClusterIp),
+            (verdict, list.to_vec()),
+            "{name}, ClusterIP"
+        );
+        let (verdict, list) = node_port;
+        assert_eq!(
+            backends(&plan, FrontendKind::NodePort),
+            (verdict, list.to_vec()),
+            "{name}, NodePort"
+        );
+    }
+}
+
+#[test]
+fn topology_hints() {
+    let rows: [(&str, &[&str], &[u8]); 8] = [
+        ("zone", &["rs zone=zone-a", "rs zone=zone-b"], &[1]),
+        ("several zones", &["rs zone=zone-a", "rs zone=zone-b zone=zone-a"], &[1, 2]),
+        ("one has none", &["rs zone=zone-a", "rs"], &[1, 2]),
+        ("none for this zone", &["rs zone=zone-b", "rs zone=zone-c"], &[1, 2]),
+        ("node", &["rs for=node-a", "rs for=node-b"], &[1]),
+        ("node before zone", &["rs for=node-a zone=zone-b", "rs for=node-b zone=zone-a"], &[1]),
+        ("none for this node, then zone", &["rs for=b zone=zone-b", "rs for=c zone=zone-a"], &[2]),
+        ("one that is not ready does not count", &["rs zone=zone-a", "s", "rs zone=zone-b"], &[1]),
+    ];
+    for (name, endpoints, expected) in rows {
+        let endpoints = endpoints
+            .iter()
+            .enumerate()
+            .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
+        let plan = plan(&service(), [slice("a", endpoints.collect())].iter(), &node());
+        assert_eq!(backends(&plan, FrontendKind::ClusterIp).1, expected, "{name}");
+    }
+    // A node that does not know its zone obeys no zone.
+    let nowhere = NodeFacts {
+        zone: None,
+        ..node()
+    };
+    let endpoints = ["rs zone=zone-a", "rs zone=zone-b"];
+    let endpoints = [1, 2].map(|n| endpoint(&format!("10.244.0.{n}"), endpoints[n - 1]));
+    let plan = plan(&service(), [slice("a", endpoints.into())].iter(), &nowhere);
+    assert_eq!(backends(&plan, FrontendKind::ClusterIp).1, [1, 2]);
+}
+
+#[test]
+fn an_address_in_two_slices_counts_once() {
+    let rows = [
+        ("a live one beats a terminating one", "rs", "st", vec![1]),
+        ("in either order", "st", "rs", vec![1]),
+        ("else the later one wins", "rs", "s", vec![]),
+        ("else the later one wins, again", "s", "rs", vec![1]),
+    ];
+    for (name, first, second, expected) in rows {
+        let slices = [
+            slice("a", vec![endpoint("10.244.0.1", first)]),
+            slice("b", vec![endpoint("10.244.0.1", second)]),
+        ];
+        let plan = plan(&service(), slices.iter(), &node());
+        assert_eq!(backends(&plan, FrontendKind::ClusterIp).1, expected, "{name}");
+    }
+}
+
+#[test]
+fn frontends_of_every_kind_and_family() {
+    let mut service = service();
+    service.cluster_ips.push(ip("fd00:10:96::1"));
+    service.external_ips = vec![ip("198.51.100.1")];
+    service.load_balancer_ips = vec![ip("203.0.113.1"), ip("2001:db8::1")];
+    service.ports[0].node_port = Some(30080);
+    let slices = [
+        slice("a", vec![endpoint("10.244.0.5", "rs")]),
+        slice("b", vec![endpoint("fd00:10:244::5", "rs")]),
+    ];
+    let plan = plan(&service, slices.iter(), &node());
+    let frontends: Vec<_> = plan.ports[0]
+        .frontends
+        .iter()
+        .map(|frontend| {
+            let to: Vec<_> = frontend.backends.iter().map(|b| b.addr.to_string()).collect();
+            format!("{:?} {} → {}", frontend.kind, frontend.key, to.join(", "))
+        })
+        .collect();
+    assert_eq!(
+        frontends,
+        [
+            "ClusterIp 10.96.0.1:80/TCP → 10.244.0.5:3000",
+            "ExternalIp 198.51.100.1:80/TCP → 10.244.0.5:3000",
+            "LoadBalancer 203.0.113.1:80/TCP → 10.244.0.5:3000",
+            "NodePort 192.168.50.1:30080/TCP → 10.244.0.5:3000",
+            "ClusterIp [fd00:10:96::1]:80/TCP → [fd00:10:244::5]:3000",
+            "LoadBalancer [2001:db8::1]:80/TCP → [fd00:10:244::5]:3000",
+            "NodePort [fd00:50::1]:30080/TCP → [fd00:10:244::5]:3000",
+        ]
+    );
+}
+
+#[test]
+fn ports_are_joined_by_name_and_protocol() {
+    let mut service = service();
+    service.ports.push(ServicePort {
+        name: "metrics".to_owned(),
+        protocol: Protocol::Tcp,
+        port: 9000,
+        node_port: None,
+    });
+    let mut both = slice("a", vec![endpoint("10.244.0.1", "rs")]);
+    both.ports.push(EndpointPort {
+        name: "metrics".to_owned(),
+        protocol: Protocol::Tcp,
+        port: 9100,
+    });
+    both.ports.push(EndpointPort {
+        name: "http".to_owned(),
+        protocol: Protocol::Udp,
+        port: 53,
+    });
+    let plan = plan(&service, [both].iter(), &node());
+    let ports: Vec<_> = plan
+        .ports
+        .iter()
+        .map(|port| port.frontends[0].backends[0].addr.port())
+        .collect();
+    assert_eq!(ports, [3000, 9100]);
+}
+
+#[test]
+fn endpoints_that_still_answer_stay_alive() {
+    let endpoints = ["rs", "s", "st", "t"]
+        .iter()
+        .enumerate()
+        .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
+    let plan = plan(&service(), [slice("a", endpoints.collect())].iter(), &node());
+    let alive: Vec<_> = plan.ports[0].alive.iter().map(|b| b.addr.to_string()).collect();
+    assert_eq!(alive, ["10.244.0.1:3000", "10.244.0.2:3000", "10.244.0.3:3000"]);
+}

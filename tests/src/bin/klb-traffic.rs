@@ -1,0 +1,159 @@
+//! The servers and clients of klb's tests and demo, as a program of its own:
+//! the socket programs look at the control group of a *process*, so a thread of
+//! the test cannot stand for a process of the cluster.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use clap::{Parser, Subcommand};
+use lb_tests::traffic::{Answer, Connection, Failure, Report, Request, now, serve};
+
+/// Servers and clients for klb's tests and demo
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer with a name over HTTP and UDP, IPv4 and IPv6, until killed
+    Serve {
+        name: String,
+        #[arg(long, default_value_t = 3000)]
+        http: u16,
+        #[arg(long, default_value_t = 3053)]
+        udp: u16,
+    },
+    /// Ask a number of times, and report each outcome as a line of JSON
+    Ask {
+        #[command(flatten)]
+        request: Request,
+        #[arg(long, default_value_t = 1)]
+        count: u32,
+    },
+    /// Ask again and again until there is an answer; report only that, or the
+    /// last failure
+    Await {
+        #[command(flatten)]
+        request: Request,
+        #[arg(long, value_name = "MS", default_value_t = 5000)]
+        within: u64,
+    },
+    /// Ask until standard input ends, and report each outcome
+    Stream {
+        #[command(flatten)]
+        request: Request,
+        /// Pause between an outcome and the next question
+        #[arg(long, value_name = "MS", default_value_t = 1)]
+        every: u64,
+        /// Ask over one connection that stays open
+        #[arg(long)]
+        hold: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("klb-traffic: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> io::Result<()> {
+    match command {
+        Command::Serve { name, http, udp } => {
+            serve(&name, http, udp)?;
+            print("serving")?;
+            loop {
+                thread::park();
+            }
+        }
+        Command::Ask { request, count } => (0..count).try_for_each(|_| report(request.perform())),
+        Command::Await { request, within } => report(keep_asking(&request, within)),
+        Command::Stream {
+            request,
+            every,
+            hold,
+        } => stream(&request, Duration::from_millis(every), hold),
+    }
+}
+
+fn keep_asking(request: &Request, within: u64) -> Result<Answer, Failure> {
+    let end = now() + within * 1000;
+    loop {
+        let result = request.perform();
+        if result.is_ok() || now() > end {
+            return result;
+        }
+        // Without it, a refusal at once would make this loop take a whole CPU.
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn stream(request: &Request, every: Duration, hold: bool) -> io::Result<()> {
+    let ended = watch_stdin();
+    let mut held = None;
+    while !ended.load(Ordering::Relaxed) {
+        let result = if hold {
+            ask_held(request, &mut held)
+        } else {
+            request.perform()
+        };
+        report(result)?;
+        thread::sleep(every);
+    }
+    Ok(())
+}
+
+/// A flag that is set when standard input ends.
+fn watch_stdin() -> Arc<AtomicBool> {
+    let ended = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&ended);
+    thread::spawn(move || {
+        // An error ends it as well.
+        drop(io::stdin().read_to_end(&mut Vec::new()));
+        flag.store(true, Ordering::Relaxed);
+    });
+    ended
+}
+
+/// Asks over the connection in `held`; makes one where there is none.
+fn ask_held(request: &Request, held: &mut Option<Connection>) -> Result<Answer, Failure> {
+    let started = now();
+    let mut connection = match held.take() {
+        Some(connection) => connection,
+        None => Connection::open(request)?,
+    };
+    let (name, seen) = connection.ask(request.size)?;
+    *held = Some(connection);
+    Ok(Answer {
+        name,
+        from: request.to,
+        peer: None,
+        seen,
+        micros: now() - started,
+    })
+}
+
+fn report(result: Result<Answer, Failure>) -> io::Result<()> {
+    print(&serde_json::to_string(&Report::new(result)).map_err(io::Error::other)?)
+}
+
+/// A line in one write: a reader sees it whole or not at all.
+fn print(line: &str) -> io::Result<()> {
+    io::stdout()
+        .lock()
+        .write_all(format!("{line}\n").as_bytes())
+}

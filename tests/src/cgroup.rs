@@ -1,0 +1,77 @@
+//! A control group of a test's own: klb's socket programs see the processes in
+//! it, and nobody else's.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    marker::PhantomData,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::wait;
+
+/// A control group; removed on drop, when its processes have ended.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Cgroup {
+    /// # Panics
+    /// If it cannot be made.
+    pub fn new(name: &str) -> Self {
+        let path = root().join(name);
+        fs::create_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Self {
+            path,
+            _not_send: PhantomData,
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file by which a process that writes `0` joins.
+    ///
+    /// # Panics
+    /// If it cannot be opened.
+    pub(crate) fn door(&self) -> File {
+        let path = self.path.join("cgroup.procs");
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// Removes a group. A process that was killed just now may still be in it.
+pub(crate) fn remove(path: &Path) {
+    let gone = wait::attempt(Duration::from_secs(2), || fs::remove_dir(path).ok());
+    if gone.is_none() {
+        eprintln!("{} has processes and stays", path.display());
+    }
+}
+
+/// Where cgroup v2 is mounted: alone at `/sys/fs/cgroup`, or beside v1.
+///
+/// # Panics
+/// If it is mounted nowhere.
+pub fn root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("proc is mounted");
+    mounts
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            let (path, kind) = (fields.next()?, fields.next()?);
+            (kind == "cgroup2").then(|| PathBuf::from(path))
+        })
+        .expect("cgroup v2 is mounted")
+}

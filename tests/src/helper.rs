@@ -1,0 +1,164 @@
+//! Starting `klb-traffic` in a place, and reading what it reports.
+
+use std::{path::PathBuf, time::Duration};
+
+use crate::{
+    process::{Place, Process},
+    traffic::{Answer, Failure, Report, Request},
+};
+
+/// Longer than any request lasts.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The helper program.
+#[derive(Clone, Debug)]
+pub struct Helper {
+    program: PathBuf,
+}
+
+impl Helper {
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self {
+            program: program.into(),
+        }
+    }
+
+    /// Starts a server; [`await_server`] waits until it listens.
+    pub fn serve(&self, place: &Place, name: &str) -> Process {
+        let mut command = place.command(&self.program);
+        command.args(["serve", name]);
+        place.start(name, command)
+    }
+
+    /// Asks once.
+    ///
+    /// # Errors
+    /// Why no answer came.
+    pub fn ask(&self, place: &Place, request: &Request) -> Result<Answer, Failure> {
+        let mut outcomes = self.ask_often(place, request, 1);
+        outcomes.pop().expect("one outcome")
+    }
+
+    /// Asks one time after the other.
+    ///
+    /// # Panics
+    /// If the helper itself fails.
+    pub fn ask_often(
+        &self,
+        place: &Place,
+        request: &Request,
+        count: u32,
+    ) -> Vec<Result<Answer, Failure>> {
+        let count = format!("--count={count}");
+        self.run(place, "ask", request, &[count])
+    }
+
+    /// Asks until there is an answer, or until the time is over.
+    ///
+    /// # Errors
+    /// The last failure.
+    pub fn await_answer(
+        &self,
+        place: &Place,
+        request: &Request,
+        within: Duration,
+    ) -> Result<Answer, Failure> {
+        let within = format!("--within={}", within.as_millis());
+        let mut outcomes = self.run(place, "await", request, &[within]);
+        outcomes.pop().expect("one outcome")
+    }
+
+    fn run(
+        &self,
+        place: &Place,
+        verb: &str,
+        request: &Request,
+        flags: &[String],
+    ) -> Vec<Result<Answer, Failure>> {
+        let mut command = place.command(&self.program);
+        command.arg(verb).args(request.flags()).args(flags);
+        let mut process = place.start(verb, command);
+        let status = process.wait(LIMIT);
+        assert!(status.success(), "{process:?}");
+        let reports = reports(&process);
+        assert!(!reports.is_empty(), "{process:?}");
+        reports
+            .into_iter()
+            .map(|report| report.outcome.result())
+            .collect()
+    }
+
+    /// Starts asking again and again, each time by a new connection, or all the
+    /// time over one that is `held`.
+    pub fn stream(&self, place: &Place, request: &Request, held: bool) -> Stream {
+        let mut command = place.command(&self.program);
+        command.arg("stream").args(request.flags());
+        if held {
+            command.arg("--hold");
+        }
+        Stream {
+            process: place.start("stream", command),
+        }
+    }
+}
+
+/// Waits until a server listens.
+///
+/// # Panics
+/// If it does not.
+pub fn await_server(server: &mut Process) {
+    let listening = crate::wait::attempt(Duration::from_secs(5), || {
+        let ready = server.stdout().lines().iter().any(|line| line == "serving");
+        let ended = server.status().is_some();
+        (ready || ended).then_some(ready)
+    });
+    assert_eq!(listening, Some(true), "no server: {server:?}");
+}
+
+/// Requests that go on in the background.
+#[derive(Debug)]
+pub struct Stream {
+    process: Process,
+}
+
+impl Stream {
+    /// What has happened so far.
+    pub fn reports(&self) -> Vec<Report> {
+        reports(&self.process)
+    }
+
+    /// Waits until so many more answers have come.
+    ///
+    /// # Panics
+    /// If they do not come within ten seconds.
+    pub fn await_more(&self, answers: usize) {
+        let wanted = self.answers() + answers;
+        let come = crate::wait::attempt(Duration::from_secs(10), || {
+            (self.answers() >= wanted).then_some(())
+        });
+        assert!(come.is_some(), "no {answers} more answers of {self:?}");
+    }
+
+    fn answers(&self) -> usize {
+        let reports = self.reports();
+        reports
+            .into_iter()
+            .filter(|report| report.outcome.clone().result().is_ok())
+            .count()
+    }
+
+    /// Lets the last request end; returns all that happened.
+    pub fn stop(mut self) -> Vec<Report> {
+        self.process.close_stdin();
+        self.process.wait(LIMIT);
+        self.reports()
+    }
+}
+
+fn reports(process: &Process) -> Vec<Report> {
+    let lines = process.stdout().lines();
+    lines
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}

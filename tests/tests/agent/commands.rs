@@ -1,0 +1,128 @@
+//! `klb get` and `klb status`: they read the kernel's maps, whether an agent
+//! runs or not.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
+    time::Duration,
+};
+
+use lb_tests::{
+    agent::Hooks,
+    topology::Family,
+    traffic::Protocol,
+    world::{Frontend, World},
+};
+
+const WHAT: [&str; 4] = ["services", "backends", "flows", "devices"];
+
+/// Leaves a flow in the tables.
+fn use_it(world: &World) {
+    let client = world.cluster.client.host.without_cgroup();
+    for family in Family::ALL {
+        let request = world.request(Frontend::ClusterIp, family, Protocol::Udp);
+        client.ask(&request).expect("an answer");
+    }
+}
+
+#[test]
+fn all_of_them_work_without_an_agent() {
+    let mut world = crate::world(Hooks::ALL);
+    use_it(&world);
+    let with_agent = world.agent.backends("echo");
+    assert!(world.agent.status().agent.running);
+    world.agent.kill();
+    use_it(&world);
+    assert_eq!(world.agent.backends("echo"), with_agent);
+    let status = world.agent.status();
+    assert!(!status.agent.running);
+    assert!(
+        status
+            .warnings
+            .iter()
+            .any(|warning| warning.contains("no agent"))
+    );
+    let words = [
+        (
+            "services",
+            vec!["echo", "10.96.0.1", "fd00:10:96::1", "30080", "10.244.0.5"],
+        ),
+        ("backends", vec!["10.244.0.6", "fd00:10:244::7", "3053"]),
+        ("flows", vec!["10.96.0.1", "10.244.0.9", "fd00:10:244::9"]),
+        ("devices", vec!["up0", "pod5", "pod9"]),
+    ];
+    for (what, words) in words {
+        let said = world.agent.klb(&["get", what]);
+        assert!(said.status.success(), "{said:?}");
+        for word in words {
+            assert!(said.stdout.contains(word), "no {word} in\n{}", said.stdout);
+        }
+    }
+    let said = world.agent.klb(&["status"]);
+    assert!(said.status.success(), "{said:?}");
+}
+
+#[test]
+fn json_is_one_document() {
+    let world = crate::world(Hooks::ALL);
+    use_it(&world);
+    for what in WHAT {
+        let said = world.agent.klb(&["get", what, "-o", "json"]);
+        let document: serde_json::Value =
+            serde_json::from_str(&said.stdout).unwrap_or_else(|error| panic!("{error}: {said:?}"));
+        let list = document[what].as_array();
+        assert!(list.is_some_and(|list| !list.is_empty()), "{document}");
+    }
+}
+
+#[test]
+fn a_namespace_selects() {
+    let world = crate::world(Hooks::SOCKET);
+    for (namespace, shown) in [("default", true), ("elsewhere", false)] {
+        let said = world.agent.klb(&["get", "services", "-n", namespace]);
+        assert_eq!(said.stdout.contains("echo"), shown, "{said:?}");
+    }
+}
+
+#[test]
+fn exit_statuses_tell_failure_from_wrong_usage() {
+    let world = crate::stopped_world(Hooks::SOCKET);
+    for what in WHAT.iter().filter(|what| **what != "devices") {
+        let said = world.agent.klb(&["get", what]);
+        assert_eq!(said.status.code(), Some(1), "nothing is pinned: {said:?}");
+        assert!(!said.stderr.is_empty(), "{said:?}");
+    }
+    let said = world.agent.klb(&["get", "weather"]);
+    assert_eq!(said.status.code(), Some(2), "{said:?}");
+    let said = world
+        .agent
+        .klb(&["agent", "--node-name", "x", "--routing", "bypass"]);
+    assert_eq!(said.status.code(), Some(2), "{said:?}");
+}
+
+#[test]
+fn readyz_answers_when_ready() {
+    let world = crate::world(Hooks::ALL);
+    let get = |port: u16, path: &str| {
+        let netns = world.cluster.node.place.netns();
+        netns.within(|| {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("somebody");
+            stream
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .expect("a socket has a timeout");
+            let request = format!("GET {path} HTTP/1.1\r\nHost: klb\r\nConnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).expect("sent");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).expect("an answer");
+            answer
+        })
+    };
+    for path in ["/readyz", "/livez", "/healthz"] {
+        let answer = get(10256, path);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    }
+    use_it(&world);
+    let metrics = get(10249, "/metrics");
+    let line = "klb_outcomes_total{hook=\"tc-ingress\",reason=\"new_flow\"} 2";
+    assert!(metrics.contains(line), "{metrics}");
+}

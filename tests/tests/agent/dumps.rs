@@ -1,0 +1,73 @@
+//! `bpftool map dump pinned`: the debugger of those who have no klb at hand.
+
+use lb_common::names;
+use lb_tests::{
+    agent::Hooks,
+    topology::Family,
+    traffic::Protocol,
+    world::{Frontend, World},
+};
+use serde_json::Value;
+
+/// Every map, with a field of its key and of its value; none where that is just
+/// a number.
+const FIELDS: [(&str, Option<&str>, Option<&str>); names::MAPS.len()] = [
+    (names::SERVICES4, Some("addr"), Some("slot_count")),
+    (names::SERVICES6, Some("addr"), Some("slot_count")),
+    (names::SLOTS4, None, Some("addr")),
+    (names::SLOTS6, None, Some("addr")),
+    (names::BACKENDS, None, None),
+    (names::META, None, Some("namespace")),
+    (names::FLOWS4, Some("src_port"), Some("last_seen")),
+    (names::FLOWS6, Some("src_port"), Some("last_seen")),
+    (names::SOCKETS4, Some("cookie"), Some("addr")),
+    (names::SOCKETS6, Some("cookie"), Some("addr")),
+    (names::COUNTERS, None, None),
+];
+
+/// The elements of a map as bpftool formats them by the map's type information.
+fn formatted(world: &World, map: &str) -> Vec<Value> {
+    let pin = world.agent.pins().join(map).display().to_string();
+    let node = world.cluster.node.place.netns();
+    let text = node.output("bpftool", &["-j", "map", "dump", "pinned", &pin]);
+    let elements: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+    let mut formatted = elements
+        .into_iter()
+        .map(|mut element| element["formatted"].take());
+    let first = formatted.next().unwrap_or_else(|| panic!("{map} is empty"));
+    assert!(!first.is_null(), "{map} has no type information");
+    std::iter::once(first).chain(formatted).collect()
+}
+
+#[test]
+fn every_map_shows_the_names_of_its_fields() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    // An array is dumped whole.
+    world.agent.flags = ["--map-slots=64", "--map-backends=64"]
+        .map(str::to_owned)
+        .into();
+    world.agent.start();
+    let pod = &world.cluster.client.host;
+    for family in Family::ALL {
+        let request = world.request(Frontend::ClusterIp, family, Protocol::Udp);
+        for client in [pod, &pod.without_cgroup()] {
+            client.ask(&request).expect("an answer");
+        }
+    }
+    for (map, key, value) in FIELDS {
+        let elements = formatted(&world, map);
+        let element = &elements[0];
+        let part = |part: &str, field: Option<&str>| match field {
+            Some(field) => !element[part][field].is_null(),
+            None => element[part].is_number() || element["values"].is_array(),
+        };
+        assert!(
+            part("key", key),
+            "{map}: no {key:?} in the key of {element}"
+        );
+        assert!(
+            part("value", value),
+            "{map}: no {value:?} in the value of {element}"
+        );
+    }
+}

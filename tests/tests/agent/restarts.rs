@@ -1,0 +1,204 @@
+//! The agent ends, in whatever way, and comes back: traffic does not notice.
+
+use std::collections::BTreeMap;
+
+use lb_common::names;
+use lb_tests::{
+    agent::{Agent, Hooks, raw_dump},
+    helper::Stream,
+    topology::Family,
+    traffic::Protocol,
+    world::{Frontend, World, echo, endpoints},
+};
+
+/// Connections without end, from everywhere, by every hook.
+struct Streams(Vec<(String, Stream)>);
+
+impl Streams {
+    fn start(world: &World) -> Self {
+        let pod = &world.cluster.client.host;
+        let clients = [
+            ("pod, socket", pod.clone(), Frontend::ClusterIp),
+            ("pod, TC", pod.without_cgroup(), Frontend::ClusterIp),
+            (
+                "outside, XDP",
+                world.cluster.outside.clone(),
+                Frontend::NodePort,
+            ),
+        ];
+        let mut streams = Vec::new();
+        for (name, host, kind) in clients {
+            for (family, protocol, held) in [
+                (Family::V4, Protocol::Tcp, false),
+                (Family::V6, Protocol::Tcp, true),
+                (Family::V6, Protocol::Udp, false),
+            ] {
+                let request = world.request(kind, family, protocol);
+                let name = format!("{name}, {family} {protocol:?}, held: {held}");
+                streams.push((name, host.stream(&request, held)));
+            }
+        }
+        Self(streams)
+    }
+
+    /// Waits until each has gone on for a while.
+    fn go_on(&self) {
+        for (_, stream) in &self.0 {
+            stream.await_more(10);
+        }
+    }
+
+    /// Ends them; none of their connections may have failed.
+    fn assert_flawless(self) {
+        for (name, stream) in self.0 {
+            let reports = stream.stop();
+            let sent = reports.len();
+            let failed: Vec<_> = reports
+                .into_iter()
+                .filter_map(|report| report.outcome.result().err())
+                .collect();
+            assert!(failed.is_empty(), "{name}: of {sent} failed {failed:?}");
+        }
+    }
+}
+
+fn ends_and_comes_back(end: fn(&mut Agent)) {
+    let mut world = crate::world(Hooks::ALL);
+    let streams = Streams::start(&world);
+    streams.go_on();
+    for _ in 0..3 {
+        end(&mut world.agent);
+        streams.go_on();
+        world.agent.start();
+        streams.go_on();
+    }
+    streams.assert_flawless();
+}
+
+#[test]
+fn kill_9() {
+    ends_and_comes_back(Agent::kill);
+}
+
+#[test]
+fn sigterm() {
+    ends_and_comes_back(Agent::terminate);
+}
+
+/// The same where TC filters are no links, and have to be found and replaced.
+#[test]
+fn kill_9_with_clsact() {
+    let mut world = crate::world(Hooks::CLSACT);
+    let request = world.request(Frontend::NodePort, Family::V4, Protocol::Tcp);
+    let stream = world.cluster.outside.stream(&request, false);
+    stream.await_more(10);
+    for _ in 0..3 {
+        world.agent.kill();
+        world.agent.start();
+        stream.await_more(10);
+    }
+    Streams(vec![("outside, clsact".to_owned(), stream)]).assert_flawless();
+    let devices = world.agent.status().devices;
+    let filters = world.cluster.node.place.netns();
+    for device in devices.iter().filter_map(|device| device.name.as_deref()) {
+        for side in ["ingress", "egress"] {
+            let list = filters.output("tc", &["filter", "show", "dev", device, side]);
+            let programs = list.matches("klb_tc").count();
+            assert_eq!(programs, 1, "{device} {side}: {list}");
+        }
+    }
+}
+
+/// Killed at any moment of its start, it finds its way the next time.
+#[test]
+fn killed_while_it_starts() {
+    let mut world = crate::world(Hooks::ALL);
+    let streams = Streams::start(&world);
+    let before = world.agent.backends("echo");
+    world.agent.terminate();
+    for milliseconds in [1, 5, 10, 20, 40, 80, 160] {
+        world.agent.spawn();
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        world.agent.kill();
+    }
+    world.agent.start();
+    streams.go_on();
+    assert_eq!(world.agent.backends("echo"), before);
+    streams.assert_flawless();
+    assert_eq!(world.agent.status().warnings, [""; 0]);
+}
+
+/// What the agent writes, as the kernel has it.
+fn written(agent: &Agent) -> BTreeMap<&'static str, Vec<String>> {
+    use names::{BACKENDS, META, SERVICES4, SERVICES6, SLOTS4, SLOTS6};
+    [SERVICES4, SERVICES6, SLOTS4, SLOTS6, BACKENDS, META]
+        .into_iter()
+        .map(|map| (map, raw_dump(&agent.pins().join(map))))
+        .collect()
+}
+
+/// A start that finds nothing changed finds the maps right: same ids, same
+/// slots, same generations, though none of them is written down anywhere else.
+#[test]
+fn a_second_start_changes_nothing() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    for number in 10..30_u8 {
+        let service = echo(
+            &format!("more-{number}"),
+            number,
+            30000 + 2 * u16::from(number),
+        );
+        let text = format!(
+            "{service}---\n{}",
+            endpoints(&service, &lb_tests::world::PODS)
+        );
+        world.agent.manifests.put(&format!("{number}.yaml"), &text);
+    }
+    // Large arrays of zeros would take the test's time.
+    world.agent.flags = ["--map-slots=4096", "--map-backends=4096"]
+        .map(str::to_owned)
+        .into();
+    world.agent.start();
+    let first = written(&world.agent);
+    assert!(first.values().all(|map| !map.is_empty()));
+    world.agent.terminate();
+    world.agent.start();
+    assert_eq!(written(&world.agent), first, "after SIGTERM");
+    world.agent.kill();
+    world.agent.start();
+    assert_eq!(written(&world.agent), first, "after kill -9");
+}
+
+#[test]
+fn what_went_while_it_was_away_is_removed() {
+    let mut world = crate::stopped_world(Hooks::SOCKET);
+    let gone = echo("gone", 6, 30140);
+    let text = format!("{gone}---\n{}", endpoints(&gone, &lb_tests::world::PODS));
+    world.agent.manifests.put("gone.yaml", &text);
+    world.agent.start();
+    assert_eq!(world.agent.backends("gone").len(), 8);
+    let kept = world.agent.backends("echo");
+
+    world.agent.kill();
+    world.agent.manifests.remove("gone.yaml");
+    assert_eq!(
+        world.agent.backends("gone").len(),
+        8,
+        "nobody was there to see it"
+    );
+    world.agent.start();
+    assert_eq!(world.agent.backends("gone").len(), 0);
+    assert_eq!(world.agent.backends("echo"), kept);
+}
+
+/// Two agents on one node would undo each other's work.
+#[test]
+fn a_second_agent_is_refused() {
+    let world = crate::world(Hooks::SOCKET);
+    let manifests = world.agent.manifests.path().display().to_string();
+    let said = world
+        .agent
+        .klb(&["agent", "--node-name", "x", "--manifests", &manifests]);
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    assert!(said.stderr.contains("runs already"), "{said:?}");
+}

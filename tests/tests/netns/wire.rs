@@ -1,0 +1,176 @@
+//! Frames that a test run refuses to make, over real devices: through a bridge
+//! whose ports have every packet hook, and out again byte for byte.
+
+use std::{
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_common::{Hook, Reason};
+use lb_tests::{
+    packet::Packet,
+    program::{Backend, Datapath},
+    wire::RawSocket,
+};
+use nix::sched::{CloneFlags, unshare};
+
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// Runs `body` in a network namespace without a name, which goes away with the
+/// thread that it lives in.
+fn in_private_namespace(body: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
+        body();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .status()
+        .expect("iproute2 is installed");
+    assert!(status.success(), "ip {arguments}: {status}");
+}
+
+/// `in0` ─ `in1`, bridge, `out1` ─ `out0`; a frame sent on `in0` arrives at
+/// `out0` through XDP and TC ingress of `in1` and TC egress of `out1`.
+fn bridge() -> (RawSocket, RawSocket) {
+    // Without IPv6 no device says anything by itself.
+    for scope in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
+        std::fs::write(path, "1").expect("a sysctl of this namespace");
+    }
+    ip("link add br0 type bridge stp_state 0 mcast_snooping 0 forward_delay 0");
+    // Netfilter on a bridge drops what is no good IP packet; absent where the
+    // kernel has no such thing.
+    for protocol in ["ip", "ip6", "arp"] {
+        let path = format!("/proc/sys/net/bridge/bridge-nf-call-{protocol}tables");
+        drop(std::fs::write(path, "0"));
+    }
+    for side in ["in", "out"] {
+        ip(&format!("link add {side}0 type veth peer name {side}1"));
+        ip(&format!("link set {side}1 master br0 up"));
+        ip(&format!("link set {side}0 up"));
+    }
+    ip("link set br0 up");
+    (RawSocket::open("in0"), RawSocket::open("out0"))
+}
+
+/// Sends one frame and returns what came out at the other end.
+fn through(from: &RawSocket, to: &RawSocket, frame: &[u8]) -> Vec<u8> {
+    from.send(frame)
+        .unwrap_or_else(|error| panic!("sending {} bytes: {error}", frame.len()));
+    to.receive(DEADLINE)
+        .unwrap_or_else(|| panic!("no frame for {} bytes: {frame:02x?}", frame.len()))
+}
+
+/// A bridge port forwards from the moment that it is told; the first frame
+/// through tells that it was.
+fn wait_until_forwarding(from: &RawSocket, to: &RawSocket) {
+    // Broadcast, from an address of its own, of a protocol for experiments.
+    let mut probe = [0_u8; 60];
+    probe[..6].fill(0xff);
+    probe[6] = 2;
+    probe[12..14].copy_from_slice(&[0x88, 0xb5]);
+    let end = Instant::now() + DEADLINE;
+    loop {
+        from.send(&probe).expect("a frame of 60 bytes");
+        if to.receive(Duration::from_millis(50)).is_some() {
+            break;
+        }
+        assert!(Instant::now() < end, "the bridge does not forward");
+    }
+    while to.receive(Duration::from_millis(50)).is_some() {}
+}
+
+#[test]
+fn frames_of_every_length_pass_every_hook_and_are_counted() {
+    in_private_namespace(|| {
+        let (from, to) = bridge();
+        let parse = |text: &str| text.parse().expect("an address");
+        let client = parse("192.168.50.2:40000");
+        let client6 = parse("[fd00:50::2]:40000");
+        let frontend = parse("10.96.0.1:80");
+        let frontend6 = parse("[fd00:10:96::1]:80");
+        let mut datapath = Datapath::new();
+        for protocol in [6, 17] {
+            for (frontend, backend) in [
+                (frontend, parse("10.244.0.5:3000")),
+                (frontend6, parse("[fd00:10:244::5]:3000")),
+            ] {
+                let local = Backend {
+                    addr: backend,
+                    local: true,
+                };
+                datapath.serve(protocol, frontend, &[local]);
+            }
+        }
+        datapath.attach(Hook::Xdp, "in1");
+        datapath.attach(Hook::TcIngress, "in1");
+        datapath.attach(Hook::TcEgress, "out1");
+        wait_until_forwarding(&from, &to);
+
+        let hooks = [Hook::Xdp, Hook::TcIngress, Hook::TcEgress];
+        for protocol in [6, 17] {
+            for (client, frontend) in [(client, frontend), (client6, frontend6)] {
+                let whole = Packet::first(protocol, client, frontend)
+                    .payload(vec![1; 128])
+                    .bytes();
+                let before = hooks.map(|hook| datapath.counters(hook)[&Reason::Truncated]);
+                for length in 14..=128 {
+                    let frame = &whole[..length];
+                    assert_eq!(through(&from, &to, frame), frame, "{length} bytes");
+                }
+                for (hook, before) in hooks.into_iter().zip(before) {
+                    let counted = datapath.counters(hook)[&Reason::Truncated] - before;
+                    assert_eq!(counted, 115, "{hook:?}: one for each length");
+                }
+                let mut nonsense = whole.clone();
+                for fill in [0x00, 0xff, 0x45, 0x4f, 0x60] {
+                    nonsense[14..].fill(fill);
+                    for length in (14..=128).step_by(3) {
+                        let frame = &nonsense[..length];
+                        assert_eq!(through(&from, &to, frame), frame, "{fill:#x} {length}");
+                    }
+                }
+            }
+        }
+        assert_eq!(datapath.flow_count(), 0);
+        // Less than an Ethernet header reaches no hook: the device refuses it.
+        for length in 0..14 {
+            assert!(
+                from.send(&[0; 14][..length]).is_err(),
+                "{length} bytes sent"
+            );
+        }
+    });
+}
+
+/// The same way with a packet that is klb's: the hooks are really there.
+#[test]
+fn the_hooks_of_the_bridge_translate() {
+    in_private_namespace(|| {
+        let (from, to) = bridge();
+        let parse = |text: &str| text.parse().expect("an address");
+        let (client, frontend) = (parse("192.168.50.2:40000"), parse("10.96.0.1:80"));
+        let backend = parse("10.244.0.5:3000");
+        for hook in [Hook::Xdp, Hook::TcIngress] {
+            let mut datapath = Datapath::new();
+            let local = Backend {
+                addr: backend,
+                local: true,
+            };
+            datapath.serve(17, frontend, &[local]);
+            datapath.attach(hook, "in1");
+            wait_until_forwarding(&from, &to);
+            let frame = Packet::udp(client, frontend).bytes();
+            let seen = lb_tests::packet::read(&through(&from, &to, &frame));
+            assert_eq!((seen.src, seen.dst), (client, backend), "{hook:?}");
+        }
+    });
+}

@@ -1,0 +1,60 @@
+//! The BPF object: the one place that knows how it is built.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    paths,
+    process::{self, step},
+    toolchain::{TARGET, Toolchain},
+};
+
+/// The crate, and the program in it that is the object.
+const PACKAGE: &str = "lb-ebpf";
+const PROGRAM: &str = "klb-bpf";
+
+/// Builds the object and puts it where `klb` and the tests look for it.
+///
+/// # Errors
+/// If it does not compile.
+pub(crate) fn build(toolchain: &Toolchain) -> Result<PathBuf> {
+    step("Building the BPF object");
+    process::run(&mut command(toolchain))?;
+    let built = target_dir().join(TARGET).join("release").join(PROGRAM);
+    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    let object = paths::object();
+    // An object that is the same keeps its time, or `klb` would be built anew.
+    if fs::read(&object).is_ok_and(|present| present == bytes) {
+        return Ok(object);
+    }
+    if let Some(folder) = object.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    // Renamed into place: a test that loads it now sees the old or the new one.
+    let fresh = object.with_extension("o.new");
+    fs::write(&fresh, bytes)?;
+    fs::rename(fresh, &object)?;
+    Ok(object)
+}
+
+/// Builds the object, and takes a warning for an error.
+///
+/// # Errors
+/// If there is a warning, or it does not compile.
+pub(crate) fn check(toolchain: &Toolchain) -> Result<()> {
+    // By cargo and not by `-D warnings`: other flags would compile `core` anew.
+    process::run(command(toolchain).args(["--config", "build.warnings='deny'", "-Z", "warnings"]))
+}
+
+fn command(toolchain: &Toolchain) -> Command {
+    let mut command = toolchain.build(paths::workspace(), &target_dir());
+    command.args(["--package", PACKAGE]);
+    command
+}
+
+/// A folder of its own: another compiler in the host's folder would make each
+/// throw away what the other has built.
+fn target_dir() -> PathBuf {
+    paths::workspace().join("target/bpf-build")
+}

@@ -1,0 +1,25 @@
+//! What has to be there before something can be built or run.
+
+use anyhow::Result;
+
+use crate::{apt, kernels, process::step, toolchain};
+
+/// Installs what any command needs, the kernels of the matrix included.
+///
+/// # Errors
+/// If something is missing and cannot be installed.
+pub(crate) fn everything() -> Result<()> {
+    network()?;
+    toolchain::ready()?;
+    kernels::fetch()?;
+    step("Everything is set up");
+    Ok(())
+}
+
+/// Installs the tools that the demo and the tests in network namespaces use.
+///
+/// # Errors
+/// If something is missing and cannot be installed.
+pub(crate) fn network() -> Result<()> {
+    apt::ensure(apt::NETWORK, "network namespaces")
+}

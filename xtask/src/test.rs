@@ -1,0 +1,208 @@
+//! Every level of tests: first all is built, then level after level runs,
+//! whatever the one before it said.
+
+use std::{
+    io::{self, BufRead as _, BufReader, IsTerminal as _},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
+
+use crate::{
+    ebpf, kernels, paths,
+    process::{self, step},
+    release, setup,
+    tally::{Table, Tally},
+    toolchain,
+};
+
+/// What the command line can ask for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Selection {
+    /// Pure code on the host
+    Unit,
+    /// Single packets through the real object (root)
+    Packet,
+    /// Real sockets in network namespaces (root)
+    Netns,
+    /// The agent from manifests to maps (root)
+    Agent,
+    /// The packet tests on other kernels, in virtual machines
+    Kernels,
+    /// Every level, `kernels` included
+    All,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Unit,
+    Packet,
+    Netns,
+    Agent,
+    Kernels,
+}
+
+/// The cargo features that open the levels for root. Always all of them: each
+/// other set would compile the test kit again.
+const ROOT_FEATURES: &str = "--features=lb-tests/packet,lb-tests/netns,lb-tests/agent";
+
+impl Level {
+    const ALL: [Self; 5] = [
+        Self::Unit,
+        Self::Packet,
+        Self::Netns,
+        Self::Agent,
+        Self::Kernels,
+    ];
+
+    fn selected(selection: Option<Selection>) -> Vec<Self> {
+        let one = match selection {
+            None => {
+                return Self::ALL
+                    .into_iter()
+                    .filter(|level| *level != Self::Kernels)
+                    .collect();
+            }
+            Some(Selection::All) => return Self::ALL.into(),
+            Some(Selection::Unit) => Self::Unit,
+            Some(Selection::Packet) => Self::Packet,
+            Some(Selection::Netns) => Self::Netns,
+            Some(Selection::Agent) => Self::Agent,
+            Some(Selection::Kernels) => Self::Kernels,
+        };
+        vec![one]
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Packet => "packet",
+            Self::Netns => "netns",
+            Self::Agent => "agent",
+            Self::Kernels => "kernels",
+        }
+    }
+
+    /// Whether it loads BPF programs into this machine's kernel.
+    fn needs_root(self) -> bool {
+        matches!(self, Self::Packet | Self::Netns | Self::Agent)
+    }
+
+    /// Whether it runs the `klb` program.
+    fn needs_klb(self) -> bool {
+        matches!(self, Self::Netns | Self::Agent)
+    }
+
+    /// Compiles this level's tests.
+    fn build(self) -> Result<Tests> {
+        if self == Self::Kernels {
+            return kernels::Matrix::build().map(Tests::Kernels);
+        }
+        process::run(self.cargo_test().args(["--quiet", "--no-run"]))?;
+        Ok(Tests::Cargo(self.cargo_test()))
+    }
+
+    fn cargo_test(self) -> Command {
+        let mut command = process::cargo();
+        command
+            .args(["test", "--locked"])
+            .env("KLB_BIN", paths::klb());
+        if self.needs_root() {
+            command.args([ROOT_FEATURES, "--test", self.name()]);
+        }
+        command
+    }
+}
+
+/// The tests of one level, compiled.
+enum Tests {
+    Cargo(Command),
+    Kernels(kernels::Matrix),
+}
+
+impl Tests {
+    fn run(self) -> Result<Tally> {
+        match self {
+            Self::Cargo(command) => stream(command),
+            Self::Kernels(matrix) => matrix.run(),
+        }
+    }
+}
+
+/// Sets up, builds, runs the levels and prints the table.
+///
+/// # Errors
+/// If something cannot be set up or does not compile, or if a test failed.
+pub(crate) fn run(selection: Option<Selection>) -> Result<()> {
+    let levels = Level::selected(selection);
+    set_up(&levels)?;
+    step("Building the tests");
+    let built: Vec<_> = levels
+        .into_iter()
+        .map(|level| Ok((level, level.build()?)))
+        .collect::<Result<_>>()?;
+    let mut table = Table::default();
+    for (level, tests) in built {
+        step(format_args!("Tests: {}", level.name()));
+        let start = Instant::now();
+        let tally = tests.run().unwrap_or_else(|error| {
+            eprintln!("error: {}: {error:#}", level.name());
+            Tally::BROKEN
+        });
+        table.push(level.name(), tally, start.elapsed());
+    }
+    println!("\n{table}");
+    ensure!(table.total().failed == 0, "some tests failed");
+    Ok(())
+}
+
+/// Installs what `levels` need, and builds what they test.
+fn set_up(levels: &[Level]) -> Result<()> {
+    if levels.iter().any(|level| level.needs_root()) {
+        ensure!(
+            process::is_root(),
+            "these tests load BPF programs and make network namespaces: run them as root \
+             (`cargo xtask test unit` needs none)"
+        );
+        setup::network()?;
+    }
+    if levels.contains(&Level::Kernels) {
+        kernels::fetch()?;
+    }
+    if levels.iter().any(|level| level.needs_klb()) {
+        release::build()?;
+    } else if levels.iter().any(|level| *level != Level::Unit) {
+        ebpf::build(&toolchain::ready()?)?;
+    }
+    Ok(())
+}
+
+/// Runs `cargo test`, shows what it prints, and counts.
+fn stream(mut command: Command) -> Result<Tally> {
+    command.arg("--no-fail-fast");
+    if io::stdout().is_terminal() {
+        command.args(["--", "--color=always"]);
+    }
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let output = child.stdout.take().context("cargo has no output")?;
+    let mut tally = Tally::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        if let Some(result) = Tally::read(&line) {
+            tally += result;
+        }
+    }
+    let status = child.wait()?;
+    // A test program that was killed prints no result.
+    if !status.success() && tally.failed == 0 {
+        tally += Tally::BROKEN;
+    }
+    Ok(tally)
+}
