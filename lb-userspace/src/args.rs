@@ -84,7 +84,7 @@ pub struct AgentArgs {
 #[command(next_help_heading = "Devices")]
 pub struct DeviceArgs {
     /// Devices towards other nodes and the outside, by name with `*` and `?`; may be repeated
-    /// [default: those that carry a default route]
+    /// [default: those that carry a default route, or did since the start]
     #[arg(long, value_name = "GLOB", value_delimiter = ',')]
     pub uplink: Vec<String>,
     /// Host sides of pods' links, by name with `*` and `?`; may be repeated

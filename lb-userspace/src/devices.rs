@@ -149,6 +149,7 @@ pub struct Watcher {
     monitor: Monitor,
     links: Vec<Link>,
     addresses: Vec<Address>,
+    /// The devices that carry a default route, or did since the start.
     default_routes: BTreeSet<u32>,
 }
 
@@ -188,13 +189,15 @@ impl Watcher {
         if changes.links {
             self.links = self.netlink.links()?;
         }
-        // The kernel announces only some of the addresses and routes that go
-        // with a device.
+        // The kernel does not announce every address that goes with a device.
         if changes.links || changes.addresses {
             self.addresses = self.netlink.addresses()?;
         }
-        if changes.default_routes || (changes.links && self.rules.uplinks.is_empty()) {
-            self.default_routes = self.netlink.default_routes()?;
+        if changes.default_routes {
+            // A device stays an uplink when its default route goes: routes flap,
+            // and without its programs the node would answer the packets of
+            // living connections with resets.
+            self.default_routes.extend(self.netlink.default_routes()?);
         }
         Ok(())
     }

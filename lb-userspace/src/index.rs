@@ -218,3 +218,124 @@ fn frontends(plan: &ServicePlan) -> BTreeSet<FrontendKey> {
         .flat_map(|port| port.frontends.iter().map(|frontend| frontend.key))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        datapath::Family,
+        model::{Node, Policy, Protocol, ServicePort},
+    };
+
+    fn service(name: &str, ip: [u8; 4], created: i64, node_port: Option<u16>) -> Object {
+        Object::Service(Service {
+            id: NamespacedName::new("default", name),
+            created,
+            cluster_ips: vec![ip.into()],
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            internal_policy: Policy::Cluster,
+            external_policy: Policy::Cluster,
+            ports: vec![ServicePort {
+                name: String::new(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port,
+            }],
+        })
+    }
+
+    fn slice(name: &str, service: &str) -> Object {
+        Object::EndpointSlice(EndpointSlice {
+            id: NamespacedName::new("default", name),
+            service: service.to_owned(),
+            family: Family::V4,
+            ports: Vec::new(),
+            endpoints: Vec::new(),
+        })
+    }
+
+    /// Names of the Services that changed, with the number of their frontends.
+    fn changes(index: &mut Index) -> Vec<(String, usize)> {
+        let plans = index.take_changes().into_iter();
+        plans
+            .map(|(plan, _)| (plan.service.name.clone(), frontends(&plan).len()))
+            .collect()
+    }
+
+    fn changed(name: &str, frontends: usize) -> (String, usize) {
+        (name.to_owned(), frontends)
+    }
+
+    #[test]
+    fn a_change_concerns_its_service_and_no_other() {
+        let mut index = Index::new("node");
+        index.apply(service("a", [10, 96, 0, 1], 0, None));
+        index.apply(service("b", [10, 96, 0, 2], 0, None));
+        assert_eq!(changes(&mut index), [changed("a", 1), changed("b", 1)]);
+        assert_eq!(changes(&mut index), []);
+        index.apply(slice("a-1", "a"));
+        assert_eq!(changes(&mut index), [changed("a", 1)]);
+        // A slice that moves concerns both.
+        index.apply(slice("a-1", "b"));
+        assert_eq!(changes(&mut index), [changed("a", 1), changed("b", 1)]);
+        let reference = slice("a-1", "b").reference();
+        index.delete(&reference);
+        index.delete(&reference);
+        assert_eq!(changes(&mut index), [changed("b", 1)]);
+        index.delete(&service("a", [0; 4], 0, None).reference());
+        assert_eq!(changes(&mut index), [changed("a", 0)]);
+    }
+
+    #[test]
+    fn node_addresses_concern_node_ports_only() {
+        let mut index = Index::new("node");
+        index.apply(service("a", [10, 96, 0, 1], 0, None));
+        index.apply(service("b", [10, 96, 0, 2], 0, Some(30080)));
+        changes(&mut index);
+        let addresses = BTreeSet::from([[192, 168, 50, 1].into(), [172, 16, 0, 1].into()]);
+        index.set_node_addresses(addresses.clone());
+        assert_eq!(changes(&mut index), [changed("b", 3)]);
+        index.set_node_addresses(addresses);
+        assert_eq!(changes(&mut index), []);
+    }
+
+    #[test]
+    fn the_zone_of_this_node_concerns_all() {
+        let mut index = Index::new("node");
+        index.apply(service("a", [10, 96, 0, 1], 0, None));
+        changes(&mut index);
+        let node = |name: &str, zone: Option<&str>| {
+            Object::Node(Node {
+                name: name.to_owned(),
+                zone: zone.map(str::to_owned),
+            })
+        };
+        index.apply(node("other", Some("z")));
+        assert_eq!(changes(&mut index), []);
+        index.apply(node("node", Some("z")));
+        assert_eq!(changes(&mut index), [changed("a", 1)]);
+        index.delete(&node("node", None).reference());
+        assert_eq!(changes(&mut index), [changed("a", 1)]);
+    }
+
+    #[test]
+    fn the_older_of_two_services_has_the_frontend_and_leaves_it_to_the_other() {
+        let ip = [10, 96, 0, 1];
+        let mut index = Index::new("node");
+        index.apply(service("young", ip, 20, None));
+        assert_eq!(changes(&mut index), [changed("young", 1)]);
+        index.apply(service("old", ip, 10, None));
+        let result = index.take_changes();
+        let owners: Vec<_> = result
+            .iter()
+            .map(|(plan, conflicts)| {
+                let owner = conflicts.first().map(|conflict| conflict.owner.name.as_str());
+                (plan.service.name.as_str(), frontends(plan).len(), owner)
+            })
+            .collect();
+        assert_eq!(owners, [("old", 1, None), ("young", 0, Some("old"))]);
+        index.delete(&service("old", ip, 10, None).reference());
+        assert_eq!(changes(&mut index), [changed("old", 0), changed("young", 1)]);
+    }
+}

@@ -171,8 +171,12 @@ impl Control {
             return;
         }
         let logged = self.conflicts.insert(service.clone(), conflicts.clone());
-        let is_new = |conflict: &&Conflict| !logged.iter().flatten().any(|old| old == *conflict);
-        for Conflict { key, owner } in conflicts.iter().filter(is_new) {
+        let logged = logged.unwrap_or_default();
+        for conflict in conflicts
+            .iter()
+            .filter(|conflict| !logged.contains(conflict))
+        {
+            let Conflict { key, owner } = conflict;
             warn!(%service, frontend = %key, %owner, "an older Service has this frontend");
         }
     }

@@ -10,13 +10,13 @@ use lb_common::service::{
 };
 use serde::Serialize;
 
-use super::{Names, PortId, names, open_maps, print, protocol_name, table::Table};
+use super::{Names, PortId, names, open_pins, print, protocol_name, table::Table};
 use crate::{
     args::{GetArgs, What},
     datapath::{
         Family, FrontendKey, MapError, Maps, SlotValue,
         inspect::{self, DeviceHooks},
-        kernel::{Flow, Socket},
+        kernel::{Flow, KernelMaps, Socket},
         pins::Pins,
     },
 };
@@ -27,15 +27,16 @@ const SHOWN_BACKENDS: usize = 4;
 /// Runs `klb get`.
 pub fn run(args: &GetArgs) -> anyhow::Result<()> {
     let namespace = args.namespace.as_deref();
+    let pins = open_pins(&args.paths)?;
     if args.what == What::Devices {
         let document = DeviceList {
-            devices: devices(&Pins::new(&args.paths.bpffs))?,
+            devices: devices(&pins)?,
         };
         return print(args.output, &document, |list| {
             device_table(&list.devices).to_string()
         });
     }
-    let (_, maps) = open_maps(&args.paths)?;
+    let maps = KernelMaps::open(&pins)?;
     let names = names(&maps)?;
     match args.what {
         What::Services => {
@@ -460,4 +461,176 @@ pub(super) fn device_table(devices: &[DeviceRow]) -> Table {
         ]);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::{
+        Port, flow,
+        service::{Name, ServiceMeta},
+    };
+    use serde_json::json;
+
+    use super::*;
+    use crate::datapath::memory::MemoryMaps;
+
+    /// A Service port with a ClusterIP, a NodePort that shares its slots, a
+    /// LoadBalancer IP without local backends, and an external IP without any.
+    fn maps() -> MemoryMaps {
+        let mut maps = MemoryMaps::default();
+        let name = |text| Name::new(text).expect("short enough");
+        let meta = ServiceMeta {
+            namespace: name("shop"),
+            name: name("web"),
+            port_name: name("http"),
+            port: Port::from(80),
+            protocol: flow::TCP,
+            pad: 0,
+        };
+        maps.put_meta(7, &meta).expect("written");
+        for (index, backend) in ["10.244.0.6:3000", "10.244.0.5:3000", "10.244.0.5:3000"]
+            .iter()
+            .enumerate()
+        {
+            let addr: SocketAddr = backend.parse().expect("address");
+            let slot = SlotValue {
+                addr,
+                local: addr.ip().to_string().ends_with('5'),
+                backend: BackendRef {
+                    id: u32::from(addr.ip().to_string().ends_with('5')) + 1,
+                    generation: 1,
+                },
+            };
+            maps.put_slot(Family::V4, 4 + index as u32, &slot)
+                .expect("written");
+        }
+        for (addr, port, kind, flags, slot_count) in [
+            ("10.96.0.1", 80, FrontendKind::ClusterIp, 0, 3),
+            ("192.0.2.1", 30080, FrontendKind::NodePort, 0, 3),
+            (
+                "203.0.113.1",
+                80,
+                FrontendKind::LoadBalancer,
+                FRONTEND_LOCAL_POLICY | FRONTEND_DROP,
+                0,
+            ),
+            ("198.51.100.1", 80, FrontendKind::ExternalIp, 0, 0),
+        ] {
+            let key = FrontendKey {
+                addr: addr.parse().expect("address"),
+                port,
+                protocol: flow::TCP,
+            };
+            let entry = ServiceEntry {
+                first_slot: 4,
+                slot_count,
+                service: 7,
+                kind: kind as u8,
+                flags,
+                pad: [0; 2],
+            };
+            maps.put_service(key, &entry).expect("written");
+        }
+        maps
+    }
+
+    #[test]
+    fn services_have_the_shape_that_other_programs_rely_on() {
+        let list = ServiceList {
+            services: services(&maps()).expect("read"),
+        };
+        let backends = json!([
+            {"address": "10.244.0.5", "port": 3000},
+            {"address": "10.244.0.6", "port": 3000},
+        ]);
+        let frontend = |kind, address, port, policy, verdict, backends| {
+            json!({
+                "kind": kind, "address": address, "port": port,
+                "policy": policy, "verdict": verdict, "backends": backends,
+            })
+        };
+        assert_eq!(
+            serde_json::to_value(&list).expect("serialized"),
+            json!({"services": [{
+                "namespace": "shop",
+                "name": "web",
+                "port_name": "http",
+                "port": 80,
+                "protocol": "TCP",
+                "frontends": [
+                    frontend("ClusterIP", "10.96.0.1", 80, "Cluster", "forward", backends.clone()),
+                    frontend("ExternalIP", "198.51.100.1", 80, "Cluster", "reject", json!([])),
+                    frontend("LoadBalancer", "203.0.113.1", 80, "Local", "drop", json!([])),
+                    frontend("NodePort", "192.0.2.1", 30080, "Cluster", "forward", backends),
+                ],
+            }]})
+        );
+    }
+
+    #[test]
+    fn a_table_names_a_frontend_per_line() {
+        let list = ServiceList {
+            services: services(&maps()).expect("read"),
+        };
+        let table = service_table(&list);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(lines.len(), 5, "{table}");
+        assert!(
+            lines[1].starts_with("shop        web:http   80/TCP   ClusterIP"),
+            "{table}"
+        );
+        assert!(
+            lines[1].ends_with("10.244.0.5:3000, 10.244.0.6:3000"),
+            "{table}"
+        );
+        assert!(lines[2].ends_with("none: reject"), "{table}");
+        assert!(lines[3].ends_with("none: drop"), "{table}");
+    }
+
+    #[test]
+    fn many_backends_are_counted() {
+        let endpoint = |last: u8| Endpoint::from(SocketAddr::from(([10, 0, 0, last], 80)));
+        let frontend = FrontendRow {
+            kind: "ClusterIP",
+            address: IpAddr::from([10, 96, 0, 1]),
+            port: 80,
+            policy: "Cluster",
+            verdict: "forward",
+            backends: (1..=6).map(endpoint).collect(),
+        };
+        assert_eq!(
+            backend_summary(&frontend),
+            "10.0.0.1:80, 10.0.0.2:80, 10.0.0.3:80, 10.0.0.4:80, and 2 more"
+        );
+    }
+
+    #[test]
+    fn a_backend_is_listed_once_however_many_slots_it_has() {
+        let backends = backends(&maps()).expect("read");
+        let rows: Vec<_> = backends
+            .iter()
+            .map(|row| (row.address.to_string(), row.local, row.id))
+            .collect();
+        assert_eq!(
+            rows,
+            [
+                ("10.244.0.5".to_owned(), true, 2),
+                ("10.244.0.6".to_owned(), false, 1)
+            ]
+        );
+    }
+
+    #[test]
+    fn a_frontend_without_a_name_is_still_shown() {
+        let mut maps = maps();
+        maps.delete_meta(7).expect("deleted");
+        let services = services(&maps).expect("read");
+        assert_eq!(services[0].service.name, "unknown-7");
+    }
+
+    #[test]
+    fn times_are_shortened() {
+        let times = [0, 119, 120, 7199, 7200, 90_000].map(seconds);
+        assert_eq!(times, ["0s", "119s", "2m", "119m", "2h", "25h"]);
+    }
 }

@@ -19,21 +19,17 @@ use crate::{
     datapath::{Maps as _, kernel::KernelMaps, pins::Pins},
 };
 
-/// Opens the maps that an agent pinned.
-fn open_maps(paths: &Paths) -> anyhow::Result<(Pins, KernelMaps)> {
+/// The pins of an agent that has run.
+fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
     let pins = Pins::new(&paths.bpffs);
-    if !pins
-        .root()
-        .try_exists()
-        .with_context(|| pins.root().display().to_string())?
-    {
+    let root = pins.root();
+    if !root.try_exists().with_context(|| root.display().to_string())? {
         bail!(
             "nothing of klb is pinned at {}: no agent has run with this --bpffs",
-            pins.root().display()
+            root.display()
         );
     }
-    let maps = KernelMaps::open(&pins)?;
-    Ok((pins, maps))
+    Ok(pins)
 }
 
 /// Prints a document as asked.

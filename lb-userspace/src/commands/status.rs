@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     get::{DeviceRow, device_table, devices},
-    open_maps, print,
+    open_pins, print,
     table::Table,
 };
 use crate::{
@@ -71,7 +71,8 @@ struct CounterRow {
 
 /// Runs `klb status`.
 pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
-    let (pins, maps) = open_maps(&args.paths)?;
+    let pins = open_pins(&args.paths)?;
+    let maps = KernelMaps::open(&pins)?;
     let pid = Lock::holder(&args.paths.state_dir)?;
     let agent = Agent {
         running: pid.is_some(),

@@ -264,6 +264,10 @@ impl Hooks {
 
     /// Puts the qdisc onto a device that has none. The mark comes first: with
     /// no qdisc it means nothing, while a qdisc without its mark would stay.
+    ///
+    /// The kernel stops the device's queues while it adds or removes this qdisc
+    /// and loses what is on its way out. That happens once in the life of a
+    /// device, and not when an agent starts again.
     fn add_clsact(&self, index: u32, device: &str) -> Result<(), Cause> {
         let new_mark = self.pins.mark(index, Mark::Clsact)?;
         match qdisc_add_clsact(device) {
