@@ -1,6 +1,7 @@
 //! klb's build, test and demo commands: `cargo xtask help`.
 
 mod apt;
+mod demo;
 mod ebpf;
 mod kernels;
 mod lint;
@@ -23,6 +24,15 @@ use clap::Parser;
 enum Command {
     /// Build target/release/klb, with the BPF object inside
     Build,
+    /// Show klb at work in a cluster of network namespaces, and leave nothing behind
+    Demo {
+        /// Leave the cluster running, and say what to try
+        #[arg(long)]
+        keep: bool,
+        /// Remove a cluster that was kept, and do nothing else
+        #[arg(long, conflicts_with = "keep")]
+        remove: bool,
+    },
     /// Run tests: all levels but `kernels`, or the one that is named
     Test {
         #[arg(value_enum)]
@@ -47,6 +57,12 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> Result<()> {
     match command {
         Command::Build => release::build(),
+        Command::Demo { remove: true, .. } => demo::remove(),
+        Command::Demo { keep, .. } => {
+            setup::network()?;
+            release::build()?;
+            demo::run(*keep)
+        }
         Command::Test { level } => test::run(*level),
         Command::Lint => lint::run(),
         Command::Setup => setup::everything(),

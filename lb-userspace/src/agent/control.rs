@@ -166,18 +166,16 @@ impl Control {
 
     fn log_conflicts(&mut self, plan: &ServicePlan, conflicts: Vec<Conflict>) {
         let service = &plan.service;
-        if conflicts.is_empty() {
-            self.conflicts.remove(service);
-            return;
-        }
-        let logged = self.conflicts.insert(service.clone(), conflicts.clone());
-        let logged = logged.unwrap_or_default();
+        let logged = self.conflicts.remove(service).unwrap_or_default();
         for conflict in conflicts
             .iter()
             .filter(|conflict| !logged.contains(conflict))
         {
             let Conflict { key, owner } = conflict;
             warn!(%service, frontend = %key, %owner, "an older Service has this frontend");
+        }
+        if !conflicts.is_empty() {
+            self.conflicts.insert(service.clone(), conflicts);
         }
     }
 }

@@ -23,7 +23,10 @@ use crate::{
 fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
     let pins = Pins::new(&paths.bpffs);
     let root = pins.root();
-    if !root.try_exists().with_context(|| root.display().to_string())? {
+    if !root
+        .try_exists()
+        .with_context(|| root.display().to_string())?
+    {
         bail!(
             "nothing of klb is pinned at {}: no agent has run with this --bpffs",
             root.display()
