@@ -40,7 +40,10 @@ pub struct ServiceEntry {
     pub kind: u8,
     /// Bits of `FRONTEND_*`.
     pub flags: u8,
-    pub pad: [u8; 2],
+    /// Slots behind the range, which no program reads: backends that still
+    /// answer but get no new flows. An agent that starts learns from them whose
+    /// the living ids are.
+    pub parked: u16,
 }
 
 /// The frontend is governed by a traffic policy `Local`.

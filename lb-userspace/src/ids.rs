@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::service::{BackendRef, is_living};
 
-/// Hands out the smallest number that is free, from 1.
+/// Hands out numbers, from 1.
+///
+/// One that was given back is used again only when all have been used once: a
+/// flow that still names it would show under another name.
 #[derive(Clone, Debug)]
 pub struct Numbers {
     free: BTreeSet<u32>,
@@ -24,14 +27,11 @@ impl Numbers {
 
     /// `None` if all are in use.
     pub fn take(&mut self) -> Option<u32> {
-        if let Some(number) = self.free.pop_first() {
-            return Some(number);
-        }
-        let number = self.next;
-        (number < self.end).then(|| {
+        if self.next < self.end {
             self.next += 1;
-            number
-        })
+            return Some(self.next - 1);
+        }
+        self.free.pop_first()
     }
 
     /// Takes a given number; `false` if it is in use or none of these.
@@ -114,14 +114,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_small_and_unique() {
-        let mut numbers = Numbers::new(5);
+    fn numbers_are_unique_and_not_used_again_soon() {
+        let mut numbers = Numbers::new(6);
         assert!(numbers.reserve(3) && !numbers.reserve(3));
-        assert!(!numbers.reserve(0) && !numbers.reserve(5));
-        let taken: Vec<_> = (0..4).map(|_| numbers.take()).collect();
-        assert_eq!(taken, [Some(1), Some(2), Some(4), None]);
-        numbers.release(2);
-        assert_eq!(numbers.take(), Some(2));
+        assert!(!numbers.reserve(0) && !numbers.reserve(6));
+        assert_eq!(numbers.take(), Some(4));
+        numbers.release(4);
+        let taken: Vec<_> = (0..5).map(|_| numbers.take()).collect();
+        assert_eq!(taken, [Some(5), Some(1), Some(2), Some(4), None]);
     }
 
     #[test]
@@ -151,13 +151,16 @@ mod tests {
         let mut ids = BackendIds::new(BTreeMap::from([(2, 5), (3, 8), (4, 1)]), 10);
         assert!(ids.adopt(living) && !ids.adopt(living));
         for (id, generation) in [(2, 7), (3, 7), (3, 8), (7, 1)] {
-            assert!(!ids.adopt(BackendRef { id, generation }), "{id} {generation}");
+            assert!(
+                !ids.adopt(BackendRef { id, generation }),
+                "{id} {generation}"
+            );
         }
         let stray = BackendRef {
             id: 4,
             generation: 1,
         };
         assert_eq!(ids.strays(), [stray]);
-        assert_eq!(ids.take().map(|backend| backend.id), Some(1));
+        assert_eq!(ids.take().map(|backend| backend.id), Some(3));
     }
 }

@@ -113,8 +113,12 @@ impl Index {
             return;
         }
         self.node.addresses = addresses;
-        let affected = self.services.values().filter(|service| service.has_node_ports());
-        self.dirty.extend(affected.map(|service| service.id.clone()));
+        let affected = self
+            .services
+            .values()
+            .filter(|service| service.has_node_ports());
+        self.dirty
+            .extend(affected.map(|service| service.id.clone()));
     }
 
     /// The names of all Services.
@@ -136,21 +140,29 @@ impl Index {
     pub fn take_changes(&mut self) -> Vec<(ServicePlan, Vec<Conflict>)> {
         let mut plans = BTreeMap::new();
         while let Some(id) = self.dirty.pop_first() {
-            let plan = self.plan(&id);
-            self.claim(&plan);
-            plans.insert(id, plan);
-            // Services that this one gave a frontend to, or took one from, are
-            // dirty now; those planned already need no other plan.
-            self.dirty.retain(|id| !plans.contains_key(id));
+            // Services that another one gave a frontend to, or took one from,
+            // became dirty by that; those planned already need no other plan.
+            if !plans.contains_key(&id) {
+                let plan = self.plan(&id);
+                self.claim(&plan);
+                plans.insert(id, plan);
+            }
         }
-        plans.into_values().map(|plan| self.arbitrate(plan)).collect()
+        plans
+            .into_values()
+            .map(|plan| self.arbitrate(plan))
+            .collect()
     }
 
     fn plan(&self, id: &NamespacedName) -> ServicePlan {
         match self.services.get(id) {
             Some(service) => {
                 let slices = self.slices.get(id);
-                plan(service, slices.into_iter().flat_map(BTreeMap::values), &self.node)
+                plan(
+                    service,
+                    slices.into_iter().flat_map(BTreeMap::values),
+                    &self.node,
+                )
             }
             None => ServicePlan {
                 service: id.clone(),
@@ -163,12 +175,18 @@ impl Index {
     fn claim(&mut self, plan: &ServicePlan) {
         let service = &plan.service;
         let new = Claim {
-            created: self.services.get(service).map_or(0, |service| service.created),
+            created: self
+                .services
+                .get(service)
+                .map_or(0, |service| service.created),
             service: service.clone(),
         };
         let new_keys = frontends(plan);
         let old = self.claimed.remove(service);
-        let old_keys = old.as_ref().map(|(_, keys)| keys.clone()).unwrap_or_default();
+        let old_keys = old
+            .as_ref()
+            .map(|(_, keys)| keys.clone())
+            .unwrap_or_default();
         for key in old_keys.union(&new_keys) {
             let claims = self.claims.entry(*key).or_default();
             let before = claims.first().cloned();
@@ -184,7 +202,8 @@ impl Index {
             }
             if before != after {
                 let concerned = before.into_iter().chain(after).map(|claim| claim.service);
-                self.dirty.extend(concerned.filter(|other| other != service));
+                self.dirty
+                    .extend(concerned.filter(|other| other != service));
             }
         }
         if !new_keys.is_empty() {
@@ -330,12 +349,17 @@ mod tests {
         let owners: Vec<_> = result
             .iter()
             .map(|(plan, conflicts)| {
-                let owner = conflicts.first().map(|conflict| conflict.owner.name.as_str());
+                let owner = conflicts
+                    .first()
+                    .map(|conflict| conflict.owner.name.as_str());
                 (plan.service.name.as_str(), frontends(plan).len(), owner)
             })
             .collect();
         assert_eq!(owners, [("old", 1, None), ("young", 0, Some("old"))]);
         index.delete(&service("old", ip, 10, None).reference());
-        assert_eq!(changes(&mut index), [changed("old", 0), changed("young", 1)]);
+        assert_eq!(
+            changes(&mut index),
+            [changed("old", 0), changed("young", 1)]
+        );
     }
 }

@@ -107,9 +107,7 @@ impl Service {
 
     /// Whether clients outside of the cluster have a way in.
     pub fn is_externally_accessible(&self) -> bool {
-        !self.external_ips.is_empty()
-            || !self.load_balancer_ips.is_empty()
-            || self.has_node_ports()
+        !self.external_ips.is_empty() || !self.load_balancer_ips.is_empty() || self.has_node_ports()
     }
 
     pub fn has_node_ports(&self) -> bool {

@@ -73,6 +73,9 @@ pub fn plan<'a>(
     slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
     node: &NodeFacts,
 ) -> ServicePlan {
+    // An address may be external IP, load balancer's and the node's at once; the
+    // first that claims it has it.
+    let mut claimed = BTreeSet::new();
     let ports = service.ports.iter().map(|port| {
         let mut result = PortPlan {
             port: port.clone(),
@@ -85,6 +88,9 @@ pub fn plan<'a>(
                 plan_family(service, cluster_ip, &endpoints, node, &mut result);
             }
         }
+        result
+            .frontends
+            .retain(|frontend| claimed.insert(frontend.key));
         result
     });
     ServicePlan {

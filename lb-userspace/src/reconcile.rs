@@ -17,9 +17,7 @@ use std::{
 
 use lb_common::{
     Port, names,
-    service::{
-        BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, Name, ServiceEntry, ServiceMeta,
-    },
+    service::{BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, Name, ServiceEntry, ServiceMeta},
 };
 
 use crate::{
@@ -33,6 +31,10 @@ use crate::{
 /// How long a range of slots rests before it is used again. A program that read
 /// the old entry has long ended by then.
 const GRACE: Duration = Duration::from_secs(1);
+
+/// Service ids are below this: many times what the maps hold, so that an id is
+/// not used again soon, and few enough to keep a list of.
+const SERVICE_IDS: u32 = 1 << 20;
 
 /// Owns the maps.
 pub struct Reconciler<M> {
@@ -68,6 +70,8 @@ struct PortState {
     ranges: Vec<Range>,
 }
 
+/// A range of slots: the backends of a frontend, and behind them those that are
+/// parked.
 #[derive(Debug)]
 struct Range {
     family: Family,
@@ -85,7 +89,8 @@ struct Retired {
 
 #[derive(Debug, Default)]
 struct Strays {
-    frontends: BTreeSet<FrontendKey>,
+    /// With the range that they lead to, if nobody else has it.
+    frontends: BTreeMap<FrontendKey, Option<Range>>,
     metas: BTreeSet<u32>,
     backends: Vec<BackendRef>,
 }
@@ -110,7 +115,7 @@ impl<M: Maps> Reconciler<M> {
             writes: 0,
             entries: maps.services()?,
             ports: BTreeMap::new(),
-            service_ids: Numbers::new(u32::MAX),
+            service_ids: Numbers::new(SERVICE_IDS),
             backend_ids: BackendIds::new(maps.backends()?, maps.backend_capacity()),
             slots: Family::ALL
                 .map(|family| (family, FreeRanges::new(maps.slot_capacity(family))))
@@ -124,7 +129,11 @@ impl<M: Maps> Reconciler<M> {
             if let Some(port) = owners.get(&entry.service) {
                 this.restore_frontend(port, key, &entry)?;
             } else {
-                this.strays.frontends.insert(key);
+                // Until it is removed it leads to its slots, which must not
+                // become somebody else's meanwhile; nor must its number.
+                this.service_ids.reserve(entry.service);
+                let range = this.restore_range(key, &entry)?;
+                this.strays.frontends.insert(key, range);
             }
         }
         this.strays.backends = this.backend_ids.strays();
@@ -159,37 +168,43 @@ impl<M: Maps> Reconciler<M> {
         key: FrontendKey,
         entry: &ServiceEntry,
     ) -> Result<(), MapError> {
-        let family = Family::of(key.addr);
-        let (first, count) = (entry.first_slot, entry.slot_count);
+        let range = self.restore_range(key, entry)?;
         let Some(state) = self.ports.get_mut(port) else {
             return Ok(());
         };
         state.frontends.insert(key);
-        let known = state
-            .ranges
-            .iter()
-            .any(|range| range.is(family, first) && range.slots.len() == count as usize);
-        let free = self.slots.get_mut(&family);
-        // A range that another one overlaps, or that leaves the array, is not
-        // taken over; the frontend then gets a fresh one.
-        if known || !free.is_some_and(|free| free.reserve(first, count)) {
-            return Ok(());
-        }
-        let slots: Vec<_> = (first..first + count)
-            .map(|index| self.maps.slot(family, index))
-            .collect::<Result<_, _>>()?;
-        for slot in &slots {
+        // Another frontend of the port may have brought the range already.
+        for slot in range.iter().flat_map(|range| &range.slots) {
             let is_new = !state.backends.contains_key(&slot.addr);
             if is_new && self.backend_ids.adopt(slot.backend) {
                 state.backends.insert(slot.addr, slot.backend);
             }
         }
-        state.ranges.push(Range {
+        state.ranges.extend(range);
+        Ok(())
+    }
+
+    /// Takes the range of an entry. `None` if it has none, if somebody has it,
+    /// or if it overlaps another or leaves the array; the frontend then gets a
+    /// fresh one unless it is its own port that has it.
+    fn restore_range(
+        &mut self,
+        key: FrontendKey,
+        entry: &ServiceEntry,
+    ) -> Result<Option<Range>, MapError> {
+        let family = Family::of(key.addr);
+        let first = entry.first_slot;
+        let count = entry.slot_count.saturating_add(entry.parked.into());
+        let free = self.slots.get_mut(&family);
+        if !free.is_some_and(|free| free.reserve(first, count)) {
+            return Ok(None);
+        }
+        let slots = (first..first + count).map(|index| self.maps.slot(family, index));
+        Ok(Some(Range {
             family,
             first,
-            slots,
-        });
-        Ok(())
+            slots: slots.collect::<Result<_, _>>()?,
+        }))
     }
 
     /// The Services of which something is in the maps.
@@ -210,7 +225,7 @@ impl<M: Maps> Reconciler<M> {
         self.release_retired(now);
         let mut done = Vec::new();
         for plan in plans {
-            match self.add_service(plan) {
+            match self.add_or_make_room(plan) {
                 Ok(()) => done.push(plan),
                 Err(error) => report.failed.push((plan.service.clone(), error)),
             }
@@ -220,12 +235,21 @@ impl<M: Maps> Reconciler<M> {
                 report.failed.push((plan.service.clone(), error));
             }
         }
-        if let Err(error) = self.remove_strays() {
+        if let Err(error) = self.remove_strays(now) {
             // Whoever is named, another batch will try again.
             tracing::warn!(%error, "what an earlier run left is still there");
         }
         report.writes = self.writes - before;
         report
+    }
+
+    /// Adds what the plan says. Where a map is full, the frontends that the
+    /// Service gives up anyway go first.
+    fn add_or_make_room(&mut self, plan: &ServicePlan) -> Result<(), MapError> {
+        match self.add_service(plan) {
+            Err(error) if error.is_full() && self.remove_frontends(plan)? => self.add_service(plan),
+            result => result,
+        }
     }
 
     fn release_retired(&mut self, now: Instant) {
@@ -245,11 +269,7 @@ impl<M: Maps> Reconciler<M> {
             let id = PortId::new(&plan.service, &port.port);
             let mut state = match self.ports.remove(&id) {
                 Some(state) => state,
-                None => PortState::new(
-                    self.service_ids
-                        .take()
-                        .ok_or_else(|| full(names::META))?,
-                ),
+                None => PortState::new(self.service_ids.take().ok_or_else(|| full(names::META))?),
             };
             // What was written is in `state`, also if the rest fails.
             let result = self.add_port(&id, port, &mut state);
@@ -273,8 +293,12 @@ impl<M: Maps> Reconciler<M> {
         }
         let mut entries = Vec::new();
         for frontend in &plan.frontends {
-            let first_slot = self.add_range(frontend, state)?;
-            entries.push((frontend.key, entry(frontend, first_slot, state.id)));
+            let parked = parked(frontend, &plan.alive);
+            let first_slot = self.add_range(frontend, &parked, state)?;
+            entries.push((
+                frontend.key,
+                entry(frontend, first_slot, parked.len(), state.id),
+            ));
         }
         let meta = meta(id, &plan.port).ok_or_else(|| full(names::META))?;
         if state.meta != Some(meta) {
@@ -292,7 +316,10 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn add_backend(&mut self) -> Result<BackendRef, MapError> {
-        let backend = self.backend_ids.take().ok_or_else(|| full(names::BACKENDS))?;
+        let backend = self
+            .backend_ids
+            .take()
+            .ok_or_else(|| full(names::BACKENDS))?;
         let result = self.write(|maps| maps.put_backend(backend.id, backend.generation));
         if result.is_err() {
             self.backend_ids.end(backend);
@@ -300,15 +327,17 @@ impl<M: Maps> Reconciler<M> {
         result.map(|()| backend)
     }
 
-    /// The first slot of a range that holds the frontend's backends, written if
-    /// the port has none like it; 0 if there are no backends.
+    /// The first slot of a range that holds the frontend's backends and those
+    /// that are parked, written if the port has none like it; 0 if there are
+    /// none.
     fn add_range(
         &mut self,
         frontend: &FrontendPlan,
+        parked: &[Backend],
         state: &mut PortState,
     ) -> Result<u32, MapError> {
         let family = Family::of(frontend.key.addr);
-        let slots = slot_values(&frontend.backends, &state.backends);
+        let slots = slot_values(frontend.backends.iter().chain(parked), &state.backends);
         if slots.is_empty() {
             return Ok(0);
         }
@@ -343,19 +372,52 @@ impl<M: Maps> Reconciler<M> {
         Ok(first)
     }
 
-    /// Removes what the Service has and its plan does not say.
-    fn remove_rest(&mut self, plan: &ServicePlan, now: Instant) -> Result<(), MapError> {
+    /// The ports of a Service that have something in the maps.
+    fn ports_of(&self, service: &NamespacedName) -> Vec<PortId> {
         let first = PortId {
-            service: plan.service.clone(),
+            service: service.clone(),
             name: String::new(),
             protocol: Protocol::Tcp,
         };
-        let ids: Vec<PortId> = self
+        let ports = self.ports.range(first..).map(|(id, _)| id);
+        ports
+            .take_while(|id| id.service == *service)
+            .cloned()
+            .collect()
+    }
+
+    /// Removes the Service's frontends that its plan does not have. Returns
+    /// whether there were any.
+    fn remove_frontends(&mut self, plan: &ServicePlan) -> Result<bool, MapError> {
+        let wanted: BTreeSet<_> = plan
             .ports
-            .range(first..)
-            .map(|(id, _)| id.clone())
-            .take_while(|id| id.service == plan.service)
+            .iter()
+            .flat_map(|port| port.frontends.iter().map(|frontend| frontend.key))
             .collect();
+        let mut removed = false;
+        for id in self.ports_of(&plan.service) {
+            let Some(mut state) = self.ports.remove(&id) else {
+                continue;
+            };
+            let unwanted: Vec<_> = state.frontends.difference(&wanted).copied().collect();
+            let mut result = Ok(());
+            for key in unwanted {
+                result = self.delete_frontend(key, state.id);
+                if result.is_err() {
+                    break;
+                }
+                state.frontends.remove(&key);
+                removed = true;
+            }
+            self.ports.insert(id, state);
+            result?;
+        }
+        Ok(removed)
+    }
+
+    /// Removes what the Service has and its plan does not say.
+    fn remove_rest(&mut self, plan: &ServicePlan, now: Instant) -> Result<(), MapError> {
+        let ids = self.ports_of(&plan.service);
         for id in ids {
             let mut ports = plan.ports.iter();
             let port = ports.find(|port| PortId::new(&plan.service, &port.port) == id);
@@ -379,7 +441,9 @@ impl<M: Maps> Reconciler<M> {
         state: &mut PortState,
         now: Instant,
     ) -> Result<(), MapError> {
-        let frontends = plan.map(|plan| plan.frontends.as_slice()).unwrap_or_default();
+        let frontends = plan
+            .map(|plan| plan.frontends.as_slice())
+            .unwrap_or_default();
         let wanted: BTreeSet<_> = frontends.iter().map(|frontend| frontend.key).collect();
         for key in state.frontends.difference(&wanted) {
             self.delete_frontend(*key, state.id)?;
@@ -400,24 +464,34 @@ impl<M: Maps> Reconciler<M> {
         let used: BTreeSet<_> = state
             .frontends
             .iter()
-            .filter_map(|key| Some((Family::of(key.addr), self.entries.get(key)?.first_slot)))
+            .filter_map(|key| Some((Family::of(key.addr), self.entries.get(key)?)))
+            .filter(|(_, entry)| entry.slot_count > 0 || entry.parked > 0)
+            .map(|(family, entry)| (family, entry.first_slot))
             .collect();
         let (kept, retired) = std::mem::take(&mut state.ranges)
             .into_iter()
             .partition(|range: &Range| used.contains(&(range.family, range.first)));
         state.ranges = kept;
-        self.retired.extend(retired.into_iter().map(|range| Retired {
+        self.retire(retired, now);
+        Ok(())
+    }
+
+    fn retire(&mut self, ranges: impl IntoIterator<Item = Range>, now: Instant) {
+        self.retired.extend(ranges.into_iter().map(|range| Retired {
             until: now + GRACE,
             family: range.family,
             first: range.first,
             count: u32::try_from(range.slots.len()).unwrap_or(0),
         }));
-        Ok(())
     }
 
     /// Deletes an entry, unless it has become another port's.
     fn delete_frontend(&mut self, key: FrontendKey, owner: u32) -> Result<(), MapError> {
-        if self.entries.get(&key).is_some_and(|entry| entry.service == owner) {
+        if self
+            .entries
+            .get(&key)
+            .is_some_and(|entry| entry.service == owner)
+        {
             self.write(|maps| maps.delete_service(key))?;
             self.entries.remove(&key);
         }
@@ -431,32 +505,35 @@ impl<M: Maps> Reconciler<M> {
         Ok(())
     }
 
-    fn remove_strays(&mut self) -> Result<(), MapError> {
-        while let Some(key) = self.strays.frontends.first().copied() {
+    fn remove_strays(&mut self, now: Instant) -> Result<(), MapError> {
+        if self.strays.is_empty() {
+            return Ok(());
+        }
+        let owners: BTreeSet<u32> = self.ports.values().map(|port| port.id).collect();
+        while let Some((key, range)) = self.strays.frontends.pop_first() {
+            // A port that got this frontend since has written over the entry.
             let owner = self.entries.get(&key).map(|entry| entry.service);
-            let is_owned = self
-                .ports
-                .values()
-                .any(|port| Some(port.id) == owner && port.frontends.contains(&key));
-            if !is_owned {
-                self.write(|maps| maps.delete_service(key))?;
+            if !owner.is_some_and(|owner| owners.contains(&owner)) {
+                if let Err(error) = self.write(|maps| maps.delete_service(key)) {
+                    self.strays.frontends.insert(key, range);
+                    return Err(error);
+                }
                 self.entries.remove(&key);
             }
-            self.strays.frontends.remove(&key);
+            self.retire(range, now);
         }
         while let Some(id) = self.strays.metas.first().copied() {
-            if !self.ports.values().any(|port| port.id == id) {
+            if !owners.contains(&id) {
                 self.write(|maps| maps.delete_meta(id))?;
             }
             self.strays.metas.remove(&id);
         }
+        let ports = self.ports.values();
+        let used: BTreeSet<u32> = ports
+            .flat_map(|port| port.backends.values().map(|backend| backend.id))
+            .collect();
         while let Some(backend) = self.strays.backends.last().copied() {
-            // An id that was handed out since is somebody's.
-            let is_owned = self
-                .ports
-                .values()
-                .any(|port| port.backends.values().any(|other| other.id == backend.id));
-            if !is_owned {
+            if !used.contains(&backend.id) {
                 self.end_backend(backend)?;
             }
             self.strays.backends.pop();
@@ -495,26 +572,42 @@ impl PortState {
     }
 }
 
-impl Range {
-    fn is(&self, family: Family, first: u32) -> bool {
-        self.family == family && self.first == first
+impl Strays {
+    fn is_empty(&self) -> bool {
+        self.frontends.is_empty() && self.metas.is_empty() && self.backends.is_empty()
     }
 }
 
 /// Addresses of every backend that must live.
 fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
-    let listed = plan.frontends.iter().flat_map(|frontend| &frontend.backends);
+    let listed = plan
+        .frontends
+        .iter()
+        .flat_map(|frontend| &frontend.backends);
     listed
         .chain(&plan.alive)
         .map(|backend| backend.addr)
         .collect()
 }
 
-fn slot_values(
-    backends: &[Backend],
+/// The living backends of the frontend's family that it does not lead to, as
+/// many as an entry can count.
+fn parked(frontend: &FrontendPlan, alive: &BTreeSet<Backend>) -> Vec<Backend> {
+    let listed: BTreeSet<_> = frontend.backends.iter().collect();
+    let family = Family::of(frontend.key.addr);
+    alive
+        .iter()
+        .filter(|backend| Family::of(backend.addr.ip()) == family && !listed.contains(backend))
+        .take(u16::MAX.into())
+        .copied()
+        .collect()
+}
+
+fn slot_values<'a>(
+    backends: impl Iterator<Item = &'a Backend>,
     known: &BTreeMap<SocketAddr, BackendRef>,
 ) -> Vec<SlotValue> {
-    let values = backends.iter().filter_map(|backend| {
+    let values = backends.filter_map(|backend| {
         Some(SlotValue {
             addr: backend.addr,
             local: backend.local,
@@ -524,7 +617,7 @@ fn slot_values(
     values.collect()
 }
 
-fn entry(frontend: &FrontendPlan, first_slot: u32, service: u32) -> ServiceEntry {
+fn entry(frontend: &FrontendPlan, first_slot: u32, parked: usize, service: u32) -> ServiceEntry {
     let mut flags = 0;
     if frontend.policy == Policy::Local {
         flags |= FRONTEND_LOCAL_POLICY;
@@ -538,7 +631,7 @@ fn entry(frontend: &FrontendPlan, first_slot: u32, service: u32) -> ServiceEntry
         service,
         kind: frontend.kind as u8,
         flags,
-        pad: [0; 2],
+        parked: u16::try_from(parked).unwrap_or(u16::MAX),
     }
 }
 

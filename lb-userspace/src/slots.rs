@@ -98,7 +98,15 @@ mod tests {
     fn what_is_not_free_cannot_be_reserved() {
         let mut free = FreeRanges::new(10);
         assert!(free.reserve(2, 3));
-        for (first, count) in [(2, 1), (1, 2), (4, 2), (9, 2), (10, 1), (5, 0), (u32::MAX, 1)] {
+        for (first, count) in [
+            (2, 1),
+            (1, 2),
+            (4, 2),
+            (9, 2),
+            (10, 1),
+            (5, 0),
+            (u32::MAX, 1),
+        ] {
             assert!(!free.reserve(first, count), "{first} {count}");
         }
         assert!(free.reserve(5, 5));

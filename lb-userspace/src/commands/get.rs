@@ -10,7 +10,7 @@ use lb_common::service::{
 };
 use serde::Serialize;
 
-use super::{Names, PortId, names, open_pins, print, protocol_name, table::Table};
+use super::{Names, PortId, open_pins, print, protocol_name, table::Table};
 use crate::{
     args::{GetArgs, What},
     datapath::{
@@ -26,50 +26,51 @@ const SHOWN_BACKENDS: usize = 4;
 
 /// Runs `klb get`.
 pub fn run(args: &GetArgs) -> anyhow::Result<()> {
-    let namespace = args.namespace.as_deref();
     let pins = open_pins(&args.paths)?;
-    if args.what == What::Devices {
-        let document = DeviceList {
-            devices: devices(&pins)?,
-        };
-        return print(args.output, &document, |list| {
-            device_table(&list.devices).to_string()
-        });
-    }
-    let maps = KernelMaps::open(&pins)?;
-    let names = names(&maps)?;
     match args.what {
-        What::Services => {
-            let mut services = services(&maps)?;
-            services.retain(|service| service.service.is_in(namespace));
-            print(args.output, &ServiceList { services }, service_table)
-        }
-        What::Backends => {
-            let mut backends = backends(&maps)?;
-            backends.retain(|backend| backend.service.is_in(namespace));
-            print(args.output, &BackendList { backends }, backend_table)
-        }
-        What::Flows => {
-            let flows = maps
-                .flows()?
-                .into_iter()
-                .map(|flow| FlowRow::new(&flow, &names));
-            let mut flows: Vec<FlowRow> =
-                flows.filter(|flow| flow.service.is_in(namespace)).collect();
-            flows.sort_by(|a, b| (&a.service, a.client).cmp(&(&b.service, b.client)));
-            print(args.output, &FlowList { flows }, flow_table)
-        }
-        What::Sockets => {
-            let sockets = maps.sockets()?.into_iter();
-            let sockets = sockets.map(|socket| SocketRow::new(&socket, &names));
-            let mut sockets: Vec<SocketRow> = sockets
-                .filter(|socket| socket.service.is_in(namespace))
-                .collect();
-            sockets.sort_by(|a, b| (&a.service, a.cookie).cmp(&(&b.service, b.cookie)));
-            print(args.output, &SocketList { sockets }, socket_table)
-        }
-        What::Devices => unreachable!("handled above, since it reads no map"),
+        What::Services => get_services(args, &KernelMaps::open(&pins)?),
+        What::Backends => get_backends(args, &KernelMaps::open(&pins)?),
+        What::Flows => get_flows(args, &KernelMaps::open(&pins)?),
+        What::Sockets => get_sockets(args, &KernelMaps::open(&pins)?),
+        What::Devices => get_devices(args, &pins),
     }
+}
+
+fn get_services(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+    let mut services = services(maps)?;
+    services.retain(|row| row.service.is_in(args.namespace.as_deref()));
+    print(args.output, &ServiceList { services }, service_table)
+}
+
+fn get_backends(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+    let mut backends = backends(maps)?;
+    backends.retain(|row| row.service.is_in(args.namespace.as_deref()));
+    print(args.output, &BackendList { backends }, backend_table)
+}
+
+fn get_flows(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+    let names = Names::read(maps)?;
+    let rows = maps.flows()?.into_iter();
+    let mut flows: Vec<_> = rows.map(|flow| FlowRow::new(&flow, &names)).collect();
+    flows.retain(|row| row.service.is_in(args.namespace.as_deref()));
+    flows.sort_by(|a, b| (&a.service, a.client).cmp(&(&b.service, b.client)));
+    print(args.output, &FlowList { flows }, flow_table)
+}
+
+fn get_sockets(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+    let names = Names::read(maps)?;
+    let rows = maps.sockets()?.into_iter();
+    let mut sockets: Vec<_> = rows.map(|socket| SocketRow::new(&socket, &names)).collect();
+    sockets.retain(|row| row.service.is_in(args.namespace.as_deref()));
+    sockets.sort_by(|a, b| (&a.service, a.cookie).cmp(&(&b.service, b.cookie)));
+    print(args.output, &SocketList { sockets }, socket_table)
+}
+
+fn get_devices(args: &GetArgs, pins: &Pins) -> anyhow::Result<()> {
+    let devices = devices(pins)?;
+    print(args.output, &DeviceList { devices }, |list| {
+        device_table(&list.devices).to_string()
+    })
 }
 
 /// `klb get services -o json`, on which other programs rely.
@@ -144,9 +145,7 @@ impl Ranges {
 
 /// The Service ports and their frontends, as the kernel has them.
 fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
-    let names = Names {
-        metas: maps.metas()?,
-    };
+    let names = Names::read(maps)?;
     let mut ranges = Ranges::default();
     let mut frontends = BTreeMap::<u32, Vec<FrontendRow>>::new();
     for (key, entry) in maps.services()? {
@@ -259,9 +258,7 @@ struct BackendRow {
 
 /// The backends in the slots of frontends, each once per Service port.
 fn backends(maps: &impl Maps) -> Result<Vec<BackendRow>, MapError> {
-    let names = Names {
-        metas: maps.metas()?,
-    };
+    let names = Names::read(maps)?;
     let mut ranges = Ranges::default();
     let mut rows = BTreeSet::new();
     for (key, entry) in maps.services()? {
@@ -527,7 +524,7 @@ mod tests {
                 service: 7,
                 kind: kind as u8,
                 flags,
-                pad: [0; 2],
+                parked: 0,
             };
             maps.put_service(key, &entry).expect("written");
         }

@@ -30,6 +30,8 @@ pub type Observer = Box<dyn FnMut(&Content) + Send>;
 pub struct MemoryMaps {
     pub content: Content,
     pub writes: u64,
+    /// Frontends of both families together.
+    pub service_capacity: usize,
     pub slot_capacity: u32,
     pub backend_capacity: u32,
     pub fault: Option<Fault>,
@@ -41,6 +43,7 @@ impl Default for MemoryMaps {
         Self {
             content: Content::default(),
             writes: 0,
+            service_capacity: 1024,
             slot_capacity: 1024,
             backend_capacity: 1024,
             fault: None,
@@ -58,7 +61,10 @@ impl Content {
     /// A sentence, if a program would meet a slot that was never written or a
     /// backend that does not live.
     pub fn resolve(&self, key: &FrontendKey) -> Result<Vec<SlotValue>, String> {
-        let entry = self.services.get(key).ok_or_else(|| format!("{key}: no entry"))?;
+        let entry = self
+            .services
+            .get(key)
+            .ok_or_else(|| format!("{key}: no entry"))?;
         if !self.metas.contains_key(&entry.service) {
             return Err(format!("{key}: Service {} has no name", entry.service));
         }
@@ -68,9 +74,7 @@ impl Content {
             let slot = self.slots.get(&(family, index)).copied();
             let slot = slot.ok_or_else(|| format!("{key}: slot {index} was never written"))?;
             let generation = self.backends.get(&slot.backend.id);
-            if generation != Some(&slot.backend.generation)
-                || !is_living(slot.backend.generation)
-            {
+            if generation != Some(&slot.backend.generation) || !is_living(slot.backend.generation) {
                 return Err(format!("{key}: backend {:?} does not live", slot.backend));
             }
             Ok(slot)
@@ -123,6 +127,14 @@ impl Maps for MemoryMaps {
 
     fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
         let map = services(Family::of(key.addr));
+        let services = &self.content.services;
+        if services.len() >= self.service_capacity && !services.contains_key(&key) {
+            return Err(MapError {
+                operation: "write",
+                map,
+                source: io::Error::from_raw_os_error(libc::E2BIG),
+            });
+        }
         self.write("write", map, |content| {
             content.services.insert(key, *entry);
         })
@@ -149,7 +161,11 @@ impl Maps for MemoryMaps {
     }
 
     fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
-        assert_eq!(Family::of(value.addr.ip()), family, "an address of the map's family");
+        assert_eq!(
+            Family::of(value.addr.ip()),
+            family,
+            "an address of the map's family"
+        );
         self.write("write", slots(family), |content| {
             content.slots.insert((family, index), *value);
         })

@@ -155,7 +155,11 @@ pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted,
     };
     // kube-proxy and the API server leave out addresses of a family that the
     // Service does not have.
-    let families: Vec<_> = result.cluster_ips.iter().map(|ip| Family::of(*ip)).collect();
+    let families: Vec<_> = result
+        .cluster_ips
+        .iter()
+        .map(|ip| Family::of(*ip))
+        .collect();
     for ips in [&mut result.external_ips, &mut result.load_balancer_ips] {
         ips.retain(|ip| families.contains(&Family::of(*ip)));
     }

@@ -4,11 +4,9 @@
 //! `serde_yaml`; kube uses the same data model, so what `kubectl` takes is
 //! taken here.
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Node, Service},
-        discovery::v1::EndpointSlice,
-    },
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -21,13 +19,6 @@ use crate::model::{Kind, NamespacedName, Object, ObjectRef};
 pub struct Document {
     pub objects: Vec<Object>,
     pub warnings: Vec<DocumentError>,
-}
-
-impl Document {
-    pub fn extend(&mut self, other: Self) {
-        self.objects.extend(other.objects);
-        self.warnings.extend(other.warnings);
-    }
 }
 
 /// Why a document, or an item of a list in it, is skipped.
@@ -75,7 +66,9 @@ fn split(text: &str) -> Vec<&str> {
     // What stands before the first marker is a document only if it says
     // something, and so is each: numbers count documents as a reader would.
     documents.retain(|document| {
-        let mut lines = document.lines().map(|line| line.trim_start_matches("---").trim());
+        let mut lines = document
+            .lines()
+            .map(|line| line.trim_start_matches("---").trim());
         lines.any(|line| !line.is_empty() && !line.starts_with('#') && !line.starts_with('%'))
     });
     documents
@@ -117,7 +110,7 @@ fn read_object(value: Value) -> Result<Document, DocumentError> {
         ("v1", "Service") => Kind::Service,
         ("discovery.k8s.io/v1", "EndpointSlice") => Kind::EndpointSlice,
         ("v1", "Node") => Kind::Node,
-        (version, "Service" | "EndpointSlice" | "Node") => {
+        (version, kind) if is_unknown_version(version, kind) => {
             return Err(DocumentError {
                 object: None,
                 field: Some("apiVersion".to_owned()),
@@ -146,6 +139,16 @@ fn read_object(value: Value) -> Result<Document, DocumentError> {
         objects: converted.object.into_iter().collect(),
         warnings: converted.warnings.into_iter().map(Into::into).collect(),
     })
+}
+
+/// Whether an object of Kubernetes' own groups has another version than the one
+/// that is known. Other groups have kinds of these names too.
+fn is_unknown_version(version: &str, kind: &str) -> bool {
+    match kind {
+        "Service" | "Node" => !version.contains('/'),
+        "EndpointSlice" => version.starts_with("discovery.k8s.io/"),
+        _ => false,
+    }
 }
 
 fn convert(kind: Kind, id: NamespacedName, value: Value) -> Result<Converted, DocumentError> {

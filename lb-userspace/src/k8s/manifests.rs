@@ -17,18 +17,24 @@ use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
     event::{AccessKind, AccessMode, ModifyKind},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::sleep};
 use tracing::{error, warn};
 
-use super::document::{self, Document, DocumentError};
+use super::document::{self, DocumentError};
 use crate::model::{Event, Object, ObjectRef};
 
 /// How long changes are gathered before the folder is read.
 const GATHER: Duration = Duration::from_millis(5);
 
+/// How long after reading it is known which files were being written.
+const SETTLE: Duration = Duration::from_millis(2);
+
 /// A file that is being written is left alone until it is closed; but no longer
 /// than this, should the news of it be lost.
 const LONGEST_WRITE: Duration = Duration::from_secs(2);
+
+/// How long a moment is waited for in which nothing happens in the folder.
+const LONGEST_UNREST: Duration = Duration::from_millis(100);
 
 /// A folder of manifests.
 pub struct ManifestSource {
@@ -38,6 +44,12 @@ pub struct ManifestSource {
     changes: mpsc::UnboundedReceiver<notify::Result<notify::Event>>,
     /// Files that are being written, since when.
     open: HashMap<PathBuf, Instant>,
+    /// Files that are empty and were not, since when.
+    empty: HashMap<PathBuf, Instant>,
+    /// Files that something happened to since the folder was last read.
+    touched: BTreeSet<PathBuf>,
+    /// There is something to read.
+    due: bool,
     synced: bool,
 }
 
@@ -48,8 +60,9 @@ impl ManifestSource {
     ///
     /// If there is no such folder, or it cannot be watched.
     pub fn open(folder: &Path) -> io::Result<Self> {
-        let folder = fs::canonicalize(folder)?;
-        if !folder.is_dir() {
+        // Not resolved: a link to a folder may be made to point to another.
+        let folder = std::path::absolute(folder)?;
+        if !fs::metadata(&folder)?.is_dir() {
             return Err(io::ErrorKind::NotADirectory.into());
         }
         let (sender, changes) = mpsc::unbounded_channel();
@@ -68,6 +81,9 @@ impl ManifestSource {
             watcher,
             changes,
             open: HashMap::new(),
+            empty: HashMap::new(),
+            touched: BTreeSet::new(),
+            due: true,
             synced: false,
         })
     }
@@ -77,71 +93,115 @@ impl ManifestSource {
     ///
     /// Cancelling the future loses nothing.
     pub async fn next(&mut self) -> Vec<Event> {
-        if !self.synced {
-            let mut events = self.folder.read(&BTreeSet::new());
-            events.push(Event::Synced);
-            self.synced = true;
-            return events;
-        }
         loop {
-            self.wait_for_change().await;
-            let being_written = self.being_written();
-            let events = self.folder.read(&being_written);
+            while !self.due {
+                self.wait_for_news().await;
+            }
+            let (texts, doubtful) = self.read_quietly().await;
+            let mut events = self.folder.accept(texts, &doubtful);
+            if !self.synced {
+                events.push(Event::Synced);
+                self.synced = true;
+            }
             if !events.is_empty() {
                 return events;
             }
         }
     }
 
-    async fn wait_for_change(&mut self) {
+    /// Reads the folder, if it can be at a moment when nothing happens in it: of
+    /// two halves of a rename only one may have been there. Returns the files
+    /// whose text is not to be believed, too.
+    async fn read_quietly(&mut self) -> (io::Result<Texts>, BTreeSet<PathBuf>) {
+        let deadline = Instant::now() + LONGEST_UNREST;
         loop {
-            let change = if self.open.is_empty() {
-                self.changes.recv().await
-            } else {
-                let news = tokio::time::timeout(LONGEST_WRITE, self.changes.recv()).await;
-                match news {
-                    Ok(change) => change,
-                    // A write that takes that long is taken as it is.
-                    Err(_elapsed) => return,
-                }
-            };
-            let Some(change) = change else {
-                // The watcher's thread has ended, which it does with the
-                // process only.
-                return std::future::pending().await;
-            };
-            if self.note(change) {
-                break;
+            self.touched.clear();
+            let being_written = self.being_written();
+            let texts = self.folder.load(&being_written);
+            // What happened meanwhile is known by now, or very soon.
+            sleep(SETTLE).await;
+            self.due = false;
+            self.take_news();
+            if self.touched.is_empty() || Instant::now() > deadline {
+                let mut doubtful = self.being_written();
+                doubtful.append(&mut self.touched);
+                doubtful.extend(self.cut_short(texts.as_ref().ok()));
+                return (texts, doubtful);
             }
         }
-        tokio::time::sleep(GATHER).await;
+    }
+
+    /// Files that are empty now and were not. To write a file anew most programs
+    /// empty it first, so this is not believed before some time has passed.
+    fn cut_short(&mut self, texts: Option<&Texts>) -> Vec<PathBuf> {
+        let mut empty = HashMap::new();
+        for (path, text) in texts.into_iter().flatten() {
+            let is_empty = matches!(text, Some(Ok(text)) if text.is_empty());
+            if is_empty && self.folder.describes_something(path) {
+                let since = self.empty.get(path).copied();
+                empty.insert(path.clone(), since.unwrap_or_else(Instant::now));
+            }
+        }
+        self.empty = empty;
+        let recent = self
+            .empty
+            .iter()
+            .filter(|(_, since)| since.elapsed() < LONGEST_WRITE);
+        recent.map(|(path, _)| path.clone()).collect()
+    }
+
+    /// Waits until something happens, and for what happens with it.
+    async fn wait_for_news(&mut self) {
+        let since = self.open.values().chain(self.empty.values()).min();
+        let next = since.map(|since| *since + LONGEST_WRITE);
+        let deadline = async {
+            match next {
+                Some(time) => tokio::time::sleep_until(time.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(change) = self.changes.recv() => self.note(change),
+            // A write that takes that long is taken as it is.
+            () = deadline => self.due = true,
+        }
+        if self.due {
+            sleep(GATHER).await;
+            self.take_news();
+        }
+    }
+
+    fn take_news(&mut self) {
         while let Ok(change) = self.changes.try_recv() {
             self.note(change);
         }
     }
 
-    /// Takes in one event; `true` if the folder is to be read now.
-    fn note(&mut self, change: notify::Result<notify::Event>) -> bool {
+    /// Takes in one event, and whether the folder is to be read for it.
+    fn note(&mut self, change: notify::Result<notify::Event>) {
         let event = match change {
             Ok(event) => event,
             Err(error) => {
                 warn!(%error, "watching the manifests; the folder is read again");
-                return true;
+                self.due = true;
+                return;
             }
         };
         if event.paths.contains(&self.folder.path) {
             // Replaced as a whole: the new one is another inode. While there
             // is none this fails, and everything stays as it was.
             drop(watch(&mut self.watcher, &self.folder.path));
-            return true;
+            self.due = true;
+            return;
         }
         let inside = |path: &&PathBuf| path.parent() == Some(self.folder.path.as_path());
         let paths: Vec<_> = event.paths.iter().filter(inside).cloned().collect();
         match event.kind {
             EventKind::Modify(ModifyKind::Data(_)) => {
                 let now = Instant::now();
-                self.open.extend(paths.into_iter().map(|path| (path, now)));
-                false
+                self.open
+                    .extend(paths.iter().cloned().map(|path| (path, now)));
+                self.touched.extend(paths);
             }
             EventKind::Access(AccessKind::Close(AccessMode::Write))
             | EventKind::Create(_)
@@ -150,9 +210,10 @@ impl ManifestSource {
                 for path in &paths {
                     self.open.remove(path);
                 }
-                !paths.is_empty()
+                self.due |= !paths.is_empty();
+                self.touched.extend(paths);
             }
-            _ => event.need_rescan(),
+            _ => self.due |= event.need_rescan(),
         }
     }
 
@@ -178,8 +239,15 @@ struct Folder {
 
 struct File {
     text: String,
-    documents: Vec<Document>,
+    /// What its documents describe.
+    objects: Vec<Object>,
+    /// What documents described that cannot be understood any more.
+    kept: Vec<Object>,
 }
+
+/// The files of a folder, each as far as it could be read; `None` for those that
+/// were being written.
+type Texts = BTreeMap<PathBuf, Option<io::Result<String>>>;
 
 impl Folder {
     const fn new(path: PathBuf) -> Self {
@@ -191,11 +259,27 @@ impl Folder {
         }
     }
 
-    /// Reads the folder, except for the files that are being written, and
-    /// returns what changed.
-    fn read(&mut self, being_written: &BTreeSet<PathBuf>) -> Vec<Event> {
-        let paths = match self.list() {
-            Ok(paths) => paths,
+    /// Whether a file described any object when it was last read.
+    fn describes_something(&self, path: &Path) -> bool {
+        let file = self.files.get(path);
+        file.is_some_and(|file| !file.objects.is_empty() || !file.kept.is_empty())
+    }
+
+    /// Reads the files, except for those that are being written.
+    fn load(&self, being_written: &BTreeSet<PathBuf>) -> io::Result<Texts> {
+        let read = |path: &PathBuf| {
+            let is_whole = !being_written.contains(path);
+            is_whole.then(|| fs::read_to_string(path))
+        };
+        let paths = self.list()?.into_iter();
+        Ok(paths.map(|path| (path.clone(), read(&path))).collect())
+    }
+
+    /// Takes in what was read, except for files that turned out to be in the
+    /// middle of a change, and returns what is new.
+    fn accept(&mut self, texts: io::Result<Texts>, doubtful: &BTreeSet<PathBuf>) -> Vec<Event> {
+        let texts = match texts {
+            Ok(texts) => texts,
             Err(error) => {
                 if !self.unreadable {
                     let folder = self.path.display();
@@ -208,20 +292,20 @@ impl Folder {
         self.unreadable = false;
         let mut old = std::mem::take(&mut self.files);
         let mut changed = false;
-        for path in paths {
+        for (path, text) in texts {
             let before = old.remove(&path);
-            if being_written.contains(&path) {
-                self.files.extend(before.map(|file| (path, file)));
-                continue;
-            }
-            let (file, is_new) = self.read_file(&path, before);
+            let (file, is_new) = match text {
+                Some(text) if !doubtful.contains(&path) => self.read_file(&path, text, before),
+                _ => (before, false),
+            };
             changed |= is_new;
             self.files.extend(file.map(|file| (path, file)));
         }
-        if !changed && old.is_empty() {
-            return Vec::new();
+        if changed || !old.is_empty() {
+            self.compare()
+        } else {
+            Vec::new()
         }
-        self.compare()
     }
 
     /// Files whose names end like a manifest's, in order.
@@ -244,11 +328,18 @@ impl Folder {
 
     /// A file as it is now, or as it was if it cannot be read; and whether that
     /// is anything new.
-    fn read_file(&self, path: &Path, before: Option<File>) -> (Option<File>, bool) {
-        let text = match fs::read_to_string(path) {
+    fn read_file(
+        &self,
+        path: &Path,
+        text: io::Result<String>,
+        before: Option<File>,
+    ) -> (Option<File>, bool) {
+        let text = match text {
             Ok(text) => text,
-            // Removed between listing and reading; its removal is an event too.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return (None, true),
+            // Removed between listing and reading.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return (None, before.is_some());
+            }
             Err(error) => {
                 let file = path.display();
                 error!(%file, %error, "a manifest cannot be read; what it described stays");
@@ -258,39 +349,38 @@ impl Folder {
         if before.as_ref().is_some_and(|file| file.text == text) {
             return (before, false);
         }
-        let before = before.map(|file| file.documents).unwrap_or_default();
-        let mut documents = Vec::new();
-        for (index, outcome) in document::read_all(&text).into_iter().enumerate() {
-            let mut kept = Document::default();
-            for result in outcome {
-                match result {
-                    Ok(document) => {
-                        for warning in &document.warnings {
-                            report_warning(path, index, warning);
-                        }
-                        kept.extend(document);
+        let before = before.map(|file| [file.objects, file.kept].concat());
+        let mut file = File {
+            objects: Vec::new(),
+            kept: Vec::new(),
+            text,
+        };
+        let documents = document::read_all(&file.text).into_iter().enumerate();
+        for (index, result) in
+            documents.flat_map(|(i, results)| results.into_iter().map(move |r| (i, r)))
+        {
+            match result {
+                Ok(document) => {
+                    for warning in &document.warnings {
+                        report_warning(path, index, warning);
                     }
-                    Err(error) => {
-                        report_error(path, index, &error);
-                        self.keep_old(&error, before.get(index), &mut kept);
-                    }
+                    file.objects.extend(document.objects);
+                }
+                Err(error) => {
+                    report_error(path, index, &error);
+                    self.keep_old(&error, before.as_deref(), &mut file.kept);
                 }
             }
-            documents.push(kept);
         }
-        (Some(File { text, documents }), true)
+        (Some(file), true)
     }
 
-    /// What a broken document described before: the object that it names, or
-    /// if it names none what the document in its place described.
-    fn keep_old(&self, error: &DocumentError, before: Option<&Document>, kept: &mut Document) {
+    /// What a broken document described before: the object that it names, or,
+    /// if it names none, whatever the file described.
+    fn keep_old(&self, error: &DocumentError, before: Option<&[Object]>, kept: &mut Vec<Object>) {
         match &error.object {
-            Some(reference) => {
-                kept.objects.extend(self.objects.get(reference).cloned());
-            }
-            None => kept
-                .objects
-                .extend(before.into_iter().flat_map(|document| document.objects.clone())),
+            Some(reference) => kept.extend(self.objects.get(reference).cloned()),
+            None => kept.extend(before.into_iter().flatten().cloned()),
         }
     }
 
@@ -298,7 +388,7 @@ impl Folder {
     fn compare(&mut self) -> Vec<Event> {
         let mut objects: BTreeMap<ObjectRef, Object> = BTreeMap::new();
         for (path, file) in &self.files {
-            for object in file.documents.iter().flat_map(|document| &document.objects) {
+            for object in &file.objects {
                 let reference = object.reference();
                 if objects.contains_key(&reference) {
                     let file = path.display();
@@ -308,7 +398,16 @@ impl Folder {
                 objects.insert(reference, object.clone());
             }
         }
-        let gone = self.objects.keys().filter(|reference| !objects.contains_key(*reference));
+        // What is kept only fills gaps.
+        for object in self.files.values().flat_map(|file| &file.kept) {
+            objects
+                .entry(object.reference())
+                .or_insert_with(|| object.clone());
+        }
+        let gone = self
+            .objects
+            .keys()
+            .filter(|reference| !objects.contains_key(*reference));
         let mut events: Vec<_> = gone.cloned().map(Event::Delete).collect();
         for (reference, object) in &objects {
             if self.objects.get(reference) != Some(object) {

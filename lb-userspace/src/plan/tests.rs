@@ -67,7 +67,11 @@ fn slice(name: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
     EndpointSlice {
         id: NamespacedName::new("default", name),
         service: "web".to_owned(),
-        family: Family::of(endpoints.first().map_or(ip("10.0.0.1"), |endpoint| endpoint.addr)),
+        family: Family::of(
+            endpoints
+                .first()
+                .map_or(ip("10.0.0.1"), |endpoint| endpoint.addr),
+        ),
         ports: vec![EndpointPort {
             name: "http".to_owned(),
             protocol: Protocol::Tcp,
@@ -88,7 +92,10 @@ fn backends(plan: &ServicePlan, kind: FrontendKind) -> (Verdict, Vec<u8>) {
         IpAddr::V4(addr) => addr.octets()[3],
         IpAddr::V6(addr) => addr.octets()[15],
     };
-    (frontend.verdict, frontend.backends.iter().map(last_octet).collect())
+    (
+        frontend.verdict,
+        frontend.backends.iter().map(last_octet).collect(),
+    )
 }
 
 #[test]
@@ -109,7 +116,11 @@ fn endpoints_that_new_flows_get() {
             .iter()
             .enumerate()
             .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-        let plan = plan(&service(), [slice("a", endpoints.collect())].iter(), &node());
+        let plan = plan(
+            &service(),
+            [slice("a", endpoints.collect())].iter(),
+            &node(),
+        );
         let found = backends(&plan, FrontendKind::ClusterIp);
         assert_eq!(found, (verdict, expected.to_vec()), "{name}");
     }
@@ -120,16 +131,86 @@ fn local_policies() {
     use Policy::{Cluster, Local};
     use Verdict::{Drop, Forward, Reject};
     // Policies, endpoints, then what ClusterIP and NodePort lead to.
-    let rows: [(&str, Policy, Policy, &[&str], (Verdict, &[u8]), (Verdict, &[u8])); 9] = [
-        ("both Cluster", Cluster, Cluster, &["rs", "rs @b"], (Forward, &[1, 2]), (Forward, &[1, 2])),
-        ("external Local", Cluster, Local, &["rs", "rs @b"], (Forward, &[1, 2]), (Forward, &[1])),
-        ("internal Local", Local, Cluster, &["rs", "rs @b"], (Forward, &[1]), (Forward, &[1, 2])),
-        ("both Local", Local, Local, &["rs", "rs @b"], (Forward, &[1]), (Forward, &[1])),
-        ("none here", Cluster, Local, &["rs @b"], (Forward, &[1]), (Drop, &[])),
-        ("none here, internal", Local, Cluster, &["rs @b"], (Drop, &[]), (Forward, &[1])),
-        ("none anywhere", Local, Local, &[], (Reject, &[]), (Reject, &[])),
-        ("here only draining", Cluster, Local, &["st", "rs @b"], (Forward, &[2]), (Forward, &[1])),
-        ("no node is not here", Cluster, Local, &["rs @"], (Forward, &[1]), (Drop, &[])),
+    let rows: [(
+        &str,
+        Policy,
+        Policy,
+        &[&str],
+        (Verdict, &[u8]),
+        (Verdict, &[u8]),
+    ); 9] = [
+        (
+            "both Cluster",
+            Cluster,
+            Cluster,
+            &["rs", "rs @b"],
+            (Forward, &[1, 2]),
+            (Forward, &[1, 2]),
+        ),
+        (
+            "external Local",
+            Cluster,
+            Local,
+            &["rs", "rs @b"],
+            (Forward, &[1, 2]),
+            (Forward, &[1]),
+        ),
+        (
+            "internal Local",
+            Local,
+            Cluster,
+            &["rs", "rs @b"],
+            (Forward, &[1]),
+            (Forward, &[1, 2]),
+        ),
+        (
+            "both Local",
+            Local,
+            Local,
+            &["rs", "rs @b"],
+            (Forward, &[1]),
+            (Forward, &[1]),
+        ),
+        (
+            "none here",
+            Cluster,
+            Local,
+            &["rs @b"],
+            (Forward, &[1]),
+            (Drop, &[]),
+        ),
+        (
+            "none here, internal",
+            Local,
+            Cluster,
+            &["rs @b"],
+            (Drop, &[]),
+            (Forward, &[1]),
+        ),
+        (
+            "none anywhere",
+            Local,
+            Local,
+            &[],
+            (Reject, &[]),
+            (Reject, &[]),
+        ),
+        (
+            "here only draining",
+            Cluster,
+            Local,
+            &["st", "rs @b"],
+            (Forward, &[2]),
+            (Forward, &[1]),
+        ),
+        (
+            "no node is not here",
+            Cluster,
+            Local,
+            &["rs @"],
+            (Forward, &[1]),
+            (Drop, &[]),
+        ),
     ];
     for (name, internal, external, endpoints, cluster_ip, node_port) in rows {
         let mut service = service();
@@ -160,21 +241,49 @@ fn local_policies() {
 fn topology_hints() {
     let rows: [(&str, &[&str], &[u8]); 8] = [
         ("zone", &["rs zone=zone-a", "rs zone=zone-b"], &[1]),
-        ("several zones", &["rs zone=zone-a", "rs zone=zone-b zone=zone-a"], &[1, 2]),
+        (
+            "several zones",
+            &["rs zone=zone-a", "rs zone=zone-b zone=zone-a"],
+            &[1, 2],
+        ),
         ("one has none", &["rs zone=zone-a", "rs"], &[1, 2]),
-        ("none for this zone", &["rs zone=zone-b", "rs zone=zone-c"], &[1, 2]),
+        (
+            "none for this zone",
+            &["rs zone=zone-b", "rs zone=zone-c"],
+            &[1, 2],
+        ),
         ("node", &["rs for=node-a", "rs for=node-b"], &[1]),
-        ("node before zone", &["rs for=node-a zone=zone-b", "rs for=node-b zone=zone-a"], &[1]),
-        ("none for this node, then zone", &["rs for=b zone=zone-b", "rs for=c zone=zone-a"], &[2]),
-        ("one that is not ready does not count", &["rs zone=zone-a", "s", "rs zone=zone-b"], &[1]),
+        (
+            "node before zone",
+            &["rs for=node-a zone=zone-b", "rs for=node-b zone=zone-a"],
+            &[1],
+        ),
+        (
+            "none for this node, then zone",
+            &["rs for=b zone=zone-b", "rs for=c zone=zone-a"],
+            &[2],
+        ),
+        (
+            "one that is not ready does not count",
+            &["rs zone=zone-a", "s", "rs zone=zone-b"],
+            &[1],
+        ),
     ];
     for (name, endpoints, expected) in rows {
         let endpoints = endpoints
             .iter()
             .enumerate()
             .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-        let plan = plan(&service(), [slice("a", endpoints.collect())].iter(), &node());
-        assert_eq!(backends(&plan, FrontendKind::ClusterIp).1, expected, "{name}");
+        let plan = plan(
+            &service(),
+            [slice("a", endpoints.collect())].iter(),
+            &node(),
+        );
+        assert_eq!(
+            backends(&plan, FrontendKind::ClusterIp).1,
+            expected,
+            "{name}"
+        );
     }
     // A node that does not know its zone obeys no zone.
     let nowhere = NodeFacts {
@@ -201,7 +310,11 @@ fn an_address_in_two_slices_counts_once() {
             slice("b", vec![endpoint("10.244.0.1", second)]),
         ];
         let plan = plan(&service(), slices.iter(), &node());
-        assert_eq!(backends(&plan, FrontendKind::ClusterIp).1, expected, "{name}");
+        assert_eq!(
+            backends(&plan, FrontendKind::ClusterIp).1,
+            expected,
+            "{name}"
+        );
     }
 }
 
@@ -221,7 +334,11 @@ fn frontends_of_every_kind_and_family() {
         .frontends
         .iter()
         .map(|frontend| {
-            let to: Vec<_> = frontend.backends.iter().map(|b| b.addr.to_string()).collect();
+            let to: Vec<_> = frontend
+                .backends
+                .iter()
+                .map(|b| b.addr.to_string())
+                .collect();
             format!("{:?} {} → {}", frontend.kind, frontend.key, to.join(", "))
         })
         .collect();
@@ -274,7 +391,37 @@ fn endpoints_that_still_answer_stay_alive() {
         .iter()
         .enumerate()
         .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-    let plan = plan(&service(), [slice("a", endpoints.collect())].iter(), &node());
-    let alive: Vec<_> = plan.ports[0].alive.iter().map(|b| b.addr.to_string()).collect();
-    assert_eq!(alive, ["10.244.0.1:3000", "10.244.0.2:3000", "10.244.0.3:3000"]);
+    let plan = plan(
+        &service(),
+        [slice("a", endpoints.collect())].iter(),
+        &node(),
+    );
+    let alive: Vec<_> = plan.ports[0]
+        .alive
+        .iter()
+        .map(|b| b.addr.to_string())
+        .collect();
+    assert_eq!(
+        alive,
+        ["10.244.0.1:3000", "10.244.0.2:3000", "10.244.0.3:3000"]
+    );
+}
+
+#[test]
+fn an_address_of_two_kinds_is_one_frontend() {
+    let mut service = service();
+    service.external_ips = vec![ip("203.0.113.7"), ip("192.168.50.1")];
+    service.load_balancer_ips = vec![ip("203.0.113.7")];
+    service.ports[0].node_port = Some(80);
+    let plan = plan(&service, [].iter(), &node());
+    let frontends = plan.ports[0].frontends.iter();
+    let keys: Vec<_> = frontends.map(|frontend| frontend.key.to_string()).collect();
+    assert_eq!(
+        keys,
+        [
+            "10.96.0.1:80/TCP",
+            "203.0.113.7:80/TCP",
+            "192.168.50.1:80/TCP"
+        ]
+    );
 }

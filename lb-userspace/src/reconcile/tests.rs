@@ -34,7 +34,11 @@ fn frontend(n: u8, backends: &[u8]) -> FrontendPlan {
         key: key(n),
         kind: FrontendKind::ClusterIp,
         policy: Policy::Cluster,
-        verdict: if backends.is_empty() { Verdict::Reject } else { Verdict::Forward },
+        verdict: if backends.is_empty() {
+            Verdict::Reject
+        } else {
+            Verdict::Forward
+        },
         backends: backends.iter().copied().map(backend).collect(),
     }
 }
@@ -65,7 +69,9 @@ fn gone(service: &str) -> ServicePlan {
 
 /// What a program would find for a frontend, by last octets.
 fn found(content: &Content, n: u8) -> Vec<u8> {
-    let slots = content.resolve(&key(n)).unwrap_or_else(|error| panic!("{error}"));
+    let slots = content
+        .resolve(&key(n))
+        .unwrap_or_else(|error| panic!("{error}"));
     let octet = |slot: &SlotValue| match slot.addr.ip() {
         std::net::IpAddr::V4(addr) => addr.octets()[3],
         std::net::IpAddr::V6(_) => unreachable!("these tests speak IPv4"),
@@ -132,27 +138,61 @@ fn a_second_start_writes_nothing() {
 #[test]
 fn what_became_stale_meanwhile_is_removed() {
     let mut r = reconciler();
-    apply(&mut r, &[service("web", vec![frontend(1, &[1])]), service("old", vec![frontend(2, &[2])])]);
+    apply(
+        &mut r,
+        &[
+            service("web", vec![frontend(1, &[1])]),
+            service("old", vec![frontend(2, &[2])]),
+        ],
+    );
     let mut r = restarted(r);
-    assert_eq!(r.maps.content.services.len(), 2, "nothing goes before a plan says so");
-    apply(&mut r, &[service("web", vec![frontend(1, &[1])]), gone("old")]);
-    assert_eq!(r.maps.content.services.keys().copied().collect::<Vec<_>>(), [key(1)]);
+    assert_eq!(
+        r.maps.content.services.len(),
+        2,
+        "nothing goes before a plan says so"
+    );
+    apply(
+        &mut r,
+        &[service("web", vec![frontend(1, &[1])]), gone("old")],
+    );
+    assert_eq!(
+        r.maps.content.services.keys().copied().collect::<Vec<_>>(),
+        [key(1)]
+    );
     assert_eq!(r.maps.content.metas.len(), 1);
 }
 
 #[test]
 fn entries_that_make_no_sense_are_replaced_or_removed() {
     let mut r = reconciler();
-    apply(&mut r, &[service("web", vec![frontend(1, &[1]), frontend(2, &[1])])]);
+    apply(
+        &mut r,
+        &[service("web", vec![frontend(1, &[1]), frontend(2, &[1])])],
+    );
     let content = &mut r.maps.content;
     // Without a name; beyond the array; a backend that does not live.
     let entry = content.services[&key(1)];
-    content.services.insert(key(9), ServiceEntry { service: 77, ..entry });
-    content.services.insert(key(1), ServiceEntry { first_slot: 5000, ..entry });
+    content.services.insert(
+        key(9),
+        ServiceEntry {
+            service: 77,
+            ..entry
+        },
+    );
+    content.services.insert(
+        key(1),
+        ServiceEntry {
+            first_slot: 5000,
+            ..entry
+        },
+    );
     let stray = content.backends.len() as u32 + 5;
     content.backends.insert(stray, 3);
     let mut r = restarted(r);
-    apply(&mut r, &[service("web", vec![frontend(1, &[1]), frontend(2, &[1])])]);
+    apply(
+        &mut r,
+        &[service("web", vec![frontend(1, &[1]), frontend(2, &[1])])],
+    );
     assert_eq!(found(&r.maps.content, 1), [1]);
     assert_eq!(found(&r.maps.content, 2), [1]);
     assert_eq!(r.maps.content.services.len(), 2);
@@ -186,7 +226,11 @@ fn a_full_map_stops_one_service_and_no_other() {
         service("small", vec![frontend(2, &[5, 6])]),
     ];
     let report = r.apply(&plans, Instant::now());
-    let failed: Vec<_> = report.failed.iter().map(|(service, _)| service.name.as_str()).collect();
+    let failed: Vec<_> = report
+        .failed
+        .iter()
+        .map(|(service, _)| service.name.as_str())
+        .collect();
     assert_eq!(failed, ["big"]);
     assert_eq!(found(&r.maps.content, 2), [5, 6]);
 }
@@ -196,12 +240,20 @@ fn a_frontend_that_changes_hands_is_never_without_an_entry() {
     let mut r = reconciler();
     apply(&mut r, &[service("old", vec![frontend(1, &[1])])]);
     r.maps.observer = Some(Box::new(|content| {
-        content.resolve(&key(1)).unwrap_or_else(|error| panic!("{error}"));
+        content
+            .resolve(&key(1))
+            .unwrap_or_else(|error| panic!("{error}"));
     }));
     // In one batch, in either order.
-    apply(&mut r, &[gone("old"), service("new", vec![frontend(1, &[2])])]);
+    apply(
+        &mut r,
+        &[gone("old"), service("new", vec![frontend(1, &[2])])],
+    );
     assert_eq!(found(&r.maps.content, 1), [2]);
-    apply(&mut r, &[service("old", vec![frontend(1, &[3])]), gone("new")]);
+    apply(
+        &mut r,
+        &[service("old", vec![frontend(1, &[3])]), gone("new")],
+    );
     assert_eq!(found(&r.maps.content, 1), [3]);
 }
 
@@ -221,12 +273,80 @@ fn an_endpoint_that_only_serves_keeps_its_life() {
 }
 
 #[test]
+fn a_restart_knows_whose_the_unlisted_backends_are() {
+    let mut r = reconciler();
+    let mut web = service("web", vec![frontend(1, &[1])]);
+    web.ports[0].alive.insert(backend(2));
+    let mut none_ready = service("none-ready", vec![frontend(2, &[])]);
+    none_ready.ports[0].alive.insert(backend(3));
+    let plans = [web, none_ready];
+    apply(&mut r, &plans);
+    let before = r.maps.content.clone();
+    let mut r = restarted(r);
+    assert_eq!(apply(&mut r, &plans), 0);
+    assert_eq!(r.maps.content, before);
+    assert_eq!(
+        found(&r.maps.content, 1),
+        [1],
+        "what is parked gets no flows"
+    );
+}
+
+#[test]
+fn the_slots_of_a_stray_frontend_stay_until_it_is_gone() {
+    let mut r = reconciler();
+    apply(&mut r, &[service("web", vec![frontend(1, &[1, 2])])]);
+    r.maps.content.metas.clear();
+    let mut r = restarted(r);
+    r.maps.observer = Some(Box::new(|content| {
+        let Some(entry) = content.services.get(&key(1)) else {
+            return;
+        };
+        let slots = (entry.first_slot..entry.first_slot + entry.slot_count)
+            .map(|index| content.slots[&(Family::V4, index)].addr);
+        assert_eq!(
+            slots.collect::<Vec<_>>(),
+            [backend(1).addr, backend(2).addr]
+        );
+    }));
+    apply(&mut r, &[service("other", vec![frontend(9, &[7, 8])])]);
+    assert!(!r.maps.content.services.contains_key(&key(1)));
+}
+
+#[test]
+fn a_frontend_can_be_replaced_in_a_full_map() {
+    let mut r = reconciler();
+    apply(&mut r, &[service("web", vec![frontend(1, &[1])])]);
+    // Room for one frontend: a second one fails while the first is there.
+    r.maps.service_capacity = 1;
+    apply(&mut r, &[service("web", vec![frontend(2, &[1])])]);
+    assert_eq!(
+        r.maps.content.services.keys().copied().collect::<Vec<_>>(),
+        [key(2)]
+    );
+    let report = r.apply(&[service("more", vec![frontend(3, &[1])])], Instant::now());
+    assert!(report.failed[0].1.is_full());
+}
+
+#[test]
 fn services_are_told_apart_by_more_than_their_number() {
     let mut r = reconciler();
-    apply(&mut r, &[service("a", vec![frontend(1, &[1])]), service("b", vec![frontend(2, &[1])])]);
+    apply(
+        &mut r,
+        &[
+            service("a", vec![frontend(1, &[1])]),
+            service("b", vec![frontend(2, &[1])]),
+        ],
+    );
     let entries = &r.maps.content.services;
     assert_ne!(entries[&key(1)].service, entries[&key(2)].service);
-    let lives: BTreeSet<_> = r.maps.content.slots.values().map(|slot| slot.backend.id).collect();
+    let lives: BTreeSet<_> = r
+        .maps
+        .content
+        .slots
+        .values()
+        .map(|slot| slot.backend.id)
+        .collect();
     assert_eq!(lives.len(), 2, "one pod is another backend of each Service");
 }
 

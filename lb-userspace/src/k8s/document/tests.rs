@@ -114,10 +114,15 @@ fn what_is_none_of_klbs_business() {
             "namespace: shop, labels: {service.kubernetes.io/service-proxy-name: other}}",
         ),
         edited(SLICE, "kubernetes.io/service-name: web", "a: b"),
-        edited(SLICE, "labels: {", "labels: {service.kubernetes.io/headless: '', "),
+        edited(
+            SLICE,
+            "labels: {",
+            "labels: {service.kubernetes.io/headless: '', ",
+        ),
         "{apiVersion: v1, kind: Service, metadata: {name: a}, spec: {ports: [{port: 1}]}}".into(),
         "{apiVersion: apps/v1, kind: Deployment, metadata: {name: a}}".into(),
         "{apiVersion: v1, kind: ConfigMap, metadata: {}}".into(),
+        "{apiVersion: serving.knative.dev/v1, kind: Service, metadata: {name: a}}".into(),
     ];
     for text in rows {
         let document = read(&text).unwrap_or_else(|error| panic!("{text}\n{error:?}"));
@@ -132,25 +137,85 @@ fn errors_name_the_object_and_the_field() {
         (SERVICE, "port: 80", "port: 65536", "spec.ports[0].port"),
         (SERVICE, "port: 80", "port: web", "spec.ports[0].port"),
         (SERVICE, "port: 53", "port: -1", "spec.ports[1].port"),
-        (SERVICE, "nodePort: 30080", "nodePort: 99999", "spec.ports[0].nodePort"),
+        (
+            SERVICE,
+            "nodePort: 30080",
+            "nodePort: 99999",
+            "spec.ports[0].nodePort",
+        ),
         (SERVICE, "name: dns, ", "", "spec.ports[1].name"),
         (SERVICE, "name: dns", "name: http", "spec.ports[1].name"),
-        (SERVICE, "port: 53, protocol: UDP", "port: 80", "spec.ports[1].port"),
-        (SERVICE, "protocol: UDP", "protocol: QUIC", "spec.ports[1].protocol"),
-        (SERVICE, "clusterIPs: [10.96.0.1", "clusterIPs: [10.96.0.256", "spec.clusterIPs[0]"),
-        (SERVICE, "'fd00:10:96::1'", "10.96.0.2", "spec.clusterIPs[1]"),
-        (SERVICE, "spec:", "spec:\n  externalTrafficPolicy: Near", "spec.externalTrafficPolicy"),
-        (SERVICE, "spec:", "spec:\n  externalIPs: [here]", "spec.externalIPs[0]"),
+        (
+            SERVICE,
+            "port: 53, protocol: UDP",
+            "port: 80",
+            "spec.ports[1].port",
+        ),
+        (
+            SERVICE,
+            "protocol: UDP",
+            "protocol: QUIC",
+            "spec.ports[1].protocol",
+        ),
+        (
+            SERVICE,
+            "clusterIPs: [10.96.0.1",
+            "clusterIPs: [10.96.0.256",
+            "spec.clusterIPs[0]",
+        ),
+        (
+            SERVICE,
+            "'fd00:10:96::1'",
+            "10.96.0.2",
+            "spec.clusterIPs[1]",
+        ),
+        (
+            SERVICE,
+            "spec:",
+            "spec:\n  externalTrafficPolicy: Near",
+            "spec.externalTrafficPolicy",
+        ),
+        (
+            SERVICE,
+            "spec:",
+            "spec:\n  externalIPs: [here]",
+            "spec.externalIPs[0]",
+        ),
         (SLICE, "port: 3000", "port: 70000", "ports[0].port"),
-        (SLICE, "[10.244.0.6]", "[10.244.0]", "endpoints[1].addresses[0]"),
-        (SLICE, "[10.244.0.6]", "['fd00::6']", "endpoints[1].addresses[0]"),
+        (
+            SLICE,
+            "[10.244.0.6]",
+            "[10.244.0]",
+            "endpoints[1].addresses[0]",
+        ),
+        (
+            SLICE,
+            "[10.244.0.6]",
+            "['fd00::6']",
+            "endpoints[1].addresses[0]",
+        ),
         (SLICE, "[10.244.0.6]", "[]", "endpoints[1].addresses[0]"),
-        (SLICE, "addressType: IPv4", "addressType: IPX", "addressType"),
-        (SLICE, "ready: true", "ready: perhaps", "endpoints[0].conditions.ready"),
+        (
+            SLICE,
+            "addressType: IPv4",
+            "addressType: IPX",
+            "addressType",
+        ),
+        (
+            SLICE,
+            "ready: true",
+            "ready: perhaps",
+            "endpoints[0].conditions.ready",
+        ),
     ];
     for (text, from, to, field) in rows {
         let error = read(&edited(text, from, to)).expect_err(to);
-        assert_eq!(error.field.as_deref(), Some(field), "{to}: {}", error.message);
+        assert_eq!(
+            error.field.as_deref(),
+            Some(field),
+            "{to}: {}",
+            error.message
+        );
         let object = error.object.expect("known by name").to_string();
         assert!(object == "Service shop/web" || object == "EndpointSlice shop/web-1");
     }
@@ -162,14 +227,21 @@ fn without_a_name_the_error_says_what_is_missing() {
         ("{kind: Service}", "apiVersion"),
         ("{apiVersion: v1}", "kind"),
         ("{apiVersion: v1, kind: Service, spec: {}}", "metadata.name"),
-        ("{apiVersion: v2, kind: Service, metadata: {name: a}}", "apiVersion"),
+        (
+            "{apiVersion: v2, kind: Service, metadata: {name: a}}",
+            "apiVersion",
+        ),
         ("[1, 2]", "kind"),
     ] {
         let error = read(text).expect_err(text);
         assert_eq!(error.field.as_deref(), Some(field), "{text}");
     }
     let error = read("kind: {").expect_err("no YAML");
-    assert!(error.message.starts_with("no valid YAML"), "{}", error.message);
+    assert!(
+        error.message.starts_with("no valid YAML"),
+        "{}",
+        error.message
+    );
 }
 
 #[test]
@@ -179,7 +251,10 @@ fn sctp_is_left_out_and_said() {
         panic!("{document:?}");
     };
     assert_eq!(service.ports.len(), 1);
-    assert_eq!(document.warnings[0].field.as_deref(), Some("spec.ports[1].protocol"));
+    assert_eq!(
+        document.warnings[0].field.as_deref(),
+        Some("spec.ports[1].protocol")
+    );
 }
 
 #[test]
@@ -208,7 +283,8 @@ spec:
 
 #[test]
 fn documents_are_cut_where_yaml_cuts_them() {
-    let text = "# only a comment\n---\na: 1\n--- # next\nb: |\n  ---x\n---\n\n---\n{c: [}\n---\nd: 4";
+    let text =
+        "# only a comment\n---\na: 1\n--- # next\nb: |\n  ---x\n---\n\n---\n{c: [}\n---\nd: 4";
     let results = read_all(text);
     assert_eq!(results.len(), 4, "{results:?}");
     let broken = results[2][0].as_ref().expect_err("broken");

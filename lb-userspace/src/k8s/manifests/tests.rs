@@ -76,7 +76,10 @@ async fn the_first_batch_is_everything_and_says_so() {
     let two = service("a", "10.96.0.1") + "---\n" + &service("b", "10.96.0.2");
     let (_fixture, events) = Fixture::new(&[
         ("two.yaml", &two),
-        ("one.json", r#"{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}}"#),
+        (
+            "one.json",
+            r#"{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}}"#,
+        ),
         ("three.yml", &service("c", "10.96.0.3")),
         (".hidden.yaml", &service("d", "10.96.0.4")),
         ("notes.txt", "not a manifest"),
@@ -198,6 +201,58 @@ async fn a_file_that_is_being_written_is_left_alone() {
     io::Write::write_all(&mut file, service("a", "10.96.0.7").as_bytes()).expect("written");
     drop(file);
     assert_eq!(fixture.changes().await, ["+a 10.96.0.7"]);
+}
+
+#[tokio::test]
+async fn a_broken_document_in_front_does_not_outrank_a_good_one() {
+    let (mut fixture, _) = Fixture::new(&[("a.yaml", &service("a", "10.96.0.1"))]).await;
+    let text = "{broken\n---\n".to_owned() + &service("a", "10.96.0.2");
+    fixture.write("a.yaml", &text);
+    assert_eq!(fixture.changes().await, ["+a 10.96.0.2"]);
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_yaml_any_more_loses_nothing() {
+    let text = service("a", "10.96.0.1") + "---\n" + &service("b", "10.96.0.2");
+    let (mut fixture, _) = Fixture::new(&[("f.yaml", &text)]).await;
+    fixture.write("f.yaml", "kind: [Service\n");
+    fixture.expect_only("probe").await;
+    fixture.write("f.yaml", &service("b", "10.96.0.2"));
+    assert_eq!(fixture.changes().await, ["-a"]);
+}
+
+/// Writing in place cuts the file first. A reader must not take that for the
+/// end of what it described.
+#[tokio::test(flavor = "multi_thread")]
+async fn overwriting_in_place_deletes_nothing() {
+    let text = service("a", "10.96.0.1");
+    let (mut fixture, _) = Fixture::new(&[("a.yaml", &text)]).await;
+    let path = fixture.path("a.yaml");
+    let writer = std::thread::spawn(move || {
+        for n in 0..2000 {
+            fs::write(&path, format!("{text}# {n}\n")).expect("a file");
+        }
+        fs::write(&path, service("a", "10.96.0.2")).expect("a file");
+    });
+    assert_eq!(fixture.changes().await, ["+a 10.96.0.2"]);
+    writer.join().expect("written");
+}
+
+#[tokio::test]
+async fn a_link_to_a_folder_may_point_elsewhere() {
+    let parent = TempDir::new().expect("a temporary folder");
+    for (n, ip) in [("one", "10.96.0.1"), ("two", "10.96.0.2")] {
+        fs::create_dir(parent.path().join(n)).expect("a folder");
+        fs::write(parent.path().join(n).join("a.yaml"), service("a", ip)).expect("a file");
+    }
+    let link = parent.path().join("link");
+    symlink("one", &link).expect("a link");
+    let mut source = ManifestSource::open(&link).expect("a folder to watch");
+    assert_eq!(describe(&source.next().await)[0], "+a 10.96.0.1");
+    symlink("two", parent.path().join("next")).expect("a link");
+    fs::rename(parent.path().join("next"), &link).expect("renamed");
+    let events = timeout(Duration::from_secs(10), source.next()).await;
+    assert_eq!(describe(&events.expect("noticed")), ["+a 10.96.0.2"]);
 }
 
 #[test]
