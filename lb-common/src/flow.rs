@@ -92,7 +92,13 @@ pub struct FlowEntry<A> {
     /// Seconds of the monotonic clock at the last packet of either direction,
     /// at most one second late.
     pub last_seen: u32,
+    /// Where the client's packets come in: index of the device, and
+    /// [`EDGE_XDP`] if XDP translates them.
+    pub edge: u32,
 }
+
+/// Bit of [`FlowEntry::edge`]. Device indices are positive `int`s.
+pub const EDGE_XDP: u32 = 1 << 31;
 
 impl<A: Address> FlowEntry<A> {
     /// The tuple with which a packet of this entry leaves.
@@ -124,6 +130,7 @@ impl<A: Address> FlowEntry<A> {
             backend: self.backend,
             isn: self.isn,
             last_seen: self.last_seen,
+            edge: self.edge,
         }
     }
 
@@ -290,7 +297,7 @@ mod tests {
             FlowEntry {
                 src: to.src, dst: to.dst, src_port: to.src_port, dst_port: to.dst_port,
                 direction, seen, seen_peer, pad: 0, service: 1,
-                backend: BackendRef { id: 2, generation: 3 }, isn, last_seen: 4,
+                backend: BackendRef { id: 2, generation: 3 }, isn, last_seen: 4, edge: 5,
             }
         }
     }
@@ -356,6 +363,7 @@ mod tests {
             backend: BackendRef::default(),
             isn: 0,
             last_seen: 1000,
+            edge: 0,
         };
         assert!(!entry.expired(UDP, 1030));
         assert!(entry.expired(UDP, 1031));

@@ -13,7 +13,7 @@ use lb_common::{
 use crate::{
     clock,
     family::{Family, V4, V6},
-    flow,
+    flow::{self, Opener},
     packet::Packet,
     parse::{Parsed, Version, version},
     rewrite,
@@ -47,6 +47,17 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
         Ok(parsed) => parsed,
         Err(reason) => return reason,
     };
+    // A datagram that is for no frontend costs two lookups, a TCP segment one,
+    // or two if it opens a connection. Datagrams of a flow pay for that with a
+    // lookup more.
+    let service = if parsed.is_tcp() {
+        None
+    } else {
+        match service_of::<F>(&parsed) {
+            None => return flow::meet_stranger::<F>(&parsed.tuple, packet.edge()),
+            service => service,
+        }
+    };
     let now = clock::seconds();
     if let Some(flow) = flow::find::<F>(&parsed.tuple) {
         if flow.entry().direction == REPLY {
@@ -58,7 +69,7 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
             if must_leave_to_tc::<P, F>(packet, &parsed) {
                 return Reason::UnfinishedChecksum;
             }
-            flow.advance(&parsed, now);
+            flow.advance(&parsed, now, packet.edge());
             return rewrite::translate::<P, F>(packet, &parsed, flow.get(), Reason::Forward);
         }
         flow::remove::<F>(&parsed.tuple);
@@ -66,14 +77,19 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
     if parsed.is_tcp() && !parsed.is_syn() {
         return Reason::NoFlow;
     }
-    let Some(service) = service::<F>(&parsed) else {
+    let Some(service) = service.or_else(|| service_of::<F>(&parsed)) else {
         return Reason::NotService;
     };
     if must_leave_to_tc::<P, F>(packet, &parsed) {
         return Reason::UnfinishedChecksum;
     }
     let mut entry = MaybeUninit::uninit();
-    let reason = flow::open::<F>(&parsed, service, now, P::LOCAL_BACKENDS_ONLY, &mut entry);
+    let opener = Opener {
+        now,
+        edge: packet.edge(),
+        local_backends_only: P::LOCAL_BACKENDS_ONLY,
+    };
+    let reason = flow::open::<F>(&parsed, service, &opener, &mut entry);
     if reason.effect() != Effect::Translate {
         return reason;
     }
@@ -99,13 +115,13 @@ fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
         flow::remove::<F>(&parsed.tuple);
         return Reason::StaleFlow;
     }
-    flow.advance(&parsed, now);
+    flow.advance(&parsed, now, flow.entry().edge);
     rewrite::translate::<P, F>(packet, &parsed, flow.get(), Reason::Reply)
 }
 
 /// The frontend that the packet is sent to.
 #[inline(always)]
-fn service<F: Family>(parsed: &Parsed<F::Addr>) -> Option<&'static ServiceEntry> {
+fn service_of<F: Family>(parsed: &Parsed<F::Addr>) -> Option<&'static ServiceEntry> {
     let tuple = &parsed.tuple;
     F::service(&ServiceKey::new(tuple.dst, tuple.dst_port, tuple.protocol))
 }

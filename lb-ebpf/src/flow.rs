@@ -78,21 +78,24 @@ impl<F: Family> Flow<F> {
 
     /// Notes what the packet tells, in both entries of the flow; nothing is
     /// written, and the other entry is not looked up, when that is nothing new
-    /// within the second.
+    /// within the second. `edge` is where the client's packet came in; for the
+    /// backend's it is what the entry says.
     #[inline(always)]
-    pub fn advance(&self, parsed: &Parsed<F::Addr>, now: u32) {
+    pub fn advance(&self, parsed: &Parsed<F::Addr>, now: u32, edge: u32) {
         let seen = self.entry().seen | parsed.seen();
         let isn = if parsed.is_syn() && self.entry().direction == FORWARD {
             parsed.tcp.seq
         } else {
             self.entry().isn
         };
-        if seen != self.entry().seen || now != self.entry().last_seen || isn != self.entry().isn {
+        let entry = self.entry();
+        if seen != entry.seen || now != entry.last_seen || isn != entry.isn || edge != entry.edge {
             // SAFETY: see the head of this file.
             unsafe {
                 (*self.0).seen = seen;
                 (*self.0).last_seen = now;
                 (*self.0).isn = isn;
+                (*self.0).edge = edge;
             }
             tell_peer(&parsed.tuple, self);
         }
@@ -115,6 +118,7 @@ fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
                 (*peer.0).seen_peer = entry.seen;
                 (*peer.0).last_seen = entry.last_seen;
                 (*peer.0).isn = entry.isn;
+                (*peer.0).edge = entry.edge;
             }
         }
         // Another flow has the tuple.
@@ -141,18 +145,45 @@ pub fn remove<F: Family>(tuple: &Tuple<F::Addr>) {
     let _ = F::flows().remove(tuple);
 }
 
+/// A datagram that is for no frontend. If its answer would be taken for that of
+/// a flow which came in here, the client has used the same port towards a
+/// Service before, and now talks to the backend directly: the flow ends. (TCP's
+/// SYN-ACK tells the two apart; a datagram has nothing of the kind, so whom the
+/// client spoke to last decides.)
+///
+/// A flow that came in elsewhere is left alone: this may be its own datagram,
+/// translated at another hook on its way.
+#[inline(always)]
+pub fn meet_stranger<F: Family>(tuple: &Tuple<F::Addr>, edge: u32) -> Reason {
+    let answer = tuple.reversed();
+    match find::<F>(&answer) {
+        Some(flow) if flow.entry().direction == REPLY && flow.entry().edge == edge => {
+            remove::<F>(&answer);
+            Reason::StaleFlow
+        }
+        _ => Reason::NotService,
+    }
+}
+
+/// Who opens a flow.
+pub struct Opener {
+    /// Seconds of the monotonic clock.
+    pub now: u32,
+    pub edge: u32,
+    pub local_backends_only: bool,
+}
+
 /// Opens a flow: chooses a backend and writes both entries, and the forward
 /// one also to `opened`, if the reason returned is one to translate by.
 #[inline(always)]
 pub fn open<F: Family>(
     parsed: &Parsed<F::Addr>,
     service: &ServiceEntry,
-    now: u32,
-    local_only: bool,
+    opener: &Opener,
     opened: &mut MaybeUninit<FlowEntry<F::Addr>>,
 ) -> Reason {
     for _ in 0..ATTEMPTS {
-        let reason = try_open::<F>(parsed, service, now, local_only, opened);
+        let reason = try_open::<F>(parsed, service, opener, opened);
         if reason != Reason::TupleConflict {
             return reason;
         }
@@ -165,18 +196,17 @@ pub fn open<F: Family>(
 fn try_open<F: Family>(
     parsed: &Parsed<F::Addr>,
     service: &ServiceEntry,
-    now: u32,
-    local_only: bool,
+    opener: &Opener,
     opened: &mut MaybeUninit<FlowEntry<F::Addr>>,
 ) -> Reason {
     let slot = match select::backend::<F>(service) {
         Ok(slot) => slot,
         Err(reason) => return reason,
     };
-    if local_only && slot.flags & SLOT_LOCAL == 0 {
+    if opener.local_backends_only && slot.flags & SLOT_LOCAL == 0 {
         return Reason::RemoteBackend;
     }
-    let entry = opened.write(first_entry(parsed, slot, service.service, now));
+    let entry = opened.write(first_entry(parsed, slot, service.service, opener));
     match F::flows().insert(&parsed.tuple, &*entry, u64::from(BPF_NOEXIST)) {
         Ok(()) => {}
         // The next packet of the same flow was faster on another CPU.
@@ -207,7 +237,7 @@ fn first_entry<A: Address>(
     parsed: &Parsed<A>,
     slot: &Slot<A>,
     service: u32,
-    now: u32,
+    opener: &Opener,
 ) -> FlowEntry<A> {
     FlowEntry {
         src: parsed.tuple.src,
@@ -221,7 +251,8 @@ fn first_entry<A: Address>(
         service,
         backend: slot.backend,
         isn: parsed.tcp.seq,
-        last_seen: now,
+        last_seen: opener.now,
+        edge: opener.edge,
     }
 }
 

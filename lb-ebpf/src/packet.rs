@@ -7,7 +7,7 @@ use aya_ebpf::{
     bindings::{BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
     programs::{TcContext, XdpContext},
 };
-use lb_common::checksum::Delta;
+use lb_common::{checksum::Delta, flow::EDGE_XDP};
 
 /// The kernel's `EINVAL`.
 const EINVAL: c_long = 22;
@@ -39,6 +39,9 @@ pub trait Packet {
 
     fn data(&self) -> usize;
     fn data_end(&self) -> usize;
+
+    /// Where the packet comes in, as flows note it.
+    fn edge(&self) -> u32;
 
     /// Length of the whole frame in bytes, also of what [`Self::data_end`]
     /// leaves out.
@@ -102,6 +105,11 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
+    fn edge(&self) -> u32 {
+        self.ingress_ifindex() as u32 | EDGE_XDP
+    }
+
+    #[inline(always)]
     fn length(&self) -> usize {
         Self::data_end(self) - Self::data(self)
     }
@@ -161,6 +169,12 @@ impl Packet for TcContext {
     #[inline(always)]
     fn data_end(&self) -> usize {
         Self::data_end(self)
+    }
+
+    #[inline(always)]
+    fn edge(&self) -> u32 {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.skb.skb).ifindex }
     }
 
     #[inline(always)]

@@ -1,8 +1,8 @@
 //! The agent, in reading order: what is started, who owns what, how it ends.
 //!
 //! Two tasks do the work. One owns the programs and keeps them on the node's
-//! devices ([`edge`]), the other owns the desired state and the maps
-//! ([`control`]). Everything else watches them.
+//! devices (`edge`), the other owns the desired state and the maps
+//! (`control`). Everything else watches them.
 
 mod backoff;
 mod control;
@@ -29,7 +29,7 @@ use crate::{
         cgroup,
         features::Features,
         kernel::{Counters, KernelMaps},
-        load::{load, prepare_pins},
+        load::{load_maps, load_programs, prepare_pins},
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
@@ -60,7 +60,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let signals = Signals::listen()?;
     let _lock = Lock::take(&args.paths.state_dir)?;
     let pins = Pins::new(&args.paths.bpffs);
-    let hooks = start_datapath(&args.hooks, args, &pins)?;
+    let (hooks, maps) = start_datapath(args, &pins)?;
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
 
     let (addresses, node_addresses) = watch::channel(watcher.edge().addresses);
@@ -76,7 +76,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
             attached,
         },
     );
-    let control = Control::new(args, KernelMaps::open(&pins)?, node_addresses)?.run(synced);
+    let control = Control::new(args, maps, node_addresses)?.run(synced);
     let metrics = Metrics::new(Counters::open(&pins)?);
     tokio::spawn(health::serve_probes(args.healthz_bind, ready));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));
@@ -91,27 +91,35 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Loads the programs, and attaches those that are not bound to a device.
-fn start_datapath(hooks: &HookArgs, args: &AgentArgs, pins: &Pins) -> anyhow::Result<Hooks> {
+/// Opens the maps, loads the programs, and attaches those that are not bound to
+/// a device.
+fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, KernelMaps)> {
+    let HookArgs { xdp, tc, .. } = args.hooks;
     let features = Features::probe();
     info!(?features, "kernel");
-    let tc = tc_mode(hooks.tc, features)?;
-    let cgroup = cgroup_path(hooks)?;
+    let tc = tc_mode(tc, features)?;
+    let cgroup = cgroup_path(&args.hooks)?;
     prepare_pins(pins)?;
+    let mut ebpf = load_maps(pins, &args.sizes, features)?;
+    // Before the programs: the verifier has no kind words for maps of another
+    // shape.
+    let maps = KernelMaps::open(pins).context(
+        "the maps that are pinned are not this klb's; `klb cleanup` makes way for new ones",
+    )?;
     let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];
-    if hooks.xdp != XdpChoice::Off {
+    if xdp != XdpChoice::Off {
         programs.push(names::XDP);
     }
     if cgroup.is_some() {
         programs.extend(names::SOCKET_PROGRAMS);
     }
-    let ebpf = load(pins, &args.sizes, features, &programs)?;
-    let mut hooks = Hooks::new(ebpf, pins.clone(), tc, hooks.xdp)?;
+    load_programs(&mut ebpf, &programs)?;
+    let mut hooks = Hooks::new(ebpf, pins.clone(), tc, xdp)?;
     match cgroup {
         Some(path) => hooks.attach_sockets(&path)?,
         None => hooks.detach_sockets().context("detaching from sockets")?,
     }
-    Ok(hooks)
+    Ok((hooks, maps))
 }
 
 /// # Errors
@@ -130,7 +138,17 @@ fn cgroup_path(hooks: &HookArgs) -> io::Result<Option<PathBuf>> {
     match (hooks.socket_lb, &hooks.cgroup) {
         (SocketLb::Off, _) => Ok(None),
         (_, Some(path)) => Ok(Some(path.clone())),
-        (_, None) => cgroup::find_root().map(Some),
+        (_, None) => {
+            let root = cgroup::find_root()?;
+            if !cgroup::is_hosts_root(&root) {
+                warn!(
+                    path = %root.display(),
+                    "this is a container's root of control groups: \
+                     sockets outside are not translated; see --cgroup"
+                );
+            }
+            Ok(Some(root))
+        }
     }
 }
 

@@ -208,11 +208,13 @@ pub enum LogFormat {
 
 #[derive(Args, Debug)]
 pub struct GetArgs {
+    /// What to list
     #[arg(value_enum)]
     pub what: What,
     /// Only what belongs to Services of this namespace
     #[arg(short, long)]
     pub namespace: Option<String>,
+    /// For people or for programs
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
     #[command(flatten)]
@@ -246,6 +248,7 @@ pub enum Output {
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {
+    /// For people or for programs
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
     #[command(flatten)]
@@ -314,9 +317,7 @@ mod tests {
         let cli = Cli::command();
         for command in cli.get_subcommands() {
             for argument in command.get_arguments() {
-                let described = argument.get_help().is_some()
-                    || argument.is_hide_set()
-                    || !argument.get_possible_values().is_empty();
+                let described = argument.get_help().is_some() || argument.is_hide_set();
                 assert!(described, "{} {}", command.get_name(), argument.get_id());
             }
         }

@@ -177,12 +177,13 @@ impl Watcher {
         }
     }
 
-    /// Waits until something has changed, and lists it anew.
+    /// Waits until something has changed, and lists it anew; tells what it was.
     ///
     /// Dropping the future loses no change.
-    pub async fn changed(&mut self) -> io::Result<()> {
+    pub async fn changed(&mut self) -> io::Result<Changes> {
         let changes = self.monitor.changed().await?;
-        self.list(changes)
+        self.list(changes)?;
+        Ok(changes)
     }
 
     fn list(&mut self, changes: Changes) -> io::Result<()> {

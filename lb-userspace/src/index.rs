@@ -121,9 +121,9 @@ impl Index {
             .extend(affected.map(|service| service.id.clone()));
     }
 
-    /// The names of all Services.
-    pub fn services(&self) -> impl Iterator<Item = &NamespacedName> {
-        self.services.keys()
+    /// Whether a Service is known, and where any of its endpoints are.
+    pub fn knows_all_of(&self, service: &NamespacedName) -> bool {
+        self.services.contains_key(service) && self.slices.contains_key(service)
     }
 
     /// Marks a Service for another try.

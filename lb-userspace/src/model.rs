@@ -209,11 +209,24 @@ impl Object {
     }
 }
 
+/// Whom it concerns that something cannot be understood.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Concern {
+    Service(NamespacedName),
+    /// It may be any Service.
+    Anyone,
+    /// No Service is worse off for it.
+    NoOne,
+}
+
 /// What a source tells, whichever it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     Apply(Object),
     Delete(ObjectRef),
+    /// What there is and cannot be understood, and never could. Replaces what
+    /// was told so before.
+    Unknown(BTreeSet<Concern>),
     /// Everything that there is has been told; from now on what was not told
     /// does not exist.
     Synced,

@@ -216,11 +216,17 @@ impl Netlink {
 }
 
 /// What has changed since it was last asked.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "any of them may be set with any other"
+)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     pub links: bool,
     pub addresses: bool,
     pub default_routes: bool,
+    /// A qdisc or filter was removed.
+    pub filters: bool,
 }
 
 impl Changes {
@@ -228,10 +234,11 @@ impl Changes {
         links: true,
         addresses: true,
         default_routes: true,
+        filters: true,
     };
 
     const fn any(self) -> bool {
-        self.links || self.addresses || self.default_routes
+        self.links || self.addresses || self.default_routes || self.filters
     }
 }
 
@@ -256,6 +263,7 @@ impl Monitor {
             libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
+            libc::RTNLGRP_TC,
         ] {
             socket.add_membership(group)?;
         }
@@ -304,6 +312,7 @@ fn note(changes: &mut Changes, message: &Body) {
     match message.kind {
         libc::RTM_NEWLINK | libc::RTM_DELLINK => changes.links = true,
         libc::RTM_NEWADDR | libc::RTM_DELADDR => changes.addresses = true,
+        libc::RTM_DELQDISC | libc::RTM_DELTFILTER => changes.filters = true,
         // Other routes come and go by the thousand on some nodes.
         libc::RTM_NEWROUTE | libc::RTM_DELROUTE if is_default_route(&message.bytes) => {
             changes.default_routes = true;

@@ -179,6 +179,21 @@ impl Datapath {
         references
     }
 
+    /// Removes a frontend.
+    pub fn stop_serving(&mut self, protocol: u8, frontend: SocketAddr) {
+        let port = Port::from(frontend.port());
+        match frontend.ip() {
+            IpAddr::V4(addr) => take::<_, ServiceEntry>(
+                self.map(names::SERVICES4),
+                &ServiceKey::new(Addr4::from(addr), port, protocol),
+            ),
+            IpAddr::V6(addr) => take::<_, ServiceEntry>(
+                self.map(names::SERVICES6),
+                &ServiceKey::new(Addr6::from(addr), port, protocol),
+            ),
+        }
+    }
+
     fn put_backend(&mut self, backend: &Backend) -> BackendRef {
         let reference = BackendRef {
             id: self.next_backend,
@@ -438,6 +453,11 @@ where
 fn put<K: aya::Pod, V: aya::Pod>(map: &mut Map, key: K, value: V) {
     let mut map: HashMap<_, K, V> = map.try_into().expect("a hash map");
     map.insert(key, value, 0).expect("room for an entry");
+}
+
+fn take<K: aya::Pod, V: aya::Pod>(map: &mut Map, key: &K) {
+    let mut map: HashMap<_, K, V> = map.try_into().expect("a hash map");
+    map.remove(key).expect("an entry to remove");
 }
 
 fn set<V: aya::Pod>(map: &mut Map, index: u32, value: V) {

@@ -181,6 +181,14 @@ pub struct Pod {
     pub device: String,
 }
 
+impl Pod {
+    /// The address of its link, made from its IPv4 address.
+    fn mac(&self) -> String {
+        let [a, b, c, d] = self.host.addresses.v4.octets();
+        format!("02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+    }
+}
+
 /// How a cluster is made.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -376,9 +384,15 @@ impl Builder<'_> {
     fn plug(node: &Host, pod: &Pod) {
         let (device, netns) = (&pod.device, pod.host.place.netns());
         let Addresses { v4, v6 } = pod.host.addresses;
+        let mac = pod.mac();
+        // The node knows its neighbour: a first ARP request can be lost while
+        // the link comes up, and the second is a second later.
         node.place.netns().ip(&format!(
-            "link add {device} address {GATEWAY_MAC} type veth peer name eth0 netns {}\n\
+            "link add {device} address {GATEWAY_MAC} type veth \
+             peer name eth0 address {mac} netns {}\n\
              link set {device} up\n\
+             neigh add {v4} lladdr {mac} dev {device} nud permanent\n\
+             neigh add {v6} lladdr {mac} dev {device} nud permanent\n\
              route add {v4}/32 dev {device}\n\
              route add {v6}/128 dev {device}\n",
             netns.name(),

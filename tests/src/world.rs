@@ -18,6 +18,17 @@ pub const SERVICE_FILE: &str = "service.yaml";
 /// The file that holds its EndpointSlices.
 pub const ENDPOINTS_FILE: &str = "endpoints.yaml";
 
+/// Room for what tests do: the kernel clears maps of the default sizes longer
+/// than most tests take, and bpftool dumps arrays whole.
+const SMALL_MAPS: [&str; 6] = [
+    "--map-services=1024",
+    "--map-slots=4096",
+    "--map-backends=1024",
+    "--map-service-ports=1024",
+    "--map-flows=4096",
+    "--map-sockets=4096",
+];
+
 /// The kinds of address that the Service has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frontend {
@@ -49,7 +60,8 @@ impl World {
     pub fn with_options(options: Options, hooks: Hooks) -> Self {
         let mut cluster = Cluster::new(Scope::test(), options);
         cluster.add_pods(&PODS);
-        let agent = Agent::new(&cluster, hooks);
+        let mut agent = Agent::new(&cluster, hooks);
+        agent.flags = SMALL_MAPS.map(str::to_owned).into();
         let world = Self {
             agent,
             cluster,

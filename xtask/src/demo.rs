@@ -107,9 +107,11 @@ fn play(keep: bool) -> Result<()> {
     acts::maps(&mut checks, &stage);
     acts::rollout(&mut checks, &mut stage);
     page::section("Done");
-    page::line(format_args!("{:.1} s", started.elapsed().as_secs_f32()));
-    let verdict = checks.verdict();
-    if verdict.is_ok() && keep {
+    page::line(format_args!(
+        "after {:.1} s",
+        started.elapsed().as_secs_f32()
+    ));
+    if keep && checks.all_passed() {
         acts::keep(&stage);
         // Their guards would end it all.
         std::mem::forget(stage);
@@ -117,7 +119,7 @@ fn play(keep: bool) -> Result<()> {
         drop(stage);
         checks.check("nothing is left behind", !sweep::exists(NAME));
     }
-    verdict.and_then(|()| checks.verdict())
+    checks.verdict()
 }
 
 /// The cluster, the manifests and the agent, with XDP off.

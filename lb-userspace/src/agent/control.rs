@@ -18,7 +18,7 @@ use crate::{
     errors::Chain,
     index::{Conflict, Index},
     k8s::manifests::ManifestSource,
-    model::{Event, NamespacedName},
+    model::{Concern, Event, NamespacedName},
     plan::ServicePlan,
     reconcile::{Reconciler, Report},
 };
@@ -30,6 +30,12 @@ pub(super) struct Control {
     addresses: watch::Receiver<BTreeSet<IpAddr>>,
     index: Index,
     reconciler: Reconciler<KernelMaps>,
+    /// Whom it concerns that something cannot be understood.
+    unknown: BTreeSet<Concern>,
+    /// The Services that an earlier run left in the maps.
+    inherited: BTreeSet<NamespacedName>,
+    /// Services that stay as they are in the maps until more is known.
+    frozen: BTreeSet<NamespacedName>,
     /// The conflicts that were logged, to say each once.
     conflicts: BTreeMap<NamespacedName, Vec<Conflict>>,
     backoff: Backoff,
@@ -57,12 +63,16 @@ impl Control {
         };
         let mut index = Index::new(&args.node_name);
         index.set_node_addresses(addresses.borrow_and_update().clone());
+        let reconciler = Reconciler::restore(maps).context("reading the maps of an earlier run")?;
         Ok(Self {
             source: ManifestSource::open(folder)
                 .with_context(|| format!("--manifests {}", folder.display()))?,
             addresses,
             index,
-            reconciler: Reconciler::restore(maps).context("reading the maps of an earlier run")?,
+            unknown: BTreeSet::new(),
+            inherited: reconciler.services(),
+            frozen: BTreeSet::new(),
+            reconciler,
             conflicts: BTreeMap::new(),
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
         })
@@ -98,8 +108,8 @@ impl Control {
             }
         }
         // What an earlier run left of Services that are no more.
-        for service in self.reconciler.services() {
-            self.index.mark(service);
+        for service in &self.inherited {
+            self.index.mark(service.clone());
         }
     }
 
@@ -110,6 +120,12 @@ impl Control {
             match event {
                 Event::Apply(object) => self.index.apply(object),
                 Event::Delete(object) => self.index.delete(&object),
+                Event::Unknown(unknown) => {
+                    self.unknown = unknown;
+                    for service in std::mem::take(&mut self.frozen) {
+                        self.index.mark(service);
+                    }
+                }
                 Event::Synced => synced = true,
             }
         }
@@ -145,6 +161,11 @@ impl Control {
         let start = Instant::now();
         let mut plans = Vec::new();
         for (plan, conflicts) in self.index.take_changes() {
+            if self.must_stay(&plan.service) {
+                warn!(service = %plan.service, "stays as it is in the maps: what describes it cannot be understood");
+                self.frozen.insert(plan.service);
+                continue;
+            }
             self.log_conflicts(&plan, conflicts);
             plans.push(plan);
         }
@@ -162,6 +183,15 @@ impl Control {
             self.index.mark(service);
         }
         outcome
+    }
+
+    /// Whether a Service keeps what an earlier run gave it: a description of it
+    /// is there, or may be there, and cannot be understood. What this run has
+    /// understood once, its source remembers.
+    fn must_stay(&self, service: &NamespacedName) -> bool {
+        self.inherited.contains(service)
+            && (self.unknown.contains(&Concern::Service(service.clone()))
+                || self.unknown.contains(&Concern::Anyone) && !self.index.knows_all_of(service))
     }
 
     fn log_conflicts(&mut self, plan: &ServicePlan, conflicts: Vec<Conflict>) {

@@ -14,6 +14,7 @@ use crate::{
     datapath::attach::Hooks,
     devices::{Device, Role, Watcher},
     errors::Chain,
+    netlink::Changes,
 };
 
 /// What this task tells the others.
@@ -45,7 +46,7 @@ pub(super) async fn follow(
         for failure in &failures {
             warn!(error = %Chain(failure), "a program is not attached; trying again");
         }
-        let changed = if failures.is_empty() {
+        let changes = if failures.is_empty() {
             backoff.reset();
             reports.attached.send_replace(true);
             watcher.changed().await
@@ -53,9 +54,14 @@ pub(super) async fn follow(
             // The time being over is as good a reason to try as a change.
             timeout(backoff.next(), watcher.changed())
                 .await
-                .unwrap_or(Ok(()))
+                .unwrap_or_else(|_elapsed| Ok(Changes::default()))
         };
-        changed.context("following the node's devices and addresses")?;
+        if changes
+            .context("following the node's devices and addresses")?
+            .filters
+        {
+            hooks.forget_lost_filters();
+        }
     }
 }
 

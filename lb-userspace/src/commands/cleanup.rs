@@ -31,7 +31,11 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
     remove_state(&args.paths.state_dir)
         .with_context(|| format!("removing {}", args.paths.state_dir.display()))?;
     drop(lock);
-    eprintln!("klb: detached from {devices} devices and from sockets, removed {removed} maps");
+    if devices + removed == 0 {
+        eprintln!("klb: nothing to remove at {}", pins.root().display());
+    } else {
+        eprintln!("klb: detached from {devices} devices and from sockets, removed {removed} maps");
+    }
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::{
     args::{Output, Paths},
-    datapath::{Maps as _, kernel::KernelMaps, pins::Pins},
+    datapath::{MapError, Maps, pins::Pins},
 };
 
 /// The pins of an agent that has run.
@@ -94,6 +94,12 @@ struct Names {
 }
 
 impl Names {
+    fn read(maps: &impl Maps) -> Result<Self, MapError> {
+        Ok(Self {
+            metas: maps.metas()?,
+        })
+    }
+
     fn port(&self, service: u32) -> PortId {
         self.metas.get(&service).map_or_else(
             // Between the writes of an agent that starts or was killed.
@@ -105,12 +111,6 @@ impl Names {
             PortId::from,
         )
     }
-}
-
-fn names(maps: &KernelMaps) -> anyhow::Result<Names> {
-    Ok(Names {
-        metas: maps.metas()?,
-    })
 }
 
 /// A protocol as Kubernetes spells it.

@@ -37,9 +37,9 @@ use crate::{
 
 /// Why a program is not on its hook.
 #[derive(Debug, thiserror::Error)]
-#[error("attaching {program} to {on}")]
+#[error("putting {what} onto {on}")]
 pub struct AttachError {
-    program: &'static str,
+    what: &'static str,
     on: String,
     source: Cause,
 }
@@ -103,7 +103,7 @@ impl Hooks {
         for name in names::SOCKET_PROGRAMS {
             self.attach_socket(name, path)
                 .map_err(|source| AttachError {
-                    program: name,
+                    what: name,
                     on: path.display().to_string(),
                     source,
                 })?;
@@ -178,20 +178,37 @@ impl Hooks {
         }
     }
 
+    /// Has the next [`Self::apply`] put back the filters that somebody else has
+    /// removed: some CNIs delete the `clsact` qdisc of a device when they start.
+    /// Nobody takes away a link so.
+    pub fn forget_lost_filters(&mut self) {
+        if self.tc != TcMode::Clsact {
+            return;
+        }
+        let netlink = &self.netlink;
+        self.attached.retain(|index, _| {
+            let present = has_filters(netlink, *index).unwrap_or(true);
+            if !present {
+                info!(index, "somebody has removed the filters from this device");
+            }
+            present
+        });
+    }
+
     /// Returns how XDP is attached.
     ///
     /// Egress comes before ingress, so that no flow begins whose replies would
     /// pass untranslated.
     fn attach_device(&mut self, index: u32, device: &Device) -> Result<&'static str, AttachError> {
-        let failed = |program| {
+        let failed = |what| {
             move |source| AttachError {
-                program,
+                what,
                 on: device.name.clone(),
                 source,
             }
         };
         self.mark_role(index, device.role)
-            .map_err(failed("marks"))?;
+            .map_err(failed("a mark"))?;
         for side in [Side::Egress, Side::Ingress] {
             let name = side.hook().program();
             let attached = match self.tc {
@@ -363,6 +380,17 @@ impl Hooks {
             .remove_link(LinkPin::Device(DeviceHook::Xdp, index))?;
         Ok("off")
     }
+}
+
+/// Whether klb's filters are on both sides of a device.
+fn has_filters(netlink: &Netlink, index: u32) -> io::Result<bool> {
+    for side in Side::ALL {
+        let filters = netlink.filters(index, side)?;
+        if !filters.iter().any(|filter| clsact::is_klbs(side, filter)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Takes everything of a pin folder off its hooks. Maps stay. Returns the

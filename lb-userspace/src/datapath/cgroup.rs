@@ -37,7 +37,8 @@ impl Cgroup {
 /// Where a cgroup2 file system is mounted: `/sys/fs/cgroup`, or
 /// `/sys/fs/cgroup/unified` beside cgroup v1.
 ///
-/// In a container this is the host's root only if the host's is mounted there.
+/// In a container that is the host's root only if the host's is mounted there:
+/// see [`is_hosts_root`].
 ///
 /// # Errors
 ///
@@ -50,6 +51,12 @@ pub fn find_root() -> io::Result<PathBuf> {
             "no cgroup2 file system is mounted; give --cgroup, or --socket-lb off",
         )
     })
+}
+
+/// Whether a cgroup2 mount shows the whole machine: only the very root lacks
+/// this file, and a container's root is not it.
+pub fn is_hosts_root(path: &Path) -> bool {
+    !path.join("cgroup.events").exists()
 }
 
 fn cgroup2_mount(mounts: &str) -> Option<PathBuf> {

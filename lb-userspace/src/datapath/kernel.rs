@@ -253,11 +253,14 @@ where
         self.slots.put(index, slot)
     }
 
-    /// The slots that frontends lead to; those of one Service may share them.
+    /// The slots that frontends hold; those of one Service may share them.
     fn slots_fill(&self) -> Result<Fill, MapError> {
         let ranges: BTreeMap<u32, u32> = self
             .services()?
-            .map(|(_, entry)| (entry.first_slot, entry.slot_count))
+            .map(|(_, entry)| {
+                let parked = u32::from(entry.parked);
+                (entry.first_slot, entry.slot_count.saturating_add(parked))
+            })
             .collect();
         Ok(Fill {
             map: self.slots.name,
@@ -575,6 +578,7 @@ mod tests {
             backend: BackendRef::default(),
             isn: 0,
             last_seen,
+            edge: 2,
         }
     }
 

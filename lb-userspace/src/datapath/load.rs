@@ -133,15 +133,10 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes or opens the maps, and has the kernel verify the named programs.
+/// Makes the maps that are not pinned yet, and opens the others.
 ///
 /// The pin folder must be there ([`prepare_pins`]).
-pub fn load(
-    pins: &Pins,
-    sizes: &MapSizes,
-    features: Features,
-    programs: &[&'static str],
-) -> Result<Ebpf, LoadError> {
+pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
     if OBJECT.is_empty() {
         return Err(LoadError::NoObject);
     }
@@ -156,14 +151,18 @@ pub fn load(
             loader.map_max_entries(name, entries);
         }
     }
-    let mut ebpf = loader.load(OBJECT).map_err(LoadError::Object)?;
+    let ebpf = loader.load(OBJECT).map_err(LoadError::Object)?;
     for name in names::MAPS {
         warn_of_other_size(pins, sizes, name)?;
     }
-    for name in programs {
-        load_program(&mut ebpf, name)?;
-    }
     Ok(ebpf)
+}
+
+/// Has the kernel verify the named programs.
+pub fn load_programs(ebpf: &mut Ebpf, programs: &[&'static str]) -> Result<(), LoadError> {
+    programs
+        .iter()
+        .try_for_each(|name| load_program(ebpf, name))
 }
 
 /// Before 5.11 the memory of maps counts against a limit that is 64 KiB by

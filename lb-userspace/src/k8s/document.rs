@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::convert::{self, Converted, ObjectError};
-use crate::model::{Kind, NamespacedName, Object, ObjectRef};
+use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
 
 /// What a document describes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,14 +29,26 @@ pub struct DocumentError {
     /// Path of the field, if it is one field's fault.
     pub field: Option<String>,
     pub message: String,
+    pub concern: Concern,
 }
 
-impl From<ObjectError> for DocumentError {
-    fn from(error: ObjectError) -> Self {
+impl DocumentError {
+    /// An error of a document that does not say what it describes.
+    fn anonymous(field: Option<&str>, message: String) -> Self {
+        Self {
+            object: None,
+            field: field.map(str::to_owned),
+            message,
+            concern: Concern::Anyone,
+        }
+    }
+
+    fn of(error: ObjectError, concern: &Concern) -> Self {
         Self {
             object: Some(error.object),
             field: Some(error.field),
             message: error.message,
+            concern: concern.clone(),
         }
     }
 }
@@ -77,11 +89,10 @@ fn split(text: &str) -> Vec<&str> {
 fn read_document(text: &str) -> Vec<Result<Document, DocumentError>> {
     match serde_yaml_ng::from_str::<Value>(text) {
         Ok(value) => read_value(value),
-        Err(error) => vec![Err(DocumentError {
-            object: None,
-            field: None,
-            message: format!("no valid YAML: {error}"),
-        })],
+        Err(error) => {
+            let message = format!("no valid YAML: {error}");
+            vec![Err(DocumentError::anonymous(None, message))]
+        }
     }
 }
 
@@ -100,22 +111,16 @@ fn read_object(value: Value) -> Result<Document, DocumentError> {
     let (api_version, kind) = (text("/apiVersion"), text("/kind"));
     let (Some(api_version), Some(kind)) = (api_version, kind) else {
         let field = if kind.is_some() { "apiVersion" } else { "kind" };
-        return Err(DocumentError {
-            object: None,
-            field: Some(field.to_owned()),
-            message: "is missing, so this is no Kubernetes object".to_owned(),
-        });
+        let message = "is missing, so this is no Kubernetes object".to_owned();
+        return Err(DocumentError::anonymous(Some(field), message));
     };
     let kind = match (api_version, kind) {
         ("v1", "Service") => Kind::Service,
         ("discovery.k8s.io/v1", "EndpointSlice") => Kind::EndpointSlice,
         ("v1", "Node") => Kind::Node,
         (version, kind) if is_unknown_version(version, kind) => {
-            return Err(DocumentError {
-                object: None,
-                field: Some("apiVersion".to_owned()),
-                message: format!("{version:?} is no version of {kind} that klb knows"),
-            });
+            let message = format!("{version:?} is no version of {kind} that klb knows");
+            return Err(DocumentError::anonymous(Some("apiVersion"), message));
         }
         _ => {
             tracing::debug!(kind, api_version, "none of klb's business");
@@ -123,22 +128,40 @@ fn read_object(value: Value) -> Result<Document, DocumentError> {
         }
     };
     let Some(name) = text("/metadata/name").filter(|name| !name.is_empty()) else {
-        return Err(DocumentError {
-            object: None,
-            field: Some("metadata.name".to_owned()),
-            message: format!("is missing in a {kind}"),
-        });
+        let message = format!("is missing in a {kind}");
+        return Err(DocumentError::anonymous(Some("metadata.name"), message));
     };
     let namespace = match kind {
         Kind::Node => "",
         _ => text("/metadata/namespace").unwrap_or("default"),
     };
     let id = NamespacedName::new(namespace, name);
-    let converted = convert(kind, id, value)?;
+    let concern = concern(kind, &id, &value);
+    let converted = convert(kind, id, value, &concern)?;
+    let warnings = converted.warnings.into_iter();
     Ok(Document {
         objects: converted.object.into_iter().collect(),
-        warnings: converted.warnings.into_iter().map(Into::into).collect(),
+        warnings: warnings
+            .map(|warning| DocumentError::of(warning, &concern))
+            .collect(),
     })
+}
+
+/// Whom an object concerns, from what can be read of it.
+fn concern(kind: Kind, id: &NamespacedName, value: &Value) -> Concern {
+    match kind {
+        Kind::Service => Concern::Service(id.clone()),
+        Kind::EndpointSlice => {
+            let labels = value.pointer("/metadata/labels");
+            let label = labels.and_then(|labels| labels.get(convert::SERVICE_NAME_LABEL));
+            label
+                .and_then(Value::as_str)
+                .map_or(Concern::Anyone, |name| {
+                    Concern::Service(NamespacedName::new(&id.namespace, name))
+                })
+        }
+        Kind::Node => Concern::NoOne,
+    }
 }
 
 /// Whether an object of Kubernetes' own groups has another version than the one
@@ -151,32 +174,35 @@ fn is_unknown_version(version: &str, kind: &str) -> bool {
     }
 }
 
-fn convert(kind: Kind, id: NamespacedName, value: Value) -> Result<Converted, DocumentError> {
-    let reference = ObjectRef {
-        kind,
-        id: id.clone(),
-    };
-    match kind {
+fn convert(
+    kind: Kind,
+    id: NamespacedName,
+    value: Value,
+    concern: &Concern,
+) -> Result<Converted, DocumentError> {
+    let result = match kind {
         Kind::Service => {
-            let service = typed::<Service>(value, reference)?;
-            Ok(convert::service(id, &service)?)
+            typed::<Service>(value, kind, &id).and_then(|service| convert::service(id, &service))
         }
-        Kind::EndpointSlice => {
-            let slice = typed::<EndpointSlice>(value, reference)?;
-            Ok(convert::endpoint_slice(id, &slice)?)
-        }
-        Kind::Node => {
-            let node = typed::<Node>(value, reference)?;
-            Ok(convert::node(id.name, &node))
-        }
-    }
+        Kind::EndpointSlice => typed::<EndpointSlice>(value, kind, &id)
+            .and_then(|slice| convert::endpoint_slice(id, &slice)),
+        Kind::Node => typed::<Node>(value, kind, &id).map(|node| convert::node(id.name, &node)),
+    };
+    result.map_err(|error| DocumentError::of(error, concern))
 }
 
 /// Reads a value as a Kubernetes type; an error names the field.
-fn typed<T: DeserializeOwned>(value: Value, object: ObjectRef) -> Result<T, DocumentError> {
-    serde_path_to_error::deserialize(value).map_err(|error| DocumentError {
-        object: Some(object),
-        field: Some(error.path().to_string()),
+fn typed<T: DeserializeOwned>(
+    value: Value,
+    kind: Kind,
+    id: &NamespacedName,
+) -> Result<T, ObjectError> {
+    serde_path_to_error::deserialize(value).map_err(|error| ObjectError {
+        object: ObjectRef {
+            kind,
+            id: id.clone(),
+        },
+        field: error.path().to_string(),
         message: error.into_inner().to_string(),
     })
 }

@@ -21,7 +21,7 @@ use tokio::{sync::mpsc, time::sleep};
 use tracing::{error, warn};
 
 use super::document::{self, DocumentError};
-use crate::model::{Event, Object, ObjectRef};
+use crate::model::{Concern, Event, Object, ObjectRef};
 
 /// How long changes are gathered before the folder is read.
 const GATHER: Duration = Duration::from_millis(5);
@@ -233,6 +233,8 @@ struct Folder {
     files: BTreeMap<PathBuf, File>,
     /// As it was told.
     objects: BTreeMap<ObjectRef, Object>,
+    /// Likewise.
+    unknown: BTreeSet<Concern>,
     /// The folder could not be read, and that was said.
     unreadable: bool,
 }
@@ -243,6 +245,8 @@ struct File {
     objects: Vec<Object>,
     /// What documents described that cannot be understood any more.
     kept: Vec<Object>,
+    /// Whom those concern that never could be.
+    unknown: Vec<Concern>,
 }
 
 /// The files of a folder, each as far as it could be read; `None` for those that
@@ -255,6 +259,7 @@ impl Folder {
             path,
             files: BTreeMap::new(),
             objects: BTreeMap::new(),
+            unknown: BTreeSet::new(),
             unreadable: false,
         }
     }
@@ -353,6 +358,7 @@ impl Folder {
         let mut file = File {
             objects: Vec::new(),
             kept: Vec::new(),
+            unknown: Vec::new(),
             text,
         };
         let documents = document::read_all(&file.text).into_iter().enumerate();
@@ -368,7 +374,11 @@ impl Folder {
                 }
                 Err(error) => {
                     report_error(path, index, &error);
-                    self.keep_old(&error, before.as_deref(), &mut file.kept);
+                    let old = self.described_before(&error, before.as_deref());
+                    if old.is_empty() {
+                        file.unknown.push(error.concern);
+                    }
+                    file.kept.extend(old);
                 }
             }
         }
@@ -377,10 +387,10 @@ impl Folder {
 
     /// What a broken document described before: the object that it names, or,
     /// if it names none, whatever the file described.
-    fn keep_old(&self, error: &DocumentError, before: Option<&[Object]>, kept: &mut Vec<Object>) {
+    fn described_before(&self, error: &DocumentError, before: Option<&[Object]>) -> Vec<Object> {
         match &error.object {
-            Some(reference) => kept.extend(self.objects.get(reference).cloned()),
-            None => kept.extend(before.into_iter().flatten().cloned()),
+            Some(reference) => self.objects.get(reference).cloned().into_iter().collect(),
+            None => before.into_iter().flatten().cloned().collect(),
         }
     }
 
@@ -415,6 +425,12 @@ impl Folder {
             }
         }
         self.objects = objects;
+        let unknown = self.files.values().flat_map(|file| file.unknown.clone());
+        let unknown = unknown.collect();
+        if self.unknown != unknown {
+            self.unknown.clone_from(&unknown);
+            events.push(Event::Unknown(unknown));
+        }
         events
     }
 }

@@ -87,24 +87,24 @@ fn of_generic_xdp() {
 fn other_filters_stay() {
     let mut world = crate::stopped_world(Hooks::CLSACT);
     let node = world.cluster.node.clone();
-    let tc = |arguments: &str| {
-        let arguments: Vec<&str> = arguments.split(' ').collect();
-        node.place.netns().output("tc", &arguments)
+    let tc = |arguments: &[&str]| node.place.netns().output("tc", arguments);
+    // A program of one instruction: "return 0", which matches nothing.
+    let add_filter = |device, side, pref| {
+        let place = ["filter", "add", "dev", device, side, "pref", pref];
+        tc(&[&place[..], &["bpf", "bytecode", "1,6 0 0 0"]].concat());
     };
-    tc("qdisc add dev pod5 clsact");
-    tc("filter add dev pod5 ingress pref 77 matchall action ok");
+    tc(&["qdisc", "add", "dev", "pod5", "clsact"]);
+    add_filter("pod5", "ingress", "77");
     let before = kernel_state(&world);
     world.agent.start();
     // On a device to which klb brought the qdisc.
-    tc("filter add dev pod6 egress pref 78 matchall action ok");
+    add_filter("pod6", "egress", "78");
     world.agent.terminate();
     let said = world.agent.klb(&["cleanup"]);
     assert!(said.status.success(), "{said:?}");
-    let filters = tc("filter show dev pod6 egress");
-    assert!(
-        filters.contains("pref 78") && !filters.contains("klb"),
-        "{filters}"
-    );
-    tc("qdisc del dev pod6 clsact");
+    let filters = tc(&["filter", "show", "dev", "pod6", "egress"]);
+    assert!(filters.contains("pref 78"), "{filters}");
+    assert!(!filters.contains("klb"), "{filters}");
+    tc(&["qdisc", "del", "dev", "pod6", "clsact"]);
     assert_eq!(kernel_state(&world), before);
 }

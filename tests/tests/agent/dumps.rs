@@ -42,10 +42,6 @@ fn formatted(world: &World, map: &str) -> Vec<Value> {
 #[test]
 fn every_map_shows_the_names_of_its_fields() {
     let mut world = crate::stopped_world(Hooks::ALL);
-    // An array is dumped whole.
-    world.agent.flags = ["--map-slots=64", "--map-backends=64"]
-        .map(str::to_owned)
-        .into();
     world.agent.start();
     let pod = &world.cluster.client.host;
     for family in Family::ALL {

@@ -5,7 +5,7 @@
 //! look at one program at a time; here the stack routes between them, and the
 //! receiving stack verifies the checksums.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use lb_common::{Hook, Reason};
 use lb_tests::{
@@ -140,8 +140,14 @@ fn check(
         }
         Nobody(failure) => {
             // Only a connected UDP socket is told of an ICMP error.
-            let result = host.ask(&request.connected());
-            assert_eq!(result.as_ref(), Err(failure));
+            let request = request.connected().timeout(Duration::from_millis(300));
+            let told = host.ask(&request).expect_err("nobody to answer");
+            // A router's "no route" may pass: some sockets try on.
+            let tries_on = matches!((client, failure), (Outside, Failure::Unreachable));
+            assert!(
+                told == *failure || (tries_on && told == Failure::TimedOut),
+                "{told}"
+            );
             assert_eq!(world.agent.status().new_flows(), BTreeMap::new());
         }
     }

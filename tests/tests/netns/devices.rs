@@ -12,7 +12,7 @@ const BOUND: Duration = Duration::from_secs(1);
 /// learns of the device, attaches to it, and the pod gets through.
 #[test]
 fn a_new_pod_is_served_at_once() {
-    let world = crate::world(Hooks::TC);
+    let mut world = crate::world(Hooks::TC);
     let request = world.any_request().timeout(Duration::from_millis(10));
     for number in 20..25 {
         let name = format!("new-{number}");
@@ -22,9 +22,13 @@ fn a_new_pod_is_served_at_once() {
         let plugged = started.elapsed();
         let answer = pod.host.await_answer(&request, Duration::from_secs(5));
         let served = started.elapsed();
-        answer.unwrap_or_else(|failure| panic!("{name} is not served: {failure}"));
         println!("{name}: plugged in after {plugged:?}, served after {served:?}");
-        assert!(served < BOUND, "{name} was served after {served:?} only");
+        let log = world.agent.log().text();
+        answer.unwrap_or_else(|failure| panic!("{name} is not served: {failure}\n{log}"));
+        assert!(
+            served < BOUND,
+            "{name} was served after {served:?} only\n{log}"
+        );
     }
 }
 

@@ -347,6 +347,46 @@ fn udp_leaves_a_backend_that_has_gone_with_the_next_packet() {
 }
 
 #[test]
+fn a_direct_datagram_from_a_used_port_ends_the_flow() {
+    for world in udp_worlds() {
+        for entry in [Hook::TcIngress, Hook::Xdp] {
+            let mut datapath = world.serve_one();
+            datapath.run(entry, &world.first(world.frontend).bytes());
+            let direct = world.first(world.backend).bytes();
+            untouched(&mut datapath, entry, &direct, Reason::StaleFlow);
+            let answer = world.answer(world.backend).bytes();
+            untouched(&mut datapath, Hook::TcEgress, &answer, Reason::NotService);
+            assert_eq!(datapath.flow_count(), 0);
+            // And back to the Service.
+            datapath.run(entry, &world.first(world.frontend).bytes());
+            translated(
+                &mut datapath,
+                Hook::TcEgress,
+                &world.answer(world.backend),
+                Reason::Reply,
+                (world.frontend, world.client),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_datagram_for_a_frontend_that_has_gone_is_left_alone() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        let first = world.first(world.frontend);
+        datapath.run(Hook::TcIngress, &first.bytes());
+        datapath.stop_serving(world.protocol, world.frontend);
+        untouched(
+            &mut datapath,
+            Hook::TcIngress,
+            &first.bytes(),
+            Reason::NotService,
+        );
+    }
+}
+
+#[test]
 fn tcp_stays_with_a_backend_that_has_gone() {
     for world in tcp_worlds() {
         let mut connection = Connection::established(world);

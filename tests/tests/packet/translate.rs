@@ -216,30 +216,36 @@ fn a_reply_on_its_way_through_the_node_is_left_alone() {
         let mut datapath = world.serve_one();
         datapath.run(Hook::TcIngress, &world.first(world.frontend).bytes());
         let answer = world.answer(world.backend).bytes();
+        // A datagram is told apart by its destination, a TCP segment by its flow.
+        let reason = if world.protocol == TCP {
+            Reason::TransitReply
+        } else {
+            Reason::NotService
+        };
         for entry in ENTRIES {
-            untouched(&mut datapath, entry, &answer, Reason::TransitReply);
+            untouched(&mut datapath, entry, &answer, reason);
         }
+        translated(
+            &mut datapath,
+            Hook::TcEgress,
+            &world.answer(world.backend),
+            Reason::Reply,
+            (world.frontend, world.client),
+        );
     }
 }
 
+/// What XDP translated comes to TC next, and goes out somewhere.
 #[test]
-fn the_translated_packet_passes_the_edges_behind() {
+fn the_translated_packet_passes_the_hooks_behind() {
     for world in worlds() {
         let mut datapath = world.serve_one();
         let first = world.first(world.frontend).bytes();
-        let translated = datapath.run(Hook::TcIngress, &first).frame;
-        untouched(
-            &mut datapath,
-            Hook::TcEgress,
-            &translated,
-            Reason::NotService,
-        );
-        untouched(
-            &mut datapath,
-            Hook::TcIngress,
-            &translated,
-            Reason::NotService,
-        );
+        let frame = datapath.run(Hook::Xdp, &first).frame;
+        for hook in [Hook::TcIngress, Hook::TcEgress] {
+            untouched(&mut datapath, hook, &frame, Reason::NotService);
+        }
+        assert_eq!(datapath.flow_count(), 2, "the flow goes on");
     }
 }
 

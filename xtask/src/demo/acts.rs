@@ -136,10 +136,15 @@ fn ask(checks: &mut Checks, stage: &Stage, client: &Host, to: Addresses, port: u
 
 /// What is in the kernel, as klb and as bpftool show it.
 pub(super) fn maps(checks: &mut Checks, stage: &Stage) {
-    for what in ["services", "backends", "flows", "devices"] {
+    for (what, lines) in [
+        ("services", 20),
+        ("backends", 20),
+        ("flows", 5),
+        ("devices", 20),
+    ] {
         page::section(&format!("klb get {what}"));
         let said = stage.agent.klb(&["get", what]);
-        page::excerpt(&said.stdout, 12);
+        page::excerpt(&said.stdout, lines);
         checks.check(format_args!("klb get {what}"), said.status.success());
     }
     let pin = stage.agent.pins().join(names::SERVICES4);

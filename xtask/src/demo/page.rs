@@ -1,4 +1,4 @@
-//! What the demo prints: plain text of at most 80 columns, without colours.
+//! What the demo prints: plain text, without colours.
 
 use std::{collections::BTreeMap, fmt::Display};
 
@@ -30,8 +30,10 @@ pub(super) fn bars(counts: &BTreeMap<String, usize>) {
 pub(super) fn excerpt(text: &str, lines: usize) {
     let all = text.lines().count();
     text.lines().take(lines).for_each(line);
-    if all > lines {
-        line(format_args!("… and {} lines more", all - lines));
+    match all.saturating_sub(lines) {
+        0 => {}
+        1 => line("… and 1 line more"),
+        more => line(format_args!("… and {more} lines more")),
     }
 }
 
@@ -52,6 +54,10 @@ impl Checks {
             self.failed.push(claim.to_string());
             println!("NO {claim}");
         }
+    }
+
+    pub(super) fn all_passed(&self) -> bool {
+        self.failed.is_empty()
     }
 
     /// # Errors

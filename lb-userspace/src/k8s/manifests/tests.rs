@@ -134,10 +134,17 @@ async fn a_broken_document_leaves_what_it_described_and_the_others_go_on() {
 
 #[tokio::test]
 async fn a_broken_document_that_was_never_good_describes_nothing() {
-    let (mut fixture, events) = Fixture::new(&[("a.yaml", "kind: Service\n")]).await;
-    assert_eq!(events, []);
+    let broken = service("b", "10.96.0.1").replace("port: 80", "port: 0");
+    let (mut fixture, events) =
+        Fixture::new(&[("a.yaml", "kind: Service\n"), ("b.yaml", &broken)]).await;
+    // But it may have described something to an earlier run of the agent.
+    let b = Concern::Service(NamespacedName::new("default", "b"));
+    let unknown = Event::Unknown(BTreeSet::from([Concern::Anyone, b.clone()]));
+    assert_eq!(events, [unknown]);
     fixture.write("a.yaml", &service("a", "10.96.0.1"));
-    assert_eq!(fixture.changes().await, ["+a 10.96.0.1"]);
+    let events = fixture.next().await;
+    assert_eq!(describe(&events[..1]), ["+a 10.96.0.1"]);
+    assert_eq!(events[1..], [Event::Unknown(BTreeSet::from([b]))]);
 }
 
 #[tokio::test]
