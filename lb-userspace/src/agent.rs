@@ -29,7 +29,7 @@ use crate::{
         cgroup,
         features::Features,
         kernel::{Counters, KernelMaps},
-        load::{load_maps, load_programs, prepare_pins},
+        load::{load_maps, load_programs, prepare_pins, require_object},
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
@@ -94,6 +94,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
 /// Opens the maps, loads the programs, and attaches those that are not bound to
 /// a device.
 fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, KernelMaps)> {
+    require_object()?;
     let HookArgs { xdp, tc, .. } = args.hooks;
     let features = Features::probe();
     info!(?features, "kernel");

@@ -52,12 +52,6 @@ pub struct AgentArgs {
     pub config: Option<PathBuf>,
 
     #[command(flatten)]
-    pub devices: DeviceArgs,
-    #[command(flatten)]
-    pub hooks: HookArgs,
-    #[command(flatten)]
-    pub sizes: MapSizes,
-    #[command(flatten)]
     pub paths: Paths,
 
     /// Where translated packets go: up the stack, past netfilter and policies
@@ -77,6 +71,15 @@ pub struct AgentArgs {
     /// How log lines on stderr look; `RUST_LOG` sets what is logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+
+    // Groups with a heading of their own come last: what follows one would be
+    // listed below its heading.
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+    #[command(flatten)]
+    pub hooks: HookArgs,
+    #[command(flatten)]
+    pub sizes: MapSizes,
 }
 
 /// Which devices are the node's edges.
@@ -111,7 +114,7 @@ pub struct HookArgs {
     /// How TC programs are attached; auto is tcx where the kernel has it (6.6)
     #[arg(long, value_enum, default_value_t = TcChoice::Auto)]
     pub tc: TcChoice,
-    /// Whose sockets are translated: of the host and pods, of the host only, or none
+    /// Whose sockets are translated: those of the host and of pods, or none
     #[arg(long, value_enum, default_value_t = SocketLb::All)]
     pub socket_lb: SocketLb,
     /// Root of the control groups whose sockets are translated

@@ -142,10 +142,10 @@ impl Index {
         while let Some(id) = self.dirty.pop_first() {
             // Services that another one gave a frontend to, or took one from,
             // became dirty by that; those planned already need no other plan.
-            if !plans.contains_key(&id) {
-                let plan = self.plan(&id);
+            if let Entry::Vacant(place) = plans.entry(id) {
+                let plan = self.plan(place.key());
                 self.claim(&plan);
-                plans.insert(id, plan);
+                place.insert(plan);
             }
         }
         plans
@@ -158,11 +158,8 @@ impl Index {
         match self.services.get(id) {
             Some(service) => {
                 let slices = self.slices.get(id);
-                plan(
-                    service,
-                    slices.into_iter().flat_map(BTreeMap::values),
-                    &self.node,
-                )
+                let slices: Vec<_> = slices.into_iter().flat_map(BTreeMap::values).collect();
+                plan(service, &slices, &self.node)
             }
             None => ServicePlan {
                 service: id.clone(),

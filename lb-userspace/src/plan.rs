@@ -68,11 +68,7 @@ pub struct ServicePlan {
 }
 
 /// What the maps should say about a Service.
-pub fn plan<'a>(
-    service: &Service,
-    slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
-    node: &NodeFacts,
-) -> ServicePlan {
+pub fn plan(service: &Service, slices: &[&EndpointSlice], node: &NodeFacts) -> ServicePlan {
     // An address may be external IP, load balancer's and the node's at once; the
     // first that claims it has it.
     let mut claimed = BTreeSet::new();
@@ -84,7 +80,7 @@ pub fn plan<'a>(
         };
         for family in Family::ALL {
             if let Some(cluster_ip) = service.cluster_ip(family) {
-                let endpoints = collect(slices.clone(), port, family);
+                let endpoints = collect(slices, port, family);
                 plan_family(service, cluster_ip, &endpoints, node, &mut result);
             }
         }
@@ -149,13 +145,9 @@ type Endpoints<'a> = BTreeMap<SocketAddr, &'a Endpoint>;
 
 /// The endpoints of a port by its name. An address that occurs twice counts
 /// once: one that is not terminating beats one that is, else the later wins.
-fn collect<'a>(
-    slices: impl Iterator<Item = &'a EndpointSlice>,
-    port: &ServicePort,
-    family: Family,
-) -> Endpoints<'a> {
+fn collect<'a>(slices: &[&'a EndpointSlice], port: &ServicePort, family: Family) -> Endpoints<'a> {
     let mut endpoints = Endpoints::new();
-    for slice in slices.filter(|slice| slice.family == family) {
+    for slice in slices.iter().filter(|slice| slice.family == family) {
         let matching = slice
             .ports
             .iter()

@@ -9,7 +9,7 @@
 //! The maps are read once, at the start; from then on nobody else writes them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     io,
     net::SocketAddr,
     time::{Duration, Instant},
@@ -286,9 +286,8 @@ impl<M: Maps> Reconciler<M> {
         state: &mut PortState,
     ) -> Result<(), MapError> {
         for backend in wanted_backends(plan) {
-            if !state.backends.contains_key(&backend) {
-                let backend_ref = self.add_backend()?;
-                state.backends.insert(backend, backend_ref);
+            if let Entry::Vacant(place) = state.backends.entry(backend) {
+                place.insert(self.add_backend()?);
             }
         }
         let mut entries = Vec::new();

@@ -1,10 +1,11 @@
 //! Starting `klb-traffic` in a place, and reading what it reports.
 
-use std::{path::PathBuf, time::Duration};
+use std::{cell::Cell, path::PathBuf, time::Duration};
 
 use crate::{
     process::{Place, Process},
-    traffic::{Answer, Failure, Report, Request},
+    traffic::{Answer, Failure, Outcome, Report, Request},
+    wait,
 };
 
 /// Longer than any request lasts.
@@ -98,6 +99,7 @@ impl Helper {
         }
         Stream {
             process: place.start("stream", command),
+            read: Cell::default(),
         }
     }
 }
@@ -107,7 +109,7 @@ impl Helper {
 /// # Panics
 /// If it does not.
 pub fn await_server(server: &mut Process) {
-    let listening = crate::wait::attempt(Duration::from_secs(5), || {
+    let listening = wait::attempt(Duration::from_secs(5), || {
         let ready = server.stdout().lines().iter().any(|line| line == "serving");
         let ended = server.status().is_some();
         (ready || ended).then_some(ready)
@@ -119,6 +121,9 @@ pub fn await_server(server: &mut Process) {
 #[derive(Debug)]
 pub struct Stream {
     process: Process,
+    /// Up to where the output was read, and the answers up to there: it is read
+    /// often, and becomes long.
+    read: Cell<(u64, usize)>,
 }
 
 impl Stream {
@@ -133,18 +138,23 @@ impl Stream {
     /// If they do not come within ten seconds.
     pub fn await_more(&self, answers: usize) {
         let wanted = self.answers() + answers;
-        let come = crate::wait::attempt(Duration::from_secs(10), || {
+        let come = wait::attempt(Duration::from_secs(10), || {
             (self.answers() >= wanted).then_some(())
         });
         assert!(come.is_some(), "no {answers} more answers of {self:?}");
     }
 
+    /// The number of answers so far.
     fn answers(&self) -> usize {
-        let reports = self.reports();
-        reports
+        let (offset, answers) = self.read.get();
+        let text = self.process.stdout().text_from(offset);
+        let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
+        let more = parse(whole.lines())
             .into_iter()
-            .filter(|report| report.outcome.clone().result().is_ok())
-            .count()
+            .filter(|report| matches!(report.outcome, Outcome::Answer(_)));
+        let read = (offset + whole.len() as u64, answers + more.count());
+        self.read.set(read);
+        read.1
     }
 
     /// Lets the last request end; returns all that happened.
@@ -156,9 +166,11 @@ impl Stream {
 }
 
 fn reports(process: &Process) -> Vec<Report> {
-    let lines = process.stdout().lines();
+    parse(process.stdout().lines().iter().map(String::as_str))
+}
+
+fn parse<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<Report> {
     lines
-        .iter()
         .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
         .collect()
 }

@@ -3,10 +3,10 @@
 use std::{
     ffi::OsStr,
     fmt,
-    fs::{self, File},
-    io,
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom},
     os::{fd::AsFd as _, unix::process::CommandExt as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     rc::Rc,
     time::Duration,
@@ -230,13 +230,20 @@ impl Output {
         File::create(&self.path).unwrap_or_else(|error| panic!("{}: {error}", self.path.display()))
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn text(&self) -> String {
+        self.text_from(0)
     }
 
-    pub fn text(&self) -> String {
-        let bytes = fs::read(&self.path).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
+    /// The text from an offset on; empty if there is none yet.
+    pub fn text_from(&self, offset: u64) -> String {
+        let read = || -> io::Result<Vec<u8>> {
+            let mut file = File::open(&self.path)?;
+            file.seek(SeekFrom::Start(offset))?;
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
     }
 
     /// The complete lines so far.

@@ -107,6 +107,6 @@ impl RawSocket {
             )
         };
         frame.truncate(usize::try_from(length).ok()?);
-        (from.sll_pkttype != libc::PACKET_OUTGOING as u8).then_some(frame)
+        (from.sll_pkttype != libc::PACKET_OUTGOING).then_some(frame)
     }
 }

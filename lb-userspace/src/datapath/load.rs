@@ -74,6 +74,15 @@ pub enum LoadError {
     },
 }
 
+/// Whether there is anything to load. To be asked first, so that a klb without
+/// programs leaves no trace.
+pub fn require_object() -> Result<(), LoadError> {
+    if OBJECT.is_empty() {
+        return Err(LoadError::NoObject);
+    }
+    Ok(())
+}
+
 /// Makes the pin folder, with a BPF file system below it.
 ///
 /// # Errors
@@ -137,9 +146,6 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
 ///
 /// The pin folder must be there ([`prepare_pins`]).
 pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
-    if OBJECT.is_empty() {
-        return Err(LoadError::NoObject);
-    }
     raise_memlock_limit();
     let set_retval = u8::from(features.set_retval == Some(true));
     let paths = names::MAPS.map(|name| (name, pins.map(name)));

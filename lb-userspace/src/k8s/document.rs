@@ -34,28 +34,31 @@ pub struct DocumentError {
 
 impl DocumentError {
     /// An error of a document that does not say what it describes.
-    fn anonymous(field: Option<&str>, message: String) -> Self {
-        Self {
+    fn anonymous(field: Option<&str>, message: String) -> Box<Self> {
+        Box::new(Self {
             object: None,
             field: field.map(str::to_owned),
             message,
             concern: Concern::Anyone,
-        }
+        })
     }
 
-    fn of(error: ObjectError, concern: &Concern) -> Self {
-        Self {
+    fn of(error: ObjectError, concern: &Concern) -> Box<Self> {
+        Box::new(Self {
             object: Some(error.object),
             field: Some(error.field),
             message: error.message,
             concern: concern.clone(),
-        }
+        })
     }
 }
 
+/// What a document, or an item of a list in it, describes.
+pub type Outcome = Result<Document, Box<DocumentError>>;
+
 /// What each document of a text describes: one result, or one for each item of
 /// a list.
-pub fn read_all(text: &str) -> Vec<Vec<Result<Document, DocumentError>>> {
+pub fn read_all(text: &str) -> Vec<Vec<Outcome>> {
     split(text).into_iter().map(read_document).collect()
 }
 
@@ -86,7 +89,7 @@ fn split(text: &str) -> Vec<&str> {
     documents
 }
 
-fn read_document(text: &str) -> Vec<Result<Document, DocumentError>> {
+fn read_document(text: &str) -> Vec<Outcome> {
     match serde_yaml_ng::from_str::<Value>(text) {
         Ok(value) => read_value(value),
         Err(error) => {
@@ -96,7 +99,7 @@ fn read_document(text: &str) -> Vec<Result<Document, DocumentError>> {
     }
 }
 
-fn read_value(value: Value) -> Vec<Result<Document, DocumentError>> {
+fn read_value(value: Value) -> Vec<Outcome> {
     let kind = value.get("kind").and_then(Value::as_str);
     if kind.is_some_and(|kind| kind.ends_with("List"))
         && let Some(Value::Array(items)) = value.get("items")
@@ -106,7 +109,7 @@ fn read_value(value: Value) -> Vec<Result<Document, DocumentError>> {
     vec![read_object(value)]
 }
 
-fn read_object(value: Value) -> Result<Document, DocumentError> {
+fn read_object(value: Value) -> Outcome {
     let text = |pointer| value.pointer(pointer).and_then(Value::as_str);
     let (api_version, kind) = (text("/apiVersion"), text("/kind"));
     let (Some(api_version), Some(kind)) = (api_version, kind) else {
@@ -142,7 +145,7 @@ fn read_object(value: Value) -> Result<Document, DocumentError> {
     Ok(Document {
         objects: converted.object.into_iter().collect(),
         warnings: warnings
-            .map(|warning| DocumentError::of(warning, &concern))
+            .map(|warning| *DocumentError::of(warning, &concern))
             .collect(),
     })
 }
@@ -179,7 +182,7 @@ fn convert(
     id: NamespacedName,
     value: Value,
     concern: &Concern,
-) -> Result<Converted, DocumentError> {
+) -> Result<Converted, Box<DocumentError>> {
     let result = match kind {
         Kind::Service => {
             typed::<Service>(value, kind, &id).and_then(|service| convert::service(id, &service))

@@ -116,29 +116,28 @@ fn endpoints_that_new_flows_get() {
             .iter()
             .enumerate()
             .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-        let plan = plan(
-            &service(),
-            [slice("a", endpoints.collect())].iter(),
-            &node(),
-        );
+        let plan = plan(&service(), &[&slice("a", endpoints.collect())], &node());
         let found = backends(&plan, FrontendKind::ClusterIp);
         assert_eq!(found, (verdict, expected.to_vec()), "{name}");
     }
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table, a column a line")]
 fn local_policies() {
     use Policy::{Cluster, Local};
     use Verdict::{Drop, Forward, Reject};
     // Policies, endpoints, then what ClusterIP and NodePort lead to.
-    let rows: [(
-        &str,
+    type Lead = (Verdict, &'static [u8]);
+    type Row = (
+        &'static str,
         Policy,
         Policy,
-        &[&str],
-        (Verdict, &[u8]),
-        (Verdict, &[u8]),
-    ); 9] = [
+        &'static [&'static str],
+        Lead,
+        Lead,
+    );
+    let rows: [Row; 9] = [
         (
             "both Cluster",
             Cluster,
@@ -221,7 +220,7 @@ fn local_policies() {
             .iter()
             .enumerate()
             .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-        let plan = plan(&service, [slice("a", endpoints.collect())].iter(), &node());
+        let plan = plan(&service, &[&slice("a", endpoints.collect())], &node());
         let (verdict, list) = cluster_ip;
         assert_eq!(
             backends(&plan, FrontendKind::ClusterIp),
@@ -274,11 +273,7 @@ fn topology_hints() {
             .iter()
             .enumerate()
             .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-        let plan = plan(
-            &service(),
-            [slice("a", endpoints.collect())].iter(),
-            &node(),
-        );
+        let plan = plan(&service(), &[&slice("a", endpoints.collect())], &node());
         assert_eq!(
             backends(&plan, FrontendKind::ClusterIp).1,
             expected,
@@ -292,7 +287,7 @@ fn topology_hints() {
     };
     let endpoints = ["rs zone=zone-a", "rs zone=zone-b"];
     let endpoints = [1, 2].map(|n| endpoint(&format!("10.244.0.{n}"), endpoints[n - 1]));
-    let plan = plan(&service(), [slice("a", endpoints.into())].iter(), &nowhere);
+    let plan = plan(&service(), &[&slice("a", endpoints.into())], &nowhere);
     assert_eq!(backends(&plan, FrontendKind::ClusterIp).1, [1, 2]);
 }
 
@@ -309,7 +304,7 @@ fn an_address_in_two_slices_counts_once() {
             slice("a", vec![endpoint("10.244.0.1", first)]),
             slice("b", vec![endpoint("10.244.0.1", second)]),
         ];
-        let plan = plan(&service(), slices.iter(), &node());
+        let plan = plan(&service(), &slices.each_ref(), &node());
         assert_eq!(
             backends(&plan, FrontendKind::ClusterIp).1,
             expected,
@@ -329,7 +324,7 @@ fn frontends_of_every_kind_and_family() {
         slice("a", vec![endpoint("10.244.0.5", "rs")]),
         slice("b", vec![endpoint("fd00:10:244::5", "rs")]),
     ];
-    let plan = plan(&service, slices.iter(), &node());
+    let plan = plan(&service, &slices.each_ref(), &node());
     let frontends: Vec<_> = plan.ports[0]
         .frontends
         .iter()
@@ -376,7 +371,7 @@ fn ports_are_joined_by_name_and_protocol() {
         protocol: Protocol::Udp,
         port: 53,
     });
-    let plan = plan(&service, [both].iter(), &node());
+    let plan = plan(&service, &[&both], &node());
     let ports: Vec<_> = plan
         .ports
         .iter()
@@ -391,11 +386,7 @@ fn endpoints_that_still_answer_stay_alive() {
         .iter()
         .enumerate()
         .map(|(index, letters)| endpoint(&format!("10.244.0.{}", index + 1), letters));
-    let plan = plan(
-        &service(),
-        [slice("a", endpoints.collect())].iter(),
-        &node(),
-    );
+    let plan = plan(&service(), &[&slice("a", endpoints.collect())], &node());
     let alive: Vec<_> = plan.ports[0]
         .alive
         .iter()
@@ -413,7 +404,7 @@ fn an_address_of_two_kinds_is_one_frontend() {
     service.external_ips = vec![ip("203.0.113.7"), ip("192.168.50.1")];
     service.load_balancer_ips = vec![ip("203.0.113.7")];
     service.ports[0].node_port = Some(80);
-    let plan = plan(&service, [].iter(), &node());
+    let plan = plan(&service, &[], &node());
     let frontends = plan.ports[0].frontends.iter();
     let keys: Vec<_> = frontends.map(|frontend| frontend.key.to_string()).collect();
     assert_eq!(

@@ -201,8 +201,10 @@ fn entries_that_make_no_sense_are_replaced_or_removed() {
 
 #[test]
 fn a_range_rests_before_it_is_used_again() {
-    let mut maps = MemoryMaps::default();
-    maps.slot_capacity = 4;
+    let maps = MemoryMaps {
+        slot_capacity: 4,
+        ..MemoryMaps::default()
+    };
     let mut r = Reconciler::restore(maps).expect("memory can be read");
     let start = Instant::now();
     let web = |backends: &[u8]| service("web", vec![frontend(1, backends)]);
@@ -218,8 +220,10 @@ fn a_range_rests_before_it_is_used_again() {
 
 #[test]
 fn a_full_map_stops_one_service_and_no_other() {
-    let mut maps = MemoryMaps::default();
-    maps.slot_capacity = 3;
+    let maps = MemoryMaps {
+        slot_capacity: 3,
+        ..MemoryMaps::default()
+    };
     let mut r = Reconciler::restore(maps).expect("memory can be read");
     let plans = [
         service("big", vec![frontend(1, &[1, 2, 3, 4])]),
@@ -350,11 +354,17 @@ fn services_are_told_apart_by_more_than_their_number() {
     assert_eq!(lives.len(), 2, "one pod is another backend of each Service");
 }
 
+/// A Service's frontends with their backends, by number.
+type Frontends = Vec<(u8, Vec<u8>)>;
+
+/// Every set of backends that a frontend may have.
+type Legal = BTreeMap<FrontendKey, BTreeSet<Vec<u8>>>;
+
 /// One step of a random history.
 #[derive(Clone, Debug)]
 enum Step {
     /// These Services, by number, get these frontends and backends.
-    Apply(Vec<(u8, Vec<(u8, Vec<u8>)>)>),
+    Apply(Vec<(u8, Frontends)>),
     Restart,
     /// The write after so many fails.
     FailAfter(u64),
@@ -397,9 +407,9 @@ proptest! {
     fn every_history_ends_as_planned(steps in prop::collection::vec(step(), 1..25)) {
         let mut r = reconciler();
         let mut now = Instant::now();
-        let mut wanted: BTreeMap<u8, Vec<(u8, Vec<u8>)>> = BTreeMap::new();
+        let mut wanted: BTreeMap<u8, Frontends> = BTreeMap::new();
         // Every set of backends that a frontend may have at the moment.
-        let legal: Arc<Mutex<BTreeMap<FrontendKey, BTreeSet<Vec<u8>>>>> = Arc::default();
+        let legal: Arc<Mutex<Legal>> = Arc::default();
         let fail_in = Arc::new(Mutex::new(None::<u64>));
         for step in steps {
             now += GRACE;

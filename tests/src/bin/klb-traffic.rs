@@ -53,7 +53,7 @@ enum Command {
         #[command(flatten)]
         request: Request,
         /// Pause between an outcome and the next question
-        #[arg(long, value_name = "MS", default_value_t = 1)]
+        #[arg(long, value_name = "MS", default_value_t = 4)]
         every: u64,
         /// Ask over one connection that stays open
         #[arg(long)]

@@ -112,11 +112,7 @@ fn kill_9_with_clsact() {
 /// Killed at any moment of its start, it finds its way the next time.
 #[test]
 fn killed_while_it_starts() {
-    let mut world = crate::stopped_world(Hooks::ALL);
-    // Hundreds of connections a second fill the small table of other tests.
-    let is_of_flows = |flag: &String| flag.starts_with("--map-flows");
-    world.agent.flags.retain(|flag| !is_of_flows(flag));
-    world.agent.start();
+    let mut world = crate::world(Hooks::ALL);
     let streams = Streams::start(&world);
     let before = world.agent.backends("echo");
     world.agent.terminate();
@@ -129,7 +125,10 @@ fn killed_while_it_starts() {
     streams.go_on();
     assert_eq!(world.agent.backends("echo"), before);
     streams.assert_flawless();
-    assert_eq!(world.agent.status().warnings, [""; 0]);
+    let mut warnings = world.agent.status().warnings;
+    // So many connections may well fill a table.
+    warnings.retain(|warning| !warning.contains("% full"));
+    assert_eq!(warnings, [""; 0]);
 }
 
 /// What the agent writes, as the kernel has it.
@@ -139,6 +138,20 @@ fn written(agent: &Agent) -> BTreeMap<&'static str, Vec<String>> {
         .into_iter()
         .map(|map| (map, raw_dump(&agent.pins().join(map))))
         .collect()
+}
+
+/// How many entries the agent wrote since it was started, by its log.
+fn writes(agent: &mut Agent) -> u64 {
+    let log = agent.log().text();
+    let reconciled = log.lines().filter(|line| line.contains("reconciled"));
+    let counts = reconciled.map(|line| {
+        let mut words = line.split_whitespace();
+        let count = words.find_map(|word| word.strip_prefix("writes="));
+        count.and_then(|count| count.parse::<u64>().ok())
+    });
+    counts
+        .sum::<Option<u64>>()
+        .unwrap_or_else(|| panic!("a line without a number of writes in\n{log}"))
 }
 
 /// A start that finds nothing changed finds the maps right: same ids, same
@@ -161,12 +174,13 @@ fn a_second_start_changes_nothing() {
     world.agent.start();
     let first = written(&world.agent);
     assert!(first.values().all(|map| !map.is_empty()));
-    world.agent.terminate();
-    world.agent.start();
-    assert_eq!(written(&world.agent), first, "after SIGTERM");
-    world.agent.kill();
-    world.agent.start();
-    assert_eq!(written(&world.agent), first, "after kill -9");
+    assert!(writes(&mut world.agent) > 0);
+    for end in [Agent::terminate, Agent::kill] {
+        end(&mut world.agent);
+        world.agent.start();
+        assert_eq!(writes(&mut world.agent), 0);
+        assert_eq!(written(&world.agent), first);
+    }
 }
 
 #[test]

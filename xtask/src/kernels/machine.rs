@@ -80,7 +80,10 @@ impl Machine {
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-display", "none", "-serial", "stdio"])
-            .args(["-no-reboot", "-m", "1024", "-smp", "2", "-cpu", "max"])
+            .args(["-no-reboot", "-m", "1024", "-smp", "2"])
+            // qemu 7.2 emulates `cmpxchg16b` wrongly: a third of the boots of
+            // 6.12 crashed in its slab allocator, and none of 60 without it.
+            .args(["-cpu", "max,cx16=off"])
             .arg("-kernel")
             .arg(&self.image.vmlinuz)
             .arg("-initrd")
