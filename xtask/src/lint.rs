@@ -8,8 +8,10 @@ use crate::{
     toolchain,
 };
 
+type Check = fn() -> Result<()>;
+
 /// Cheapest first.
-const CHECKS: [(&str, fn() -> Result<()>); 5] = [
+const CHECKS: [(&str, Check); 5] = [
     ("Formatting", formatting),
     ("Clippy on the host's crates", clippy_on_host),
     ("Clippy on the BPF crate", clippy_on_bpf),
