@@ -47,6 +47,8 @@ use aya_ebpf::{
 };
 use lb_common::Hook;
 
+use crate::socket::{Connect, Reveal, Send};
+
 /// From the outside, before the stack.
 #[xdp]
 pub fn klb_xdp(ctx: XdpContext) -> u32 {
@@ -67,42 +69,42 @@ pub fn klb_tc_out(ctx: TcContext) -> i32 {
 
 #[cgroup_sock_addr(connect4)]
 pub fn klb_connect4(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::connect(&socket::Call4::new(&ctx)))
+    verdict::socket(socket::on4::<Connect>(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn klb_connect6(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::connect6(&ctx))
+    verdict::socket(socket::on6::<Connect>(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn klb_sendmsg4(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::send(&socket::Call4::new(&ctx)))
+    verdict::socket(socket::on4::<Send>(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 pub fn klb_sendmsg6(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::send6(&ctx))
+    verdict::socket(socket::on6::<Send>(&ctx))
 }
 
 #[cgroup_sock_addr(recvmsg4)]
 pub fn klb_recvmsg4(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::reveal(&socket::Call4::new(&ctx)))
+    verdict::socket(socket::on4::<Reveal>(&ctx))
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 pub fn klb_recvmsg6(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::reveal6(&ctx))
+    verdict::socket(socket::on6::<Reveal>(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn klb_getpeer4(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::reveal(&socket::Call4::new(&ctx)))
+    verdict::socket(socket::on4::<Reveal>(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn klb_getpeer6(ctx: SockAddrContext) -> i32 {
-    verdict::socket(socket::reveal6(&ctx))
+    verdict::socket(socket::on6::<Reveal>(&ctx))
 }
 
 /// Most helpers used here are for GPL-compatible programs only, and "Dual

@@ -91,13 +91,6 @@ pub struct Call6(*mut bpf_sock_addr);
 /// A call of an IPv6 socket with an IPv4 address.
 pub struct CallMapped(*mut bpf_sock_addr);
 
-impl Call4 {
-    #[inline(always)]
-    pub fn new(ctx: &SockAddrContext) -> Self {
-        Self(ctx.as_ptr().cast())
-    }
-}
-
 impl Call for Call4 {
     type Family = V4;
 
@@ -202,69 +195,73 @@ fn is_mapped(context: *mut bpf_sock_addr) -> bool {
     w0 | w1 == 0 && w2 == 0xffff_u32.to_be()
 }
 
-/// A process connects.
-#[inline(always)]
-pub fn connect<C: Call>(call: &C) -> Reason {
-    assign(call)
+/// What a hook does with a call, whatever the family.
+pub trait Action {
+    fn run<C: Call>(call: &C) -> Reason;
 }
 
-#[inline(always)]
-pub fn connect6(ctx: &SockAddrContext) -> Reason {
-    let context = ctx.as_ptr().cast();
-    if is_mapped(context) {
-        connect(&CallMapped(context))
-    } else {
-        connect(&Call6(context))
-    }
-}
+/// A process connects.
+pub struct Connect;
 
 /// A process sends a datagram without having connected: the backend of the
 /// datagram before is kept while it lives, as a packet's flow would.
-#[inline(always)]
-pub fn send<C: Call>(call: &C) -> Reason {
-    // SAFETY: the copy is made at once.
-    let known = unsafe { C::Family::sockets().get(&call.key(SOCKET_FORWARD)).copied() };
-    if let Some(entry) = known
-        && is_alive(entry.backend)
-    {
-        call.set_addr(entry.addr);
-        call.set_port(entry.port);
-        return Reason::Socket;
-    }
-    assign(call)
-}
-
-#[inline(always)]
-pub fn send6(ctx: &SockAddrContext) -> Reason {
-    let context = ctx.as_ptr().cast();
-    if is_mapped(context) {
-        send(&CallMapped(context))
-    } else {
-        send(&Call6(context))
-    }
-}
+pub struct Send;
 
 /// A process asks who sent a datagram, or whom it is connected to: it is shown
 /// the frontend that it named.
+pub struct Reveal;
+
+/// A call of an IPv4 socket.
 #[inline(always)]
-pub fn reveal<C: Call>(call: &C) -> Reason {
-    // SAFETY: the copy is made at once.
-    let entry = unsafe { C::Family::sockets().get(&call.key(SOCKET_REVERSE)).copied() };
-    let Some(entry) = entry else {
-        return Reason::NotService;
-    };
-    call.set_addr(entry.addr);
-    call.set_port(entry.port);
-    Reason::Reply
+pub fn on4<A: Action>(ctx: &SockAddrContext) -> Reason {
+    A::run(&Call4(ctx.as_ptr().cast()))
 }
 
+/// A call of an IPv6 socket, with an address of either family.
 #[inline(always)]
-pub fn reveal6(ctx: &SockAddrContext) -> Reason {
+pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
     let context = ctx.as_ptr().cast();
     if is_mapped(context) {
-        reveal(&CallMapped(context))
+        A::run(&CallMapped(context))
     } else {
-        reveal(&Call6(context))
+        A::run(&Call6(context))
+    }
+}
+
+impl Action for Connect {
+    #[inline(always)]
+    fn run<C: Call>(call: &C) -> Reason {
+        assign(call)
+    }
+}
+
+impl Action for Send {
+    #[inline(always)]
+    fn run<C: Call>(call: &C) -> Reason {
+        // SAFETY: the copy is made at once.
+        let known = unsafe { C::Family::sockets().get(&call.key(SOCKET_FORWARD)).copied() };
+        if let Some(entry) = known
+            && is_alive(entry.backend)
+        {
+            call.set_addr(entry.addr);
+            call.set_port(entry.port);
+            return Reason::Socket;
+        }
+        assign(call)
+    }
+}
+
+impl Action for Reveal {
+    #[inline(always)]
+    fn run<C: Call>(call: &C) -> Reason {
+        // SAFETY: the copy is made at once.
+        let entry = unsafe { C::Family::sockets().get(&call.key(SOCKET_REVERSE)).copied() };
+        let Some(entry) = entry else {
+            return Reason::NotService;
+        };
+        call.set_addr(entry.addr);
+        call.set_port(entry.port);
+        Reason::Reply
     }
 }
 
