@@ -10,6 +10,8 @@ use crate::{
 
 /// Longer than any request lasts.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long a request in a stream waits for its answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The helper program.
 #[derive(Clone, Debug)]
@@ -90,8 +92,10 @@ impl Helper {
     }
 
     /// Starts asking again and again, each time by a new connection, or all the
-    /// time over one that is `held`.
+    /// time over one that is `held`. An answer may take long: these requests
+    /// are there to tell whether any is lost, and a lost one stays lost.
     pub fn stream(&self, place: &Place, request: &Request, held: bool) -> Stream {
+        let request = request.clone().timeout(PATIENCE);
         let mut command = place.command(&self.program);
         command.arg("stream").args(request.flags());
         if held {
@@ -138,9 +142,7 @@ impl Stream {
     /// If they do not come within ten seconds.
     pub fn await_more(&self, answers: usize) {
         let wanted = self.answers() + answers;
-        let come = wait::attempt(Duration::from_secs(10), || {
-            (self.answers() >= wanted).then_some(())
-        });
+        let come = wait::attempt(LIMIT, || (self.answers() >= wanted).then_some(()));
         assert!(come.is_some(), "no {answers} more answers of {self:?}");
     }
 

@@ -133,9 +133,9 @@ fn install() -> Result<Toolchain> {
     step(format_args!("rustup cannot provide one: {by_rustup:#}"));
     proven(debian::install).with_context(|| {
         format!(
-            "there is no BPF toolchain, and none could be installed\n\
-             - by rustup: {by_rustup:#}; it takes\n    {}\n\
-             - from Debian's packages",
+            "there is no BPF toolchain, and none could be installed; one of these is enough\n\
+             - {}\n  here: {by_rustup:#}\n\
+             - Debian's packages",
             rustup::advice(),
         )
     })

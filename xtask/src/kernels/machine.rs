@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use super::{image::Image, initramfs::MARKER};
 use crate::{process, tally::Tally};
 
-/// For a boot without hardware support and all tests; they take about a tenth.
+/// For a boot and all tests without hardware support, which take about a minute.
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// A machine that can be started.

@@ -119,10 +119,12 @@ fn download_linker() -> Result<()> {
         "Downloading bpf-linker {LINKER_VERSION} to {}",
         folder.display()
     ));
-    fs::create_dir_all(&folder)?;
-    let archive = folder.join("download.tar.zst");
+    let cache = paths::cache()?;
+    fs::create_dir_all(&cache)?;
+    let archive = cache.join("bpf-linker.tar.zst");
     process::output(curl().arg("--output").arg(&archive).arg(url))
         .context("bpf-linker's server is out of reach")?;
+    fs::create_dir_all(&folder)?;
     process::output(
         Command::new("tar")
             .args(["--zstd", "-xf"])
