@@ -22,7 +22,9 @@ pub struct Tuple<A> {
     pub dst_port: Port,
     /// IP protocol number.
     pub protocol: u8,
-    pub pad: [u8; 3],
+    /// Two fields: an array of three bytes is cleared by a call of `memset`.
+    pub pad: u8,
+    pub pad2: u16,
 }
 
 impl<A: Address> Tuple<A> {
@@ -34,7 +36,8 @@ impl<A: Address> Tuple<A> {
             src_port,
             dst_port,
             protocol,
-            pad: [0; 3],
+            pad: 0,
+            pad2: 0,
         }
     }
 

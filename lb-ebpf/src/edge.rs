@@ -6,7 +6,6 @@ use core::mem::MaybeUninit;
 use lb_common::{
     Reason,
     flow::REPLY,
-    reason::Effect,
     service::{ServiceEntry, ServiceKey},
 };
 
@@ -90,12 +89,18 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
         local_backends_only: P::LOCAL_BACKENDS_ONLY,
     };
     let reason = flow::open::<F>(&parsed, service, &opener, &mut entry);
-    if reason.effect() != Effect::Translate {
-        return reason;
+    match reason {
+        Reason::NewFlow => {
+            // SAFETY: `open` has written it.
+            let entry = unsafe { entry.assume_init_ref() };
+            rewrite::translate::<P, F>(packet, &parsed, entry, reason)
+        }
+        Reason::Forward => match flow::find::<F>(&parsed.tuple) {
+            Some(flow) => rewrite::translate::<P, F>(packet, &parsed, flow.get(), reason),
+            None => Reason::FlowTableFull,
+        },
+        refused => refused,
     }
-    // SAFETY: `open` has written the entry that it says to translate by.
-    let entry = unsafe { entry.assume_init_ref() };
-    rewrite::translate::<P, F>(packet, &parsed, entry, reason)
 }
 
 #[inline(never)]

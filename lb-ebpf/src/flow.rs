@@ -174,7 +174,8 @@ pub struct Opener {
 }
 
 /// Opens a flow: chooses a backend and writes both entries, and the forward
-/// one also to `opened`, if the reason returned is one to translate by.
+/// one also to `opened`. Returns [`Reason::NewFlow`] then, and
+/// [`Reason::Forward`] if there is an entry already.
 #[inline(always)]
 pub fn open<F: Family>(
     parsed: &Parsed<F::Addr>,
@@ -210,7 +211,7 @@ fn try_open<F: Family>(
     match F::flows().insert(&parsed.tuple, &*entry, u64::from(BPF_NOEXIST)) {
         Ok(()) => {}
         // The next packet of the same flow was faster on another CPU.
-        Err(error) if error == -EEXIST => return adopt::<F>(parsed, entry),
+        Err(error) if error == -EEXIST => return Reason::Forward,
         Err(_) => return Reason::FlowTableFull,
     }
     let reason = link_reply::<F>(&parsed.tuple, entry);
@@ -218,18 +219,6 @@ fn try_open<F: Family>(
         let _ = F::flows().remove(&parsed.tuple);
     }
     reason
-}
-
-/// Takes the entry that is there already.
-#[inline(always)]
-fn adopt<F: Family>(parsed: &Parsed<F::Addr>, entry: &mut FlowEntry<F::Addr>) -> Reason {
-    match find::<F>(&parsed.tuple) {
-        Some(flow) => {
-            *entry = flow.entry();
-            Reason::Forward
-        }
-        None => Reason::FlowTableFull,
-    }
 }
 
 #[inline(always)]
