@@ -54,7 +54,7 @@ pub struct AgentArgs {
     #[command(flatten)]
     pub paths: Paths,
 
-    /// Where translated packets go: up the stack, past netfilter and policies
+    /// Where translated packets go: up the stack, through netfilter and policies
     #[arg(long, value_enum, default_value_t = Routing::Kernel)]
     pub routing: Routing,
     /// How a backend is chosen for a new flow

@@ -34,7 +34,9 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
     if devices + removed == 0 {
         eprintln!("klb: nothing to remove at {}", pins.root().display());
     } else {
-        eprintln!("klb: detached from {devices} devices and from sockets, removed {removed} maps");
+        eprintln!(
+            "klb: detached from sockets and from devices ({devices}), removed maps ({removed})"
+        );
     }
     Ok(())
 }

@@ -192,6 +192,37 @@ fn a_broken_document_is_named_and_harms_nothing_else() {
     await_names(&world.agent, &["echo"]);
 }
 
+/// An agent that starts has no memory of what a broken document described; the
+/// maps have.
+#[test]
+fn what_is_broken_when_the_agent_starts_stays() {
+    let mut world = crate::world(Hooks::SOCKET);
+    let before = world.agent.backends("echo");
+    for (file, text) in [
+        // It names the Service, or a Service's endpoints, or nobody.
+        (
+            SERVICE_FILE,
+            world.service.to_string().replace("port: 80\n", "port: 0\n"),
+        ),
+        (ENDPOINTS_FILE, "kind: [EndpointSlice\n".to_owned()),
+    ] {
+        world.agent.kill();
+        world.agent.manifests.put(file, &text);
+        world.agent.start();
+        world
+            .agent
+            .await_log("word of what stays", |line| line.contains("stays as it is"));
+        assert_eq!(world.agent.backends("echo"), before, "{file}");
+    }
+    // Put right, it is followed again.
+    world
+        .agent
+        .manifests
+        .put(SERVICE_FILE, &world.service.to_string());
+    world.put_endpoints(&[("pod-2", 6)]);
+    await_pods(&world, &world.service, &[("pod-2", 6)]);
+}
+
 /// What the agent was told to leave alone.
 #[test]
 fn other_files_and_kinds_are_ignored() {
