@@ -13,7 +13,7 @@ use super::{image::Image, initramfs::MARKER};
 use crate::{process, tally::Tally};
 
 /// For a boot and all tests without hardware support, which take about a minute.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(420);
 
 /// A machine that can be started.
 pub(super) struct Machine {
