@@ -55,10 +55,30 @@ impl<A: Address> Tuple<A> {
     }
 }
 
-/// The direction of a [`FlowEntry`]: from the client.
+/// A [`FlowEntry::direction`]: from the client, translated where its packets
+/// come in.
 pub const FORWARD: u8 = 0;
-/// The direction of a [`FlowEntry`]: from the backend.
+/// From the backend, translated where its packets go out to the client.
 pub const REPLY: u8 = 1;
+/// From the client, translated already; masqueraded where its packets go out
+/// to the backend.
+pub const MASQUERADE: u8 = 2;
+/// From the backend, to the node's own address; given the client's where its
+/// packets come in.
+pub const UNMASQUERADE: u8 = 3;
+
+/// Whether the packets of such an entry are translated where they come in, or
+/// else where they go out.
+#[inline(always)]
+pub const fn translates_on_entry(direction: u8) -> bool {
+    matches!(direction, FORWARD | UNMASQUERADE)
+}
+
+/// Whether the client sent the packets of such an entry, or else the backend.
+#[inline(always)]
+pub const fn is_from_client(direction: u8) -> bool {
+    direction & 1 == 0
+}
 
 /// What has been seen in one direction of a flow.
 pub mod seen {
@@ -78,14 +98,15 @@ pub struct FlowEntry<A> {
     pub dst: A,
     pub src_port: Port,
     pub dst_port: Port,
-    /// [`FORWARD`] or [`REPLY`].
+    /// [`FORWARD`], [`REPLY`], [`MASQUERADE`] or [`UNMASQUERADE`].
     pub direction: u8,
     /// What has been seen in this direction: bits of [`seen`].
     pub seen: u8,
     /// What has been seen in the other; written by the other direction's
     /// packets, and a byte of its own so that neither store undoes the other.
     pub seen_peer: u8,
-    pub pad: u8,
+    /// Bits of `FLOW_*`; the same in both entries.
+    pub flags: u8,
     pub service: u32,
     pub backend: BackendRef,
     /// TCP: initial sequence number of the client's SYN. A SYN with another
@@ -99,6 +120,10 @@ pub struct FlowEntry<A> {
     /// [`EDGE_XDP`] if XDP translates them.
     pub edge: u32,
 }
+
+/// Bit of [`FlowEntry::flags`]: a second flow, of [`MASQUERADE`] entries, gives
+/// this one's packets an address of the node.
+pub const FLOW_MASQUERADED: u8 = 1 << 0;
 
 /// Bit of [`FlowEntry::edge`]. Device indices are positive `int`s.
 pub const EDGE_XDP: u32 = 1 << 31;
@@ -125,10 +150,10 @@ impl<A: Address> FlowEntry<A> {
             dst: key.src,
             src_port: key.dst_port,
             dst_port: key.src_port,
-            direction: self.direction ^ (FORWARD ^ REPLY),
+            direction: self.direction ^ 1,
             seen: self.seen_peer,
             seen_peer: self.seen,
-            pad: 0,
+            flags: self.flags,
             service: self.service,
             backend: self.backend,
             isn: self.isn,
@@ -170,13 +195,14 @@ impl<A: Address> FlowEntry<A> {
     }
 
     /// Whether the flow has been silent for longer than its state allows.
-    /// `now` is in seconds of the monotonic clock.
+    /// `now` is in seconds of the monotonic clock, `timeouts` in seconds by
+    /// [`State`].
     #[inline(always)]
-    pub const fn expired(&self, protocol: u8, now: u32) -> bool {
+    pub fn expired(&self, protocol: u8, now: u32, timeouts: &Timeouts) -> bool {
         // Signed: another CPU may have written a `last_seen` that is later than
         // this CPU's `now`.
         let silent = now.wrapping_sub(self.last_seen).cast_signed();
-        silent > self.state(protocol).timeout().cast_signed()
+        silent > self.state(protocol).timeout(timeouts).cast_signed()
     }
 }
 
@@ -188,8 +214,13 @@ fn same<A: Address>(one: &A, other: &A) -> bool {
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+pub const SCTP: u8 = 132;
+
+/// Seconds of silence after which a flow is over, by [`State`].
+pub type Timeouts = [u32; State::COUNT];
 
 /// Where a flow is in its life.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// TCP before both sides have sent something after their SYN.
@@ -208,11 +239,27 @@ pub enum State {
 }
 
 impl State {
+    /// Every state, by number.
+    pub const ALL: [Self; 7] = [
+        Self::Opening,
+        Self::Established,
+        Self::HalfClosed,
+        Self::Closed,
+        Self::Reset,
+        Self::Unreplied,
+        Self::Replied,
+    ];
+    pub const COUNT: usize = Self::ALL.len();
+
+    /// Timeouts that hold without a flag: those of kube-proxy where it sets one
+    /// (established 24 h, close-wait 1 h) and of `nf_conntrack` otherwise.
+    pub const TIMEOUTS: Timeouts = [60, 24 * 60 * 60, 60 * 60, 120, 10, 30, 120];
+
     /// The state, from what each direction has sent.
     #[inline(always)]
     pub const fn of(protocol: u8, one: u8, other: u8) -> Self {
         let (either, both) = (one | other, one & other);
-        if protocol != TCP {
+        if protocol == UDP {
             return if both & seen::DATA != 0 {
                 Self::Replied
             } else {
@@ -232,19 +279,36 @@ impl State {
         }
     }
 
-    /// Seconds of silence after which the flow is over.
-    ///
-    /// The values are those of kube-proxy where it sets one (established
-    /// 24 h, close-wait 1 h) and of `nf_conntrack` otherwise.
+    /// Whether the flow has not been confirmed by an answer yet, so that a
+    /// forged sender may have opened it. Such flows stand in a table of their
+    /// own, in which they can only push out each other.
     #[inline(always)]
-    pub const fn timeout(self) -> u32 {
+    pub const fn is_young(self) -> bool {
+        matches!(self, Self::Opening | Self::Unreplied)
+    }
+
+    /// Seconds of silence after which a flow in this state is over.
+    #[inline(always)]
+    pub fn timeout(self, timeouts: &Timeouts) -> u32 {
+        // Without an index: a compiler that cannot see that it is in bounds
+        // would add code that can panic.
+        let [
+            opening,
+            established,
+            half_closed,
+            closed,
+            reset,
+            unreplied,
+            replied,
+        ] = *timeouts;
         match self {
-            Self::Opening => 60,
-            Self::Established => 24 * 60 * 60,
-            Self::HalfClosed => 60 * 60,
-            Self::Closed | Self::Replied => 120,
-            Self::Reset => 10,
-            Self::Unreplied => 30,
+            Self::Opening => opening,
+            Self::Established => established,
+            Self::HalfClosed => half_closed,
+            Self::Closed => closed,
+            Self::Reset => reset,
+            Self::Unreplied => unreplied,
+            Self::Replied => replied,
         }
     }
 
@@ -299,7 +363,7 @@ mod tests {
         fn entry()(to in tuple(), direction in 0u8..=1, seen in any::<u8>(), seen_peer in any::<u8>(), isn in any::<u32>()) -> FlowEntry<Addr6> {
             FlowEntry {
                 src: to.src, dst: to.dst, src_port: to.src_port, dst_port: to.dst_port,
-                direction, seen, seen_peer, pad: 0, service: 1,
+                direction, seen, seen_peer, flags: 0, service: 1,
                 backend: BackendRef { id: 2, generation: 3 }, isn, last_seen: 4, edge: 5,
             }
         }
@@ -361,18 +425,21 @@ mod tests {
             direction: FORWARD,
             seen: seen::DATA,
             seen_peer: 0,
-            pad: 0,
+            flags: 0,
             service: 0,
             backend: BackendRef::default(),
             isn: 0,
             last_seen: 1000,
             edge: 0,
         };
-        assert!(!entry.expired(UDP, 1030));
-        assert!(entry.expired(UDP, 1031));
-        assert!(!entry.expired(UDP, 999), "a clock behind the writer's");
+        assert!(!entry.expired(UDP, 1030, &State::TIMEOUTS));
+        assert!(entry.expired(UDP, 1031, &State::TIMEOUTS));
+        assert!(
+            !entry.expired(UDP, 999, &State::TIMEOUTS),
+            "a clock behind the writer's"
+        );
         entry.seen_peer = seen::DATA;
-        assert!(!entry.expired(UDP, 1120));
-        assert!(entry.expired(UDP, 1121));
+        assert!(!entry.expired(UDP, 1120, &State::TIMEOUTS));
+        assert!(entry.expired(UDP, 1121, &State::TIMEOUTS));
     }
 }

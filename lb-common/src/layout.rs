@@ -4,7 +4,11 @@
 use crate::{
     addr::{Addr4, Addr6, Port},
     flow::{FlowEntry, Tuple},
-    service::{BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot},
+    node::{Config, Device, FragmentKey, FragmentPorts, Netns, Network},
+    service::{
+        Affinity, AffinityKey, BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot,
+        SourceRange,
+    },
     socket::{SocketEntry, SocketKey},
 };
 
@@ -33,7 +37,12 @@ layout!(Name, 64, align 1, [64]);
 
 layout!(ServiceKey<Addr4>, 8, align 4, [4, 2, 1, 1]);
 layout!(ServiceKey<Addr6>, 20, align 4, [16, 2, 1, 1]);
-layout!(ServiceEntry, 16, align 4, [4, 4, 4, 1, 1, 2]);
+layout!(ServiceEntry, 28, align 4, [4, 4, 4, 4, 4, 4, 1, 1, 2]);
+layout!(SourceRange<Addr4>, 8, align 1, [4, 4]);
+layout!(SourceRange<Addr6>, 20, align 1, [4, 16]);
+layout!(AffinityKey<Addr4>, 8, align 4, [4, 4]);
+layout!(AffinityKey<Addr6>, 20, align 4, [16, 4]);
+layout!(Affinity, 12, align 4, [8, 4]);
 layout!(Slot<Addr4>, 16, align 4, [4, 2, 2, 8]);
 layout!(Slot<Addr6>, 28, align 4, [16, 2, 2, 8]);
 layout!(ServiceMeta, 196, align 2, [64, 64, 64, 2, 1, 1]);
@@ -47,3 +56,12 @@ layout!(SocketKey<Addr4>, 16, align 4, [8, 4, 2, 1, 1]);
 layout!(SocketKey<Addr6>, 28, align 4, [8, 16, 2, 1, 1]);
 layout!(SocketEntry<Addr4>, 20, align 4, [4, 2, 2, 4, 8]);
 layout!(SocketEntry<Addr6>, 32, align 4, [16, 2, 2, 4, 8]);
+
+layout!(Network<Addr4>, 8, align 4, [4, 4]);
+layout!(Network<Addr6>, 32, align 4, [16, 16]);
+layout!(Config, 88, align 4, [8, 32, 2, 2, 4, 4, 8, 28]);
+layout!(Device, 24, align 4, [4, 16, 4]);
+layout!(Netns, 24, align 4, [4, 16, 4]);
+layout!(FragmentKey<Addr4>, 16, align 4, [4, 4, 4, 1, 1, 2]);
+layout!(FragmentKey<Addr6>, 40, align 4, [16, 16, 4, 1, 1, 2]);
+layout!(FragmentPorts, 4, align 2, [2, 2]);

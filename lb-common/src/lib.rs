@@ -20,6 +20,7 @@ pub mod checksum;
 pub mod flow;
 mod layout;
 pub mod names;
+pub mod node;
 pub mod reason;
 pub mod service;
 pub mod socket;

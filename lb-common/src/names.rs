@@ -22,13 +22,32 @@ pub const FLOWS6: &str = "klb_flow6";
 /// Socket and remote address → translation; written by the socket programs.
 pub const SOCKETS4: &str = "klb_sock4";
 pub const SOCKETS6: &str = "klb_sock6";
+/// Flows that no answer has confirmed yet; as [`FLOWS4`].
+pub const YOUNG4: &str = "klb_young4";
+pub const YOUNG6: &str = "klb_young6";
+/// Client and Service port → backend; written by all programs.
+pub const AFFINITY4: &str = "klb_affin4";
+pub const AFFINITY6: &str = "klb_affin6";
+/// Who may use a frontend, as an LPM trie; written by the agent.
+pub const RANGES4: &str = "klb_range4";
+pub const RANGES6: &str = "klb_range6";
+/// Fragmented packet → its ports; written by the packet programs.
+pub const FRAGMENTS4: &str = "klb_frag4";
+pub const FRAGMENTS6: &str = "klb_frag6";
+/// Settings; one entry, written by the agent.
+pub const CONFIG: &str = "klb_config";
+/// Device index → device; written by the agent.
+pub const DEVICES: &str = "klb_device";
+/// Cookie of a network namespace → pod; written by the agent.
+pub const NETNS: &str = "klb_netns";
 /// Hook and reason → packets (or calls); per CPU, written by every program.
 pub const COUNTERS: &str = "klb_count";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 11] = [
-    SERVICES4, SERVICES6, SLOTS4, SLOTS6, BACKENDS, META, FLOWS4, FLOWS6, SOCKETS4, SOCKETS6,
-    COUNTERS,
+pub const MAPS: [&str; 22] = [
+    SERVICES4, SERVICES6, SLOTS4, SLOTS6, BACKENDS, META, RANGES4, RANGES6, FLOWS4, FLOWS6, YOUNG4,
+    YOUNG6, AFFINITY4, AFFINITY6, FRAGMENTS4, FRAGMENTS6, SOCKETS4, SOCKETS6, CONFIG, DEVICES,
+    NETNS, COUNTERS,
 ];
 
 pub const XDP: &str = "klb_xdp";
@@ -72,6 +91,18 @@ pub mod size {
     pub const META: usize = 65_536;
     /// Flow entries of one family; a flow has two.
     pub const FLOWS: usize = 262_144;
+    /// Flow entries of one family that no answer has confirmed yet.
+    pub const YOUNG: usize = 65_536;
+    /// Clients of one family with session affinity, by Service port.
+    pub const AFFINITY: usize = 65_536;
+    /// Networks of one family in `loadBalancerSourceRanges`.
+    pub const RANGES: usize = 16_384;
+    /// Fragmented packets of one family that are on their way at one time.
+    pub const FRAGMENTS: usize = 4_096;
+    /// Devices that programs are attached to.
+    pub const DEVICES: usize = 4_096;
+    /// Network namespaces of pods.
+    pub const NETNS: usize = 4_096;
     /// Socket entries of one family; a translated socket has two.
     pub const SOCKETS: usize = 65_536;
 }

@@ -71,6 +71,8 @@ pub enum Effect {
     Translate,
     /// It ends here: a packet is dropped, a call refused.
     Refuse,
+    /// The packet goes back to its sender as an answer; a call is refused.
+    Answer,
 }
 
 reasons! {
@@ -106,8 +108,8 @@ reasons! {
     RemoteBackend = 14, "remote_backend", Pass;
     /// A direct connection that reuses the ports of an old flow; the old flow was removed.
     StaleFlow = 15, "stale_flow", Pass;
-    /// The Service has no backend that may be used.
-    NoBackend = 16, "no_backend", Refuse;
+    /// The Service has no backend: answered with "port unreachable".
+    NoBackend = 16, "no_backend", Answer;
     /// Every backend tried already has a flow with this client's address and port.
     TupleConflict = 17, "tuple_conflict", Refuse;
     /// The flow table refused an entry.
@@ -116,11 +118,37 @@ reasons! {
     RewriteFailed = 19, "rewrite_failed", Refuse;
     /// A frontend points at a slot that does not exist.
     BadSlot = 20, "bad_slot", Refuse;
+    /// First packet of a flow whose backend will see an address of this node.
+    NewMasqueradedFlow = 21, "new_masqueraded_flow", Translate;
+    /// Packet to a backend, given an address of this node.
+    Masqueraded = 22, "masqueraded", Translate;
+    /// Answer of a backend to an address of this node, given the client's address again.
+    Unmasqueraded = 23, "unmasqueraded", Translate;
+    /// No port of the node is left for another flow to this backend.
+    MasqueradeExhausted = 24, "masquerade_exhausted", Refuse;
+    /// A traffic policy Local, and no backend on this node.
+    NoLocalBackend = 25, "no_local_backend", Refuse;
+    /// The client is not in loadBalancerSourceRanges.
+    SourceRange = 26, "source_range", Refuse;
+    /// A port of a ClusterIP that no Service has: answered with "port unreachable".
+    NoSuchPort = 27, "no_such_port", Answer;
+    /// An answer was due and the limit of answers reached.
+    AnswerLimit = 28, "answer_limit", Refuse;
+    /// Left by XDP to TC: the packet is to be answered, or is a fragment.
+    LeftToTc = 29, "left_to_tc", Pass;
+    /// ICMP error about a flow, translated like the packet that it is about.
+    IcmpError = 30, "icmp_error", Translate;
+    /// Ping of a Service's address: answered.
+    Echo = 31, "echo", Answer;
+    /// Later fragment of a packet whose first fragment was not seen.
+    LostFragment = 32, "lost_fragment", Pass;
+    /// Call of a process that is not served at the socket: it opted out, or only the node's own are.
+    SocketNotServed = 33, "socket_not_served", Pass;
 }
 
 /// Room for reasons in a row of the counters; a power of two, so that rows
 /// stay where they are when reasons are added.
-pub const REASONS: u32 = 32;
+pub const REASONS: u32 = 64;
 
 /// Entries of the counter map.
 pub const COUNTERS: u32 = Hook::ALL.len() as u32 * REASONS;

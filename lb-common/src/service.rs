@@ -25,24 +25,32 @@ impl<A> ServiceKey<A> {
     }
 }
 
-/// What a frontend leads to: `slot_count` slots from `first_slot` on.
+/// What a frontend leads to: a range of slots for clients from outside, and one
+/// for those inside (pods and processes of this node). The two are the same
+/// but for `externalTrafficPolicy: Local`, which does not bind those inside.
 ///
-/// The range is written before the entry, and the entry is replaced whole, so
+/// A range is written before the entry, and the entry is replaced whole, so
 /// a reader sees either the old set of backends or the new one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceEntry {
     pub first_slot: u32,
     pub slot_count: u32,
+    /// As the two before, for clients inside.
+    pub inner_first_slot: u32,
+    pub inner_slot_count: u32,
     /// The Service port this frontend belongs to; key of `klb_meta`.
     pub service: u32,
+    /// `sessionAffinity: ClientIP`: seconds for which a client that opens no
+    /// flow keeps its backend; 0 without affinity.
+    pub affinity: u32,
     /// What kind of frontend it is: a [`FrontendKind`] as a number.
     pub kind: u8,
     /// Bits of `FRONTEND_*`.
     pub flags: u8,
-    /// Slots behind the range, which no program reads: backends that still
-    /// answer but get no new flows. An agent that starts learns from them whose
-    /// the living ids are.
+    /// Slots behind the outer range, which no program reads: backends that
+    /// still answer but get no new flows. An agent that starts learns from
+    /// them whose the living ids are.
     pub parked: u16,
 }
 
@@ -51,6 +59,42 @@ pub const FRONTEND_LOCAL_POLICY: u8 = 1 << 0;
 /// With no slot: drop without an answer (a policy `Local` with backends on
 /// other nodes only) instead of refusing.
 pub const FRONTEND_DROP: u8 = 1 << 1;
+/// Only clients in `klb_range4`/`klb_range6` may open flows
+/// (`loadBalancerSourceRanges`).
+pub const FRONTEND_SOURCE_RANGES: u8 = 1 << 2;
+/// The range is a Maglev table: the slot is chosen by the client's address and
+/// port, not at random.
+pub const FRONTEND_MAGLEV: u8 = 1 << 3;
+/// On an entry of kind [`FrontendKind::Address`]: pings are answered.
+pub const FRONTEND_ECHO: u8 = 1 << 4;
+
+/// Part of `loadBalancerSourceRanges`: the data of a key in an LPM trie. All
+/// bits of `service` are part of the prefix.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceRange<A> {
+    /// [`ServiceEntry::service`].
+    pub service: u32,
+    pub addr: A,
+}
+
+/// Whose client keeps which backend (`sessionAffinity: ClientIP`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AffinityKey<A> {
+    pub client: A,
+    /// [`ServiceEntry::service`]: all frontends of a Service port share it.
+    pub service: u32,
+}
+
+/// The backend that a client keeps.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Affinity {
+    pub backend: BackendRef,
+    /// Seconds of the monotonic clock at the client's last new flow.
+    pub last_used: u32,
+}
 
 /// What makes an address and port a frontend. The numbers are stored in maps
 /// and never change.
@@ -61,6 +105,10 @@ pub enum FrontendKind {
     NodePort = 2,
     LoadBalancer = 3,
     ExternalIp = 4,
+    /// Not a frontend but its address: the entry with port 0 and protocol 0,
+    /// which says what becomes of packets to other ports of a `ClusterIP`
+    /// (refused) and of pings.
+    Address = 5,
 }
 
 impl FrontendKind {
@@ -71,6 +119,7 @@ impl FrontendKind {
             Self::NodePort => "NodePort",
             Self::LoadBalancer => "LoadBalancer",
             Self::ExternalIp => "ExternalIP",
+            Self::Address => "Address",
         }
     }
 
@@ -81,12 +130,16 @@ impl FrontendKind {
             2 => Some(Self::NodePort),
             3 => Some(Self::LoadBalancer),
             4 => Some(Self::ExternalIp),
+            5 => Some(Self::Address),
             _ => None,
         }
     }
 }
 
 /// One place in the slot array: a backend that a new flow may get.
+///
+/// The slots of a range are in the order of [`BackendRef::id`], unless it is a
+/// Maglev table: a client's backend is found in it by bisection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot<A> {

@@ -17,6 +17,7 @@ use lb_common::{
 };
 
 use crate::{
+    config,
     family::{Family, is_alive},
     parse::Parsed,
     select,
@@ -59,7 +60,7 @@ impl<F: Family> Flow<F> {
     #[inline(always)]
     pub fn is_over(&self, parsed: &Parsed<F::Addr>, now: u32) -> bool {
         let protocol = parsed.tuple.protocol;
-        if self.entry().expired(protocol, now) {
+        if self.entry().expired(protocol, now, config::timeouts()) {
             return true;
         }
         if !parsed.is_tcp() {
@@ -236,7 +237,7 @@ fn first_entry<A: Address>(
         direction: FORWARD,
         seen: parsed.seen(),
         seen_peer: 0,
-        pad: 0,
+        flags: 0,
         service,
         backend: slot.backend,
         isn: parsed.tcp.seq,
@@ -273,6 +274,6 @@ fn is_in_use<F: Family>(key: &Tuple<F::Addr>, now: u32) -> bool {
         return false;
     };
     let peer_key = flow.entry().peer_key(key.protocol);
-    !flow.entry().expired(key.protocol, now)
+    !flow.entry().expired(key.protocol, now, config::timeouts())
         && find::<F>(&peer_key).is_some_and(|peer| peer.entry().mirrors(key))
 }

@@ -30,6 +30,7 @@
 )]
 
 mod clock;
+mod config;
 mod edge;
 mod family;
 mod flow;

@@ -5,15 +5,16 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::{
     Addr4, Addr6,
     flow::{FlowEntry, Tuple},
     names::size,
+    node::{Config, Device, FragmentKey, FragmentPorts, Netns},
     reason::COUNTERS as COUNTER_COUNT,
-    service::{ServiceEntry, ServiceKey, ServiceMeta, Slot},
+    service::{Affinity, AffinityKey, ServiceEntry, ServiceKey, ServiceMeta, Slot, SourceRange},
     socket::{SocketEntry, SocketKey},
 };
 
@@ -24,6 +25,10 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 pub type Services<A> = HashMap<ServiceKey<A>, ServiceEntry, { size::SERVICES }, ON_DEMAND>;
 pub type Slots<A> = Array<Slot<A>, { size::SLOTS }>;
 pub type Flows<A> = LruHashMap<Tuple<A>, FlowEntry<A>, { size::FLOWS }>;
+pub type Young<A> = LruHashMap<Tuple<A>, FlowEntry<A>, { size::YOUNG }>;
+pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { size::AFFINITY }>;
+pub type Ranges<A> = LpmTrie<SourceRange<A>, u32, { size::RANGES }>;
+pub type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentPorts, { size::FRAGMENTS }>;
 pub type Sockets<A> = LruHashMap<SocketKey<A>, SocketEntry<A>, { size::SOCKETS }>;
 
 /// Frontend → slot range; the agent.
@@ -52,6 +57,44 @@ pub static META: HashMap<u32, ServiceMeta, { size::META }, ON_DEMAND> = HashMap:
 pub static FLOWS4: Flows<Addr4> = Flows::new();
 #[btf_map(name = "klb_flow6")]
 pub static FLOWS6: Flows<Addr6> = Flows::new();
+
+/// As the two before, for flows that no answer has confirmed yet: whoever
+/// forges senders pushes out such flows only.
+#[btf_map(name = "klb_young4")]
+pub static YOUNG4: Young<Addr4> = Young::new();
+#[btf_map(name = "klb_young6")]
+pub static YOUNG6: Young<Addr6> = Young::new();
+
+/// Client and Service port → backend; all programs.
+#[btf_map(name = "klb_affin4")]
+pub static AFFINITY4: Affinities<Addr4> = Affinities::new();
+#[btf_map(name = "klb_affin6")]
+pub static AFFINITY6: Affinities<Addr6> = Affinities::new();
+
+/// Service port and client → 1 if it may use its load balancer address; the
+/// agent.
+#[btf_map(name = "klb_range4")]
+pub static RANGES4: Ranges<Addr4> = Ranges::new();
+#[btf_map(name = "klb_range6")]
+pub static RANGES6: Ranges<Addr6> = Ranges::new();
+
+/// Fragmented packet → its ports; the packet programs.
+#[btf_map(name = "klb_frag4")]
+pub static FRAGMENTS4: Fragments<Addr4> = Fragments::new();
+#[btf_map(name = "klb_frag6")]
+pub static FRAGMENTS6: Fragments<Addr6> = Fragments::new();
+
+/// Settings, in the one entry; the agent.
+#[btf_map(name = "klb_config")]
+pub static CONFIG: Array<Config, 1> = Array::new();
+
+/// Device index → device; the agent.
+#[btf_map(name = "klb_device")]
+pub static DEVICES: HashMap<u32, Device, { size::DEVICES }, ON_DEMAND> = HashMap::new();
+
+/// Cookie of a network namespace, low and high word → pod; the agent.
+#[btf_map(name = "klb_netns")]
+pub static NETNS: HashMap<[u32; 2], Netns, { size::NETNS }, ON_DEMAND> = HashMap::new();
 
 /// Socket and remote address → the other remote address; the socket programs.
 #[btf_map(name = "klb_sock4")]

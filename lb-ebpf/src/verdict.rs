@@ -30,7 +30,7 @@ fn settle(hook: Hook, reason: Reason) -> Effect {
 pub fn xdp(reason: Reason) -> u32 {
     match settle(Hook::Xdp, reason) {
         Effect::Pass | Effect::Translate => XDP_PASS,
-        Effect::Refuse => XDP_DROP,
+        Effect::Refuse | Effect::Answer => XDP_DROP,
     }
 }
 
@@ -40,7 +40,7 @@ pub fn xdp(reason: Reason) -> u32 {
 pub fn tc(hook: Hook, reason: Reason) -> i32 {
     match settle(hook, reason) {
         Effect::Pass | Effect::Translate => TC_ACT_UNSPEC,
-        Effect::Refuse => TC_ACT_SHOT,
+        Effect::Refuse | Effect::Answer => TC_ACT_SHOT,
     }
 }
 
@@ -52,7 +52,11 @@ pub fn socket(reason: Reason) -> i32 {
     const PROCEED: i32 = 1;
     const REFUSE: i32 = 0;
     const ECONNREFUSED: i32 = 111;
-    if settle(Hook::Socket, reason) != Effect::Refuse || !socket::can_choose_error() {
+    let refused = matches!(
+        settle(Hook::Socket, reason),
+        Effect::Refuse | Effect::Answer
+    );
+    if !refused || !socket::can_choose_error() {
         return PROCEED;
     }
     // SAFETY: the loader sets `HAS_SET_RETVAL` only where the helper exists;

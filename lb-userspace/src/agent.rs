@@ -11,7 +11,7 @@ mod edge;
 use std::{io, path::PathBuf};
 
 use anyhow::{Context as _, bail};
-use lb_common::names;
+use lb_common::{flow::State, names, node::Config};
 use sd_notify::NotifyState;
 use tokio::{
     runtime,
@@ -104,9 +104,13 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     let mut ebpf = load_maps(pins, &args.sizes, features)?;
     // Before the programs: the verifier has no kind words for maps of another
     // shape.
-    let maps = KernelMaps::open(pins).context(
+    let mut maps = KernelMaps::open(pins).context(
         "the maps that are pinned are not this klb's; `klb cleanup` makes way for new ones",
     )?;
+    maps.set_config(&Config {
+        timeouts: State::TIMEOUTS,
+        ..Config::default()
+    })?;
     let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];
     if xdp != XdpChoice::Off {
         programs.push(names::XDP);

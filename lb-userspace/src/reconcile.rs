@@ -624,10 +624,14 @@ fn entry(frontend: &FrontendPlan, first_slot: u32, parked: usize, service: u32) 
     if frontend.verdict == Verdict::Drop {
         flags |= FRONTEND_DROP;
     }
+    let slot_count = u32::try_from(frontend.backends.len()).unwrap_or(u32::MAX);
     ServiceEntry {
         first_slot,
-        slot_count: u32::try_from(frontend.backends.len()).unwrap_or(u32::MAX),
+        slot_count,
+        inner_first_slot: first_slot,
+        inner_slot_count: slot_count,
         service,
+        affinity: 0,
         kind: frontend.kind as u8,
         flags,
         parked: u16::try_from(parked).unwrap_or(u16::MAX),

@@ -20,8 +20,9 @@ use aya::{
 };
 use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
-    flow::{FlowEntry, Tuple},
+    flow::{FlowEntry, State, Tuple},
     names,
+    node::Config,
     reason::counter_index,
     service::{BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey, Slot},
 };
@@ -75,7 +76,7 @@ pub fn load() -> Ebpf {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
     let mut loader = EbpfLoader::new();
     for map in names::MAPS {
-        if map != names::COUNTERS {
+        if map != names::COUNTERS && map != names::CONFIG {
             loader.map_max_entries(map, 1024);
         }
     }
@@ -135,12 +136,22 @@ impl Datapath {
         program
             .load()
             .unwrap_or_else(|error| panic!("{}: {error:?}", names::XDP));
-        Self {
+        let mut this = Self {
             ebpf,
             next_slot: 0,
             next_service: 1,
             next_backend: 1,
-        }
+        };
+        this.configure(&Config {
+            timeouts: State::TIMEOUTS,
+            ..Config::default()
+        });
+        this
+    }
+
+    /// Gives the programs their settings.
+    pub fn configure(&mut self, config: &Config) {
+        set(self.map(names::CONFIG), 0, *config);
     }
 
     /// Makes `frontend` lead to `backends`; returns the backends' names.
@@ -155,9 +166,12 @@ impl Datapath {
             .iter()
             .map(|backend| self.put_backend(backend))
             .collect();
+        let count = u32::try_from(backends.len()).expect("few backends");
         let entry = ServiceEntry {
             first_slot,
-            slot_count: u32::try_from(backends.len()).expect("few backends"),
+            slot_count: count,
+            inner_first_slot: first_slot,
+            inner_slot_count: count,
             service: self.next_service,
             kind: FrontendKind::ClusterIp as u8,
             ..ServiceEntry::default()

@@ -524,7 +524,7 @@ mod tests {
                 service: 7,
                 kind: kind as u8,
                 flags,
-                parked: 0,
+                ..ServiceEntry::default()
             };
             maps.put_service(key, &entry).expect("written");
         }

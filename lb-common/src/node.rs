@@ -1,0 +1,97 @@
+//! What the programs know about the node: settings, devices, namespaces.
+
+use crate::{
+    addr::{Addr4, Addr6, Port},
+    flow::State,
+};
+
+/// Settings: the one entry of `klb_config`. Written by the agent, also while
+/// programs run; fields are independent of each other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// The smallest network that holds every `ClusterIP`; mask and network are
+    /// zero if there is none. Only packets to an address in it pay for the
+    /// lookup that tells whether its port is nobody's.
+    pub cluster_net4: Network<Addr4>,
+    pub cluster_net6: Network<Addr6>,
+    /// The first of the node's ports that masquerade uses, host order.
+    pub first_port: u16,
+    /// Number of these ports; 0 if nothing can be masqueraded.
+    pub port_count: u16,
+    /// Bits of `CONFIG_*`.
+    pub flags: u32,
+    /// Random, fixed for the life of the maps: makes ports hard to guess.
+    pub secret: u32,
+    /// Low and high word of the cookie of the node's own network namespace.
+    pub host_netns: [u32; 2],
+    /// Seconds of silence after which a flow is over, by [`State`].
+    pub timeouts: [u32; State::COUNT],
+}
+
+/// Sockets of pods are left alone (`--socket-lb host`).
+pub const CONFIG_HOST_SOCKETS_ONLY: u32 = 1 << 0;
+/// `NodePort`s answer on 127.0.0.1 and ::1, at the socket.
+pub const CONFIG_LOOPBACK_NODE_PORTS: u32 = 1 << 1;
+
+/// A network: the address has no bits outside of the mask.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Network<A> {
+    pub addr: A,
+    pub mask: A,
+}
+
+/// A device of the node, by index in `klb_device`. Index 0 is the node itself:
+/// its addresses are used where the device has none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Device {
+    /// Sources of packets that are masqueraded when they leave by the device;
+    /// all zero if it has none.
+    pub addr4: Addr4,
+    pub addr6: Addr6,
+    /// Bits of `DEVICE_*`.
+    pub flags: u32,
+}
+
+/// A pod is behind the device: its clients count as inside.
+pub const DEVICE_POD: u32 = 1 << 0;
+
+/// A network namespace, by its cookie (`SO_NETNS_COOKIE`) in `klb_netns`: a pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Netns {
+    /// The pod's addresses: with which its packets will leave. All zero if it
+    /// has none.
+    pub addr4: Addr4,
+    pub addr6: Addr6,
+    /// Bits of `NETNS_*`.
+    pub flags: u32,
+}
+
+/// The pod's sockets are left alone (it opted out).
+pub const NETNS_OPTED_OUT: u32 = 1 << 0;
+
+/// Names a fragmented packet (RFC 791, RFC 8200 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentKey<A> {
+    pub src: A,
+    pub dst: A,
+    /// As it stands in the packet; an IPv4 identification fills the first two
+    /// bytes.
+    pub id: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub pad: u8,
+    pub pad2: u16,
+}
+
+/// What only the first fragment says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentPorts {
+    pub src_port: Port,
+    pub dst_port: Port,
+}
