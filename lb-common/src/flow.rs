@@ -279,14 +279,6 @@ impl State {
         }
     }
 
-    /// Whether the flow has not been confirmed by an answer yet, so that a
-    /// forged sender may have opened it. Such flows stand in a table of their
-    /// own, in which they can only push out each other.
-    #[inline(always)]
-    pub const fn is_young(self) -> bool {
-        matches!(self, Self::Opening | Self::Unreplied)
-    }
-
     /// Seconds of silence after which a flow in this state is over.
     #[inline(always)]
     pub fn timeout(self, timeouts: &Timeouts) -> u32 {

@@ -67,6 +67,9 @@ pub const FRONTEND_SOURCE_RANGES: u8 = 1 << 2;
 pub const FRONTEND_MAGLEV: u8 = 1 << 3;
 /// On an entry of kind [`FrontendKind::Address`]: pings are answered.
 pub const FRONTEND_ECHO: u8 = 1 << 4;
+/// On an entry of kind [`FrontendKind::Address`]: what comes to a port that no
+/// frontend has is refused.
+pub const FRONTEND_REFUSE: u8 = 1 << 5;
 
 /// Part of `loadBalancerSourceRanges`: the data of a key in an LPM trie. All
 /// bits of `service` are part of the prefix.
