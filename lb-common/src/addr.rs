@@ -5,12 +5,41 @@ use core::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use crate::node::Network;
+
 /// An address family's address: what a generic key or entry is generic over.
 pub trait Address: Copy + Eq + 'static {
     /// The address as 32-bit words in memory order, for checksums; an IPv4
     /// address fills the first word only and the rest is zero, which adds
     /// nothing to a sum.
     fn words(&self) -> [u32; 4];
+
+    /// As `==`, but word by word: on bytes it is a call of `memcmp`, one more
+    /// frame on a BPF stack that has none to spare.
+    #[inline(always)]
+    fn same(&self, other: &Self) -> bool {
+        let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (self.words(), other.words());
+        (a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) | (a3 ^ b3) == 0
+    }
+
+    /// Whether this is no address at all.
+    #[inline(always)]
+    fn is_zero(&self) -> bool {
+        let [w0, w1, w2, w3] = self.words();
+        w0 | w1 | w2 | w3 == 0
+    }
+
+    /// Whether the address is in the network. A network without a mask is none.
+    #[inline(always)]
+    fn is_in(&self, network: &Network<Self>) -> bool
+    where
+        Self: Sized,
+    {
+        let ([a0, a1, a2, a3], [m0, m1, m2, m3]) = (self.words(), network.mask.words());
+        let [n0, n1, n2, n3] = network.addr.words();
+        !network.mask.is_zero()
+            && ((a0 & m0) ^ n0) | ((a1 & m1) ^ n1) | ((a2 & m2) ^ n2) | ((a3 & m3) ^ n3) == 0
+    }
 }
 
 /// An IPv4 address, network byte order.

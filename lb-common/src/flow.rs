@@ -70,7 +70,7 @@ pub const UNMASQUERADE: u8 = 3;
 /// Whether the packets of such an entry are translated where they come in, or
 /// else where they go out.
 #[inline(always)]
-pub const fn translates_on_entry(direction: u8) -> bool {
+pub const fn is_for_ingress(direction: u8) -> bool {
     matches!(direction, FORWARD | UNMASQUERADE)
 }
 
@@ -82,11 +82,18 @@ pub const fn is_from_client(direction: u8) -> bool {
 
 /// What has been seen in one direction of a flow.
 pub mod seen {
-    /// A packet at all (UDP), or one that was no SYN (TCP).
+    /// A packet at all (UDP), or one that was neither SYN nor RST (TCP).
     pub const DATA: u8 = 1 << 0;
     pub const SYN: u8 = 1 << 1;
     pub const FIN: u8 = 1 << 2;
     pub const RST: u8 = 1 << 3;
+}
+
+/// Whether both sides of a connection have shown that the other's packets reach
+/// them. A sender that forges its address cannot make it look so.
+#[inline(always)]
+pub const fn is_confirmed(one: u8, other: u8) -> bool {
+    one & other & seen::DATA != 0
 }
 
 /// One direction of a flow: the value of the flow table.
@@ -124,6 +131,8 @@ pub struct FlowEntry<A> {
 /// Bit of [`FlowEntry::flags`]: a second flow, of [`MASQUERADE`] entries, gives
 /// this one's packets an address of the node.
 pub const FLOW_MASQUERADED: u8 = 1 << 0;
+/// Bit of [`FlowEntry::flags`]: there was data behind the SYN (TCP Fast Open).
+pub const FLOW_SYN_DATA: u8 = 1 << 1;
 
 /// Bit of [`FlowEntry::edge`]. Device indices are positive `int`s.
 pub const EDGE_XDP: u32 = 1 << 31;
@@ -166,10 +175,8 @@ impl<A: Address> FlowEntry<A> {
     /// in its direction.
     #[inline(always)]
     pub fn mirrors(&self, key: &Tuple<A>) -> bool {
-        // Word by word: `==` on the bytes of an IPv6 address is a call of
-        // `memcmp`, one more frame on a BPF stack that has none to spare.
-        same(&self.src, &key.dst)
-            && same(&self.dst, &key.src)
+        self.src.same(&key.dst)
+            && self.dst.same(&key.src)
             && self.src_port.get() == key.dst_port.get()
             && self.dst_port.get() == key.src_port.get()
     }
@@ -204,12 +211,6 @@ impl<A: Address> FlowEntry<A> {
         let silent = now.wrapping_sub(self.last_seen).cast_signed();
         silent > self.state(protocol).timeout(timeouts).cast_signed()
     }
-}
-
-#[inline(always)]
-fn same<A: Address>(one: &A, other: &A) -> bool {
-    let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (one.words(), other.words());
-    (a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) | (a3 ^ b3) == 0
 }
 
 pub const TCP: u8 = 6;

@@ -36,18 +36,47 @@ pub const FRAGMENTS4: &str = "klb_frag4";
 pub const FRAGMENTS6: &str = "klb_frag6";
 /// Settings; one entry, written by the agent.
 pub const CONFIG: &str = "klb_config";
+/// Port last tried for a masqueraded flow, by backend; written by the TC
+/// programs.
+pub const PORT_CURSORS: &str = "klb_cursor";
 /// Device index → device; written by the agent.
 pub const DEVICES: &str = "klb_device";
 /// Cookie of a network namespace → pod; written by the agent.
 pub const NETNS: &str = "klb_netns";
+/// ICMP errors sent in this second; per CPU, written by the TC programs.
+pub const ANSWERS: &str = "klb_answers";
+/// Memory of a running packet program; per CPU.
+pub const SCRATCH: &str = "klb_scratch";
 /// Hook and reason → packets (or calls); per CPU, written by every program.
 pub const COUNTERS: &str = "klb_count";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 22] = [
-    SERVICES4, SERVICES6, SLOTS4, SLOTS6, BACKENDS, META, RANGES4, RANGES6, FLOWS4, FLOWS6, YOUNG4,
-    YOUNG6, AFFINITY4, AFFINITY6, FRAGMENTS4, FRAGMENTS6, SOCKETS4, SOCKETS6, CONFIG, DEVICES,
-    NETNS, COUNTERS,
+pub const MAPS: [&str; 25] = [
+    SERVICES4,
+    SERVICES6,
+    SLOTS4,
+    SLOTS6,
+    BACKENDS,
+    META,
+    RANGES4,
+    RANGES6,
+    FLOWS4,
+    FLOWS6,
+    YOUNG4,
+    YOUNG6,
+    AFFINITY4,
+    AFFINITY6,
+    FRAGMENTS4,
+    FRAGMENTS6,
+    SOCKETS4,
+    SOCKETS6,
+    CONFIG,
+    DEVICES,
+    NETNS,
+    PORT_CURSORS,
+    ANSWERS,
+    SCRATCH,
+    COUNTERS,
 ];
 
 pub const XDP: &str = "klb_xdp";

@@ -100,7 +100,7 @@ reasons! {
     ExtensionHeader = 10, "extension_header", Pass;
     /// TCP in mid-connection without a flow: a connection that somebody else translates, or that outlived its flow.
     NoFlow = 11, "no_flow", Pass;
-    /// A reply on its way to the edge where its client entered.
+    /// On its way through the node: translated, or to be translated, where it goes out.
     TransitReply = 12, "transit_reply", Pass;
     /// Left by XDP to TC: the sender's kernel has not finished the checksum.
     UnfinishedChecksum = 13, "unfinished_checksum", Pass;

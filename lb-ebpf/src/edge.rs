@@ -1,18 +1,18 @@
 //! The edge of the node: where a client's packet comes in and its reply goes
 //! out. The whole way of a packet, in reading order.
 
-use core::mem::MaybeUninit;
-
 use lb_common::{
-    Reason,
-    flow::REPLY,
-    service::{ServiceEntry, ServiceKey},
+    Address as _, Port, Reason,
+    flow::is_for_ingress,
+    service::{FRONTEND_REFUSE, ServiceEntry, ServiceKey},
 };
 
 use crate::{
-    clock,
+    answer, clock, config,
     family::{Family, V4, V6},
-    flow::{self, Opener},
+    flow::{self, Flow},
+    icmp::{self, Side},
+    open::{open, opening},
     packet::Packet,
     parse::{Parsed, Version, version},
     rewrite,
@@ -28,6 +28,24 @@ pub fn enter<P: Packet>(packet: &P) -> Reason {
     }
 }
 
+/// Each step is a function of its own, called from here: together they need more
+/// than the 512 bytes of stack.
+#[inline(always)]
+fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
+    let reason = match go_on::<P, F>(packet) {
+        Some(Reason::OtherProtocol) if !P::LEAVES_RARE_TO_TC => {
+            icmp::handle::<P, F>(packet, Side::In)
+        }
+        Some(reason) => reason,
+        None => begin::<P, F>(packet),
+    };
+    match reason {
+        Reason::NoBackend | Reason::NoSuchPort if P::LEAVES_RARE_TO_TC => Reason::LeftToTc,
+        Reason::NoBackend | Reason::NoSuchPort => answer::unreachable::<P, F>(packet, reason),
+        reason => reason,
+    }
+}
+
 /// A packet goes out at the edge.
 #[inline(always)]
 pub fn leave<P: Packet>(packet: &P) -> Reason {
@@ -38,81 +56,152 @@ pub fn leave<P: Packet>(packet: &P) -> Reason {
     }
 }
 
-/// Not inlined, nor is [`leave_family`]: both families in one function need
-/// more than the 512 bytes of stack.
-#[inline(never)]
-fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
-    let parsed = match F::parse(packet) {
-        Ok(parsed) => parsed,
-        Err(reason) => return reason,
-    };
-    // A datagram that is for no frontend costs two lookups, a TCP segment one,
-    // or two if it opens a connection. Datagrams of a flow pay for that with a
-    // lookup more.
-    let service = if parsed.is_tcp() {
-        None
-    } else {
-        match service_of::<F>(&parsed) {
-            None => return flow::meet_stranger::<F>(&parsed.tuple, packet.edge()),
-            service => service,
-        }
-    };
-    let now = clock::seconds();
-    if let Some(flow) = flow::find::<F>(&parsed.tuple) {
-        if flow.entry().direction == REPLY {
-            // The backend's answer comes in here; it is translated where its
-            // client is. An expired one is translated nowhere.
-            return Reason::TransitReply;
-        }
-        if !flow.is_over(&parsed, now) {
-            if must_leave_to_tc::<P, F>(packet, &parsed) {
-                return Reason::UnfinishedChecksum;
-            }
-            flow.advance(&parsed, now, packet.edge());
-            return rewrite::translate::<P, F>(packet, &parsed, flow.get(), Reason::Forward);
-        }
-        flow::remove::<F>(&parsed.tuple);
-    }
-    if parsed.is_tcp() && !parsed.is_syn() {
-        return Reason::NoFlow;
-    }
-    let Some(service) = service.or_else(|| service_of::<F>(&parsed)) else {
-        return Reason::NotService;
-    };
-    if must_leave_to_tc::<P, F>(packet, &parsed) {
-        return Reason::UnfinishedChecksum;
-    }
-    let mut entry = MaybeUninit::uninit();
-    let opener = Opener {
-        now,
-        edge: packet.edge(),
-        local_backends_only: P::LOCAL_BACKENDS_ONLY,
-    };
-    let reason = flow::open::<F>(&parsed, service, &opener, &mut entry);
-    match reason {
-        Reason::NewFlow => {
-            // SAFETY: `open` has written it.
-            let entry = unsafe { entry.assume_init_ref() };
-            rewrite::translate::<P, F>(packet, &parsed, entry, reason)
-        }
-        Reason::Forward => match flow::find::<F>(&parsed.tuple) {
-            Some(flow) => rewrite::translate::<P, F>(packet, &parsed, flow.get(), reason),
-            None => Reason::FlowTableFull,
-        },
-        refused => refused,
+#[inline(always)]
+fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
+    match go_out::<P, F>(packet) {
+        Reason::OtherProtocol => icmp::handle::<P, F>(packet, Side::Out),
+        reason => reason,
     }
 }
 
+/// A packet that is of a flow, or of no business of klb's. `None` if it opens a
+/// flow; what [`begin`] needs is in [`opening`] then.
 #[inline(never)]
-fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
+fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
+    let parsed = match F::parse(packet) {
+        Ok(parsed) => parsed,
+        Err(reason) => return Some(reason),
+    };
+    // What is no business of klb's costs two lookups. So the flow of a datagram
+    // or a SYN is only looked up if they are for a frontend, and that of others
+    // first.
+    let mut service = None;
+    let mut flow = None;
+    if parsed.is_connection() {
+        flow = flow::find_confirmed::<F>(&parsed.tuple);
+    }
+    if flow.is_none() {
+        if parsed.may_open() {
+            service = service_of::<F>(&parsed);
+            if service.is_none() {
+                return Some(without_frontend::<P, F>(packet, &parsed));
+            }
+        }
+        flow = flow::find_young::<F>(&parsed.tuple);
+    }
+    let now = clock::seconds();
+    if let Some(flow) = flow {
+        if !is_for_ingress(flow.entry().direction) {
+            // It is translated where it goes out. What has expired is
+            // translated nowhere.
+            return Some(Reason::TransitReply);
+        }
+        if !flow.is_over(&parsed, now) {
+            return Some(follow::<P, F>(packet, &parsed, &flow, now));
+        }
+        flow::remove::<F>(&parsed.tuple);
+    }
+    if !parsed.may_open() {
+        return Some(Reason::NoFlow);
+    }
+    let Some(service) = service.or_else(|| service_of::<F>(&parsed)) else {
+        return Some(Reason::NotService);
+    };
+    if must_leave_to_tc::<P, F>(packet, &parsed) {
+        return Some(Reason::UnfinishedChecksum);
+    }
+    let Some(work) = opening::<F>() else {
+        return Some(Reason::FlowTableFull);
+    };
+    work.start(packet, &parsed, service, now);
+    None
+}
+
+/// A packet of a flow that goes on.
+#[inline(always)]
+fn follow<P: Packet, F: Family>(
+    packet: &P,
+    parsed: &Parsed<F::Addr>,
+    flow: &Flow<F>,
+    now: u32,
+) -> Reason {
+    if must_leave_to_tc::<P, F>(packet, parsed) {
+        return Reason::UnfinishedChecksum;
+    }
+    flow.advance(parsed, now, packet.edge());
+    rewrite::translate::<P, F>(packet, parsed, flow.get(), flow.reason())
+}
+
+/// The packet that is in [`opening`] opens a flow.
+#[inline(never)]
+fn begin<P: Packet, F: Family>(packet: &P) -> Reason {
+    let Some(work) = opening::<F>() else {
+        return Reason::FlowTableFull;
+    };
+    let reason = open::<P, F>(packet, work);
+    if !matches!(
+        reason,
+        Reason::NewFlow | Reason::NewMasqueradedFlow | Reason::Forward
+    ) {
+        return reason;
+    }
+    match flow::find_young::<F>(&work.parsed.tuple) {
+        Some(flow) => rewrite::translate::<P, F>(packet, &work.parsed, flow.get(), reason),
+        None => Reason::FlowTableFull,
+    }
+}
+
+/// A datagram or a SYN that is for no frontend.
+#[inline(always)]
+fn without_frontend<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) -> Reason {
+    let Some(config) = config::get() else {
+        return Reason::NotService;
+    };
+    let port = parsed.tuple.dst_port.get();
+    if !parsed.is_connection() && port.wrapping_sub(config.first_port) < config.port_count {
+        // The answer of a backend to an address of this node.
+        if let Some(flow) = flow::find_young::<F>(&parsed.tuple) {
+            return unmasquerade::<P, F>(packet, parsed, &flow);
+        }
+    }
+    if parsed.tuple.dst.is_in(F::cluster_network(config)) {
+        let key = ServiceKey::new(parsed.tuple.dst, Port::default(), 0);
+        let refused = F::service(&key).is_some_and(|entry| entry.flags & FRONTEND_REFUSE != 0);
+        if refused {
+            return Reason::NoSuchPort;
+        }
+    }
+    if parsed.is_connection() {
+        return Reason::NotService;
+    }
+    flow::meet_stranger::<F>(&parsed.tuple, packet.edge())
+}
+
+/// A datagram to one of the node's ports that masquerade uses.
+#[inline(always)]
+fn unmasquerade<P: Packet, F: Family>(
+    packet: &P,
+    parsed: &Parsed<F::Addr>,
+    flow: &Flow<F>,
+) -> Reason {
+    let now = clock::seconds();
+    if !is_for_ingress(flow.entry().direction) || flow.is_over(parsed, now) {
+        return Reason::TransitReply;
+    }
+    follow::<P, F>(packet, parsed, flow, now)
+}
+
+/// A packet that may be a reply, or is to be masqueraded.
+#[inline(never)]
+fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
     let parsed = match F::parse(packet) {
         Ok(parsed) => parsed,
         Err(reason) => return reason,
     };
-    let Some(flow) = flow::find::<F>(&parsed.tuple) else {
+    let Some(flow) = flow::find::<F>(&parsed) else {
         return Reason::NotService;
     };
-    if flow.entry().direction != REPLY {
+    if is_for_ingress(flow.entry().direction) {
         return Reason::NotService;
     }
     let now = clock::seconds();
@@ -120,8 +209,8 @@ fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
         flow::remove::<F>(&parsed.tuple);
         return Reason::StaleFlow;
     }
-    flow.advance(&parsed, now, flow.entry().edge);
-    rewrite::translate::<P, F>(packet, &parsed, flow.get(), Reason::Reply)
+    flow.advance(&parsed, now, packet.edge());
+    rewrite::translate::<P, F>(packet, &parsed, flow.get(), flow.reason())
 }
 
 /// The frontend that the packet is sent to.

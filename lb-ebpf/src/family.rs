@@ -1,18 +1,23 @@
 //! What differs between IPv4 and IPv6: the maps, and where things stand in the
 //! header. Everything else is written once, over [`Family`].
 
+use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, btf_maps::lpm_trie::Key};
 use lb_common::{
     Addr4, Addr6, Address, Reason,
-    service::{BackendRef, ServiceEntry, ServiceKey, Slot},
+    checksum::{Delta, pseudo_header},
+    node::{Config, Device, Network},
+    service::{BackendRef, ServiceEntry, ServiceKey, Slot, SourceRange},
 };
 
 use crate::maps::{
-    BACKENDS, FLOWS4, FLOWS6, Flows, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6,
-    Services, Slots, Sockets,
+    AFFINITY4, AFFINITY6, Affinities, BACKENDS, FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows,
+    Fragments, RANGES4, RANGES6, Ranges, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6,
+    Services, Slots, Sockets, YOUNG4, YOUNG6, Young,
 };
 use crate::{
-    packet::Packet,
-    parse::{Parsed, parse_v4, parse_v6},
+    packet::{Packet, Refused},
+    parse::{Header, L3, Parsed, header_v4, header_v6, parse_v4, parse_v6},
+    rewrite::Pair,
 };
 
 pub trait Family {
@@ -24,13 +29,69 @@ pub trait Family {
     /// Where the header's own checksum stands, if it has one.
     const HEADER_CHECKSUM: Option<usize>;
 
+    /// Bytes of the header without options.
+    const HEADER: usize;
+    /// Protocol number of ICMP or ICMPv6.
+    const ICMP: u8;
+    const ECHO_REQUEST: u8;
+    const ECHO_REPLY: u8;
+    /// Type and code of "port unreachable".
+    const PORT_UNREACHABLE: (u8, u8);
+
+    /// Whether a message of this type quotes the packet that it is about.
+    fn is_icmp_error(kind: u8) -> bool;
+
+    /// Reads the IP header at an offset.
+    fn header<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason>;
+
+    /// Writes an IP header for an ICMP message of `length` bytes.
+    fn write_header<P: Packet>(
+        packet: &P,
+        addresses: &Pair<Self::Addr>,
+        length: u16,
+    ) -> Result<(), Refused>;
+
+    /// What the pseudo header adds to the checksum of an ICMP message of
+    /// `length` bytes.
+    fn pseudo_sum(addresses: &Pair<Self::Addr>, length: u16) -> u64;
+
+    /// Source and destination for an answer to the packet.
+    #[inline(always)]
+    fn addresses<P: Packet>(packet: &P) -> Option<Pair<Self::Addr>> {
+        let Pair { src, dst } = packet.read(L3 + Self::ADDRESSES)?;
+        Some(Pair { src: dst, dst: src })
+    }
+
     /// Reads the headers of a frame of this family.
     fn parse<P: Packet>(packet: &P) -> Result<Parsed<Self::Addr>, Reason>;
 
     fn services() -> &'static Services<Self::Addr>;
     fn slots() -> &'static Slots<Self::Addr>;
     fn flows() -> &'static Flows<Self::Addr>;
+    fn young() -> &'static Young<Self::Addr>;
+    fn affinities() -> &'static Affinities<Self::Addr>;
+    fn ranges() -> &'static Ranges<Self::Addr>;
+    fn fragments() -> &'static Fragments<Self::Addr>;
     fn sockets() -> &'static Sockets<Self::Addr>;
+
+    /// The address that packets get which are masqueraded at the device.
+    fn device_address(device: &Device) -> Self::Addr;
+    /// The network that holds every `ClusterIP`.
+    fn cluster_network(config: &Config) -> &Network<Self::Addr>;
+    /// Writes family and addresses of a route lookup.
+    fn begin_route(route: &mut FibLookup, src: &Self::Addr, dst: &Self::Addr);
+
+    /// Whether the client may use the load balancer's addresses of a Service
+    /// port that names who may.
+    #[inline(always)]
+    fn is_in_source_ranges(service: u32, client: &Self::Addr) -> bool {
+        let range = SourceRange {
+            service,
+            addr: *client,
+        };
+        let key = Key::new(size_of::<SourceRange<Self::Addr>>() as u32 * 8, range);
+        Self::ranges().get(&key).is_some()
+    }
 
     /// The entry of a frontend.
     #[inline(always)]
@@ -55,6 +116,51 @@ impl Family for V4 {
     type Addr = Addr4;
     const ADDRESSES: usize = 12;
     const HEADER_CHECKSUM: Option<usize> = Some(10);
+    const HEADER: usize = 20;
+    const ICMP: u8 = 1;
+    const ECHO_REQUEST: u8 = 8;
+    const ECHO_REPLY: u8 = 0;
+    const PORT_UNREACHABLE: (u8, u8) = (3, 3);
+
+    /// Unreachable, time exceeded, parameter problem (RFC 792).
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        matches!(kind, 3 | 11 | 12)
+    }
+    #[inline(always)]
+    fn header<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
+        header_v4(packet, offset)
+    }
+    #[inline(always)]
+    fn write_header<P: Packet>(
+        packet: &P,
+        addresses: &Pair<Addr4>,
+        length: u16,
+    ) -> Result<(), Refused> {
+        /// Version and length of the header, and the precedence of a router's
+        /// own messages (RFC 1812, 4.3.2.5).
+        const START: u32 = 0x45c0 << 16;
+        const TTL_AND_PROTOCOL: u32 = 64 << 24 | (V4::ICMP as u32) << 16;
+        let words = [
+            (START | (length as u32 + Self::HEADER as u32)).to_be(),
+            0,
+            TTL_AND_PROTOCOL.to_be(),
+        ];
+        packet.write(L3, words)?;
+        packet.write(L3 + Self::ADDRESSES, *addresses)?;
+        let mut delta = Delta::new();
+        for word in words {
+            delta = delta.word(0, word);
+        }
+        let none = Addr4::default();
+        delta = delta.address(&none, &addresses.src);
+        delta = delta.address(&none, &addresses.dst);
+        packet.write(L3 + 10, delta.apply(0xffff))
+    }
+    #[inline(always)]
+    fn pseudo_sum(_addresses: &Pair<Addr4>, _length: u16) -> u64 {
+        0
+    }
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P) -> Result<Parsed<Addr4>, Reason> {
@@ -73,8 +179,40 @@ impl Family for V4 {
         &FLOWS4
     }
     #[inline(always)]
+    fn young() -> &'static Young<Addr4> {
+        &YOUNG4
+    }
+    #[inline(always)]
+    fn affinities() -> &'static Affinities<Addr4> {
+        &AFFINITY4
+    }
+    #[inline(always)]
+    fn ranges() -> &'static Ranges<Addr4> {
+        &RANGES4
+    }
+    #[inline(always)]
+    fn fragments() -> &'static Fragments<Addr4> {
+        &FRAGMENTS4
+    }
+    #[inline(always)]
     fn sockets() -> &'static Sockets<Addr4> {
         &SOCKETS4
+    }
+    #[inline(always)]
+    fn device_address(device: &Device) -> Addr4 {
+        device.addr4
+    }
+    #[inline(always)]
+    fn cluster_network(config: &Config) -> &Network<Addr4> {
+        &config.cluster_net4
+    }
+    #[inline(always)]
+    fn begin_route(route: &mut FibLookup, src: &Addr4, dst: &Addr4) {
+        const AF_INET: u8 = 2;
+        let ([src, ..], [dst, ..]) = (src.words(), dst.words());
+        route.family = AF_INET;
+        route.__bindgen_anon_3.ipv4_src = src;
+        route.__bindgen_anon_4.ipv4_dst = dst;
     }
 }
 
@@ -82,6 +220,40 @@ impl Family for V6 {
     type Addr = Addr6;
     const ADDRESSES: usize = 8;
     const HEADER_CHECKSUM: Option<usize> = None;
+    const HEADER: usize = 40;
+    const ICMP: u8 = 58;
+    const ECHO_REQUEST: u8 = 128;
+    const ECHO_REPLY: u8 = 129;
+    const PORT_UNREACHABLE: (u8, u8) = (1, 4);
+
+    /// Unreachable, too big, time exceeded, parameter problem (RFC 4443).
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        matches!(kind, 1..=4)
+    }
+    #[inline(always)]
+    fn header<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
+        header_v6(packet, offset)
+    }
+    #[inline(always)]
+    fn write_header<P: Packet>(
+        packet: &P,
+        addresses: &Pair<Addr6>,
+        length: u16,
+    ) -> Result<(), Refused> {
+        const VERSION: u32 = 6 << 28;
+        const NEXT_HEADER_AND_HOPS: u32 = (V6::ICMP as u32) << 8 | 64;
+        let words = [
+            VERSION.to_be(),
+            (u32::from(length) << 16 | NEXT_HEADER_AND_HOPS).to_be(),
+        ];
+        packet.write(L3, words)?;
+        packet.write(L3 + Self::ADDRESSES, *addresses)
+    }
+    #[inline(always)]
+    fn pseudo_sum(addresses: &Pair<Addr6>, length: u16) -> u64 {
+        pseudo_header(&addresses.src, &addresses.dst, Self::ICMP, length).into()
+    }
 
     #[inline(always)]
     fn parse<P: Packet>(packet: &P) -> Result<Parsed<Addr6>, Reason> {
@@ -100,8 +272,39 @@ impl Family for V6 {
         &FLOWS6
     }
     #[inline(always)]
+    fn young() -> &'static Young<Addr6> {
+        &YOUNG6
+    }
+    #[inline(always)]
+    fn affinities() -> &'static Affinities<Addr6> {
+        &AFFINITY6
+    }
+    #[inline(always)]
+    fn ranges() -> &'static Ranges<Addr6> {
+        &RANGES6
+    }
+    #[inline(always)]
+    fn fragments() -> &'static Fragments<Addr6> {
+        &FRAGMENTS6
+    }
+    #[inline(always)]
     fn sockets() -> &'static Sockets<Addr6> {
         &SOCKETS6
+    }
+    #[inline(always)]
+    fn device_address(device: &Device) -> Addr6 {
+        device.addr6
+    }
+    #[inline(always)]
+    fn cluster_network(config: &Config) -> &Network<Addr6> {
+        &config.cluster_net6
+    }
+    #[inline(always)]
+    fn begin_route(route: &mut FibLookup, src: &Addr6, dst: &Addr6) {
+        const AF_INET6: u8 = 10;
+        route.family = AF_INET6;
+        route.__bindgen_anon_3.ipv6_src = src.words();
+        route.__bindgen_anon_4.ipv6_dst = dst.words();
     }
 }
 

@@ -1,4 +1,10 @@
-//! The life of a flow: found, opened, advanced, over.
+//! The life of a flow: found, advanced, over. How one begins is in
+//! [`crate::open`].
+//!
+//! Two tables hold flows. Connections that both sides have confirmed stand in
+//! one of their own, so that whoever forges senders pushes out what has not
+//! been confirmed, and never an established connection. Datagrams, of which
+//! nothing can be confirmed, are in the young table for all their life.
 //!
 //! Entries are changed in place by whichever CPU has the packet. Each field is
 //! written by one store, and every change is one that may be lost or repeated:
@@ -7,36 +13,57 @@
 //! lookup and store; that flow then sees a bit or a time that the next packets
 //! of either flow put right or outlive.
 
-use core::mem::MaybeUninit;
-
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
-    Address, Reason,
-    flow::{FORWARD, FlowEntry, REPLY, Tuple},
-    service::{SLOT_LOCAL, ServiceEntry, Slot},
+    Reason,
+    flow::{
+        FLOW_MASQUERADED, FORWARD, FlowEntry, MASQUERADE, REPLY, Tuple, is_confirmed,
+        is_from_client,
+    },
 };
 
 use crate::{
     config,
     family::{Family, is_alive},
     parse::Parsed,
-    select,
 };
 
-/// How often another backend is tried when the one chosen already has a flow
-/// with this client's address and port.
-const ATTEMPTS: u32 = 4;
+/// An entry in one of the flow tables.
+pub struct Flow<F: Family> {
+    entry: *mut FlowEntry<F::Addr>,
+    young: bool,
+}
 
-/// The kernel's `EEXIST`.
-const EEXIST: i32 = 17;
+/// The entry for packets with this tuple, among the confirmed connections.
+#[inline(always)]
+pub fn find_confirmed<F: Family>(tuple: &Tuple<F::Addr>) -> Option<Flow<F>> {
+    let entry = F::flows().get_ptr_mut(tuple)?;
+    Some(Flow {
+        entry,
+        young: false,
+    })
+}
 
-/// An entry in the flow table.
-pub struct Flow<F: Family>(*mut FlowEntry<F::Addr>);
+/// The entry for packets with this tuple, among all others.
+#[inline(always)]
+pub fn find_young<F: Family>(tuple: &Tuple<F::Addr>) -> Option<Flow<F>> {
+    let entry = F::young().get_ptr_mut(tuple)?;
+    Some(Flow { entry, young: true })
+}
 
 /// The entry for packets with this tuple.
 #[inline(always)]
-pub fn find<F: Family>(tuple: &Tuple<F::Addr>) -> Option<Flow<F>> {
-    F::flows().get_ptr_mut(tuple).map(Flow)
+pub fn find<F: Family>(parsed: &Parsed<F::Addr>) -> Option<Flow<F>> {
+    find_by(&parsed.tuple, parsed.is_connection())
+}
+
+/// As [`find`], for a tuple that is not the packet's own.
+#[inline(always)]
+pub fn find_by<F: Family>(tuple: &Tuple<F::Addr>, is_connection: bool) -> Option<Flow<F>> {
+    if is_connection && let Some(flow) = find_confirmed(tuple) {
+        return Some(flow);
+    }
+    find_young(tuple)
 }
 
 impl<F: Family> Flow<F> {
@@ -45,14 +72,25 @@ impl<F: Family> Flow<F> {
     #[inline(always)]
     pub fn entry(&self) -> FlowEntry<F::Addr> {
         // SAFETY: the pointer is the kernel's, valid while the program runs.
-        unsafe { *self.0 }
+        unsafe { *self.entry }
     }
 
     /// The entry where it is, for code that must not copy it.
     #[inline(always)]
     pub fn get(&self) -> &FlowEntry<F::Addr> {
         // SAFETY: the pointer is the kernel's, valid while the program runs.
-        unsafe { &*self.0 }
+        unsafe { &*self.entry }
+    }
+
+    /// Why a packet of this entry is translated.
+    #[inline(always)]
+    pub fn reason(&self) -> Reason {
+        match self.entry().direction {
+            FORWARD => Reason::Forward,
+            REPLY => Reason::Reply,
+            MASQUERADE => Reason::Masqueraded,
+            _ => Reason::Unmasqueraded,
+        }
     }
 
     /// Whether the packet is none of this flow: it has been silent too long,
@@ -63,42 +101,48 @@ impl<F: Family> Flow<F> {
         if self.entry().expired(protocol, now, config::timeouts()) {
             return true;
         }
-        if !parsed.is_tcp() {
+        if !parsed.is_connection() {
             return self.entry().direction == FORWARD && !is_alive(self.entry().backend);
         }
-        if self.entry().direction == REPLY {
+        if !is_from_client(self.entry().direction) {
             // A backend that answers another SYN than the one that opened this
             // flow answers a client that talks to it directly, from a port
             // that it used for this flow before.
-            return parsed.answers_syn() && parsed.tcp.ack != self.entry().isn.wrapping_add(1);
+            return parsed.answers_other(self.get());
         }
         parsed.is_syn()
-            && parsed.tcp.seq != self.entry().isn
+            && parsed.signals.seq != self.entry().isn
             && self.entry().state(protocol).yields_to_syn()
     }
 
     /// Notes what the packet tells, in both entries of the flow; nothing is
     /// written, and the other entry is not looked up, when that is nothing new
-    /// within the second. `edge` is where the client's packet came in; for the
-    /// backend's it is what the entry says.
+    /// within the second. `edge` is where a client's packet came in.
     #[inline(always)]
     pub fn advance(&self, parsed: &Parsed<F::Addr>, now: u32, edge: u32) {
-        let seen = self.entry().seen | parsed.seen();
-        let isn = if parsed.is_syn() && self.entry().direction == FORWARD {
-            parsed.tcp.seq
-        } else {
-            self.entry().isn
-        };
         let entry = self.entry();
-        if seen != entry.seen || now != entry.last_seen || isn != entry.isn || edge != entry.edge {
-            // SAFETY: see the head of this file.
-            unsafe {
-                (*self.0).seen = seen;
-                (*self.0).last_seen = now;
-                (*self.0).isn = isn;
-                (*self.0).edge = edge;
-            }
-            tell_peer(&parsed.tuple, self);
+        let seen = entry.seen | parsed.seen();
+        let mut isn = entry.isn;
+        let mut edge = edge;
+        if parsed.is_syn() && is_from_client(entry.direction) {
+            isn = parsed.signals.seq;
+        }
+        if entry.direction != FORWARD {
+            edge = entry.edge;
+        }
+        if seen == entry.seen && now == entry.last_seen && isn == entry.isn && edge == entry.edge {
+            return;
+        }
+        // SAFETY: see the head of this file.
+        unsafe {
+            (*self.entry).seen = seen;
+            (*self.entry).last_seen = now;
+            (*self.entry).isn = isn;
+            (*self.entry).edge = edge;
+        }
+        tell_peer(&parsed.tuple, self);
+        if self.young && parsed.is_connection() && is_confirmed(seen, entry.seen_peer) {
+            confirm(&parsed.tuple, self);
         }
     }
 }
@@ -106,44 +150,107 @@ impl<F: Family> Flow<F> {
 /// Brings the other direction up to date, and back if the LRU dropped it: one
 /// direction without the other would be a connection that hangs.
 ///
-/// Not inlined, nor are the two below: they run seldom, and the 512 bytes of
+/// Not inlined, nor are those below: they run seldom, and the 512 bytes of
 /// stack do not hold two more tuples in every caller.
 #[inline(never)]
 fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let entry = flow.entry();
     let peer_key = entry.peer_key(tuple.protocol);
-    match find::<F>(&peer_key) {
+    let peer = if flow.young {
+        find_young::<F>(&peer_key)
+    } else {
+        find_confirmed::<F>(&peer_key)
+    };
+    match peer {
         Some(peer) if peer.entry().mirrors(tuple) => {
             // SAFETY: see the head of this file.
             unsafe {
-                (*peer.0).seen_peer = entry.seen;
-                (*peer.0).last_seen = entry.last_seen;
-                (*peer.0).isn = entry.isn;
-                (*peer.0).edge = entry.edge;
+                (*peer.entry).seen_peer = entry.seen;
+                (*peer.entry).last_seen = entry.last_seen;
+                (*peer.entry).isn = entry.isn;
+                (*peer.entry).edge = entry.edge;
             }
         }
         // Another flow has the tuple.
         Some(_) => {}
+        // A full table shows when a flow is opened.
         None => {
-            // A full table shows when a flow is opened.
-            let _ = F::flows().insert(&peer_key, entry.mirrored(tuple), u64::from(BPF_NOEXIST));
+            let peer = entry.mirrored(tuple);
+            let _ = if flow.young {
+                F::young().insert(&peer_key, &peer, u64::from(BPF_NOEXIST))
+            } else {
+                F::flows().insert(&peer_key, &peer, u64::from(BPF_NOEXIST))
+            };
         }
     }
 }
 
-/// Removes both entries of the flow that has `tuple` in one direction.
+/// Moves both entries of a connection to the table of confirmed ones. A packet
+/// that meets it half-way finds an entry in one table or the other.
+#[inline(never)]
+fn confirm<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
+    let peer_key = flow.entry().peer_key(tuple.protocol);
+    let Some(peer) = find_young::<F>(&peer_key) else {
+        return;
+    };
+    if !peer.entry().mirrors(tuple)
+        || F::flows()
+            .insert(&peer_key, peer.get(), u64::from(BPF_ANY))
+            .is_err()
+        || F::flows()
+            .insert(tuple, flow.get(), u64::from(BPF_ANY))
+            .is_err()
+    {
+        return;
+    }
+    let _ = F::young().remove(&peer_key);
+    let _ = F::young().remove(tuple);
+}
+
+/// Removes all entries of the flow that has `tuple` in one direction.
 #[inline(never)]
 pub fn remove<F: Family>(tuple: &Tuple<F::Addr>) {
-    let Some(flow) = find::<F>(tuple) else {
+    let Some(flow) = find_by::<F>(tuple, true) else {
+        return;
+    };
+    let entry = flow.entry();
+    if entry.flags & FLOW_MASQUERADED != 0 {
+        remove_masquerade::<F>(&entry, tuple);
+    }
+    remove_pair::<F>(tuple);
+}
+
+/// Removes the second flow of one that is masqueraded, given either entry of the
+/// first.
+#[inline(always)]
+fn remove_masquerade<F: Family>(entry: &FlowEntry<F::Addr>, tuple: &Tuple<F::Addr>) {
+    let second = if entry.direction == FORWARD {
+        entry.translated(tuple.protocol)
+    } else {
+        tuple.reversed()
+    };
+    remove_pair::<F>(&second);
+}
+
+/// Removes both entries of a flow, from whichever table.
+#[inline(never)]
+pub fn remove_pair<F: Family>(tuple: &Tuple<F::Addr>) {
+    let Some(flow) = find_by::<F>(tuple, true) else {
         return;
     };
     let peer_key = flow.entry().peer_key(tuple.protocol);
-    let peer = find::<F>(&peer_key);
+    let peer = find_by::<F>(&peer_key, true);
     // Whoever is faster in removing either does what we want.
     if peer.is_some_and(|peer| peer.entry().mirrors(tuple)) {
-        let _ = F::flows().remove(&peer_key);
+        remove_entry::<F>(&peer_key);
     }
+    remove_entry::<F>(tuple);
+}
+
+#[inline(always)]
+pub fn remove_entry<F: Family>(tuple: &Tuple<F::Addr>) {
     let _ = F::flows().remove(tuple);
+    let _ = F::young().remove(tuple);
 }
 
 /// A datagram that is for no frontend. If its answer would be taken for that of
@@ -157,7 +264,7 @@ pub fn remove<F: Family>(tuple: &Tuple<F::Addr>) {
 #[inline(always)]
 pub fn meet_stranger<F: Family>(tuple: &Tuple<F::Addr>, edge: u32) -> Reason {
     let answer = tuple.reversed();
-    match find::<F>(&answer) {
+    match find_young::<F>(&answer) {
         Some(flow) if flow.entry().direction == REPLY && flow.entry().edge == edge => {
             remove::<F>(&answer);
             Reason::StaleFlow
@@ -166,114 +273,14 @@ pub fn meet_stranger<F: Family>(tuple: &Tuple<F::Addr>, edge: u32) -> Reason {
     }
 }
 
-/// Who opens a flow.
-pub struct Opener {
-    /// Seconds of the monotonic clock.
-    pub now: u32,
-    pub edge: u32,
-    pub local_backends_only: bool,
-}
-
-/// Opens a flow: chooses a backend and writes both entries, and the forward
-/// one also to `opened`. Returns [`Reason::NewFlow`] then, and
-/// [`Reason::Forward`] if there is an entry already.
-#[inline(always)]
-pub fn open<F: Family>(
-    parsed: &Parsed<F::Addr>,
-    service: &ServiceEntry,
-    opener: &Opener,
-    opened: &mut MaybeUninit<FlowEntry<F::Addr>>,
-) -> Reason {
-    for _ in 0..ATTEMPTS {
-        let reason = try_open::<F>(parsed, service, opener, opened);
-        if reason != Reason::TupleConflict {
-            return reason;
-        }
-    }
-    Reason::TupleConflict
-}
-
-/// Opens a flow with one backend.
+/// Whether the tuple belongs to a flow that goes on. An entry that has expired,
+/// or has lost its other direction, is in nobody's way.
 #[inline(never)]
-fn try_open<F: Family>(
-    parsed: &Parsed<F::Addr>,
-    service: &ServiceEntry,
-    opener: &Opener,
-    opened: &mut MaybeUninit<FlowEntry<F::Addr>>,
-) -> Reason {
-    let slot = match select::backend::<F>(service) {
-        Ok(slot) => slot,
-        Err(reason) => return reason,
-    };
-    if opener.local_backends_only && slot.flags & SLOT_LOCAL == 0 {
-        return Reason::RemoteBackend;
-    }
-    let entry = opened.write(first_entry(parsed, slot, service.service, opener));
-    match F::flows().insert(&parsed.tuple, &*entry, u64::from(BPF_NOEXIST)) {
-        Ok(()) => {}
-        // The next packet of the same flow was faster on another CPU.
-        Err(error) if error == -EEXIST => return Reason::Forward,
-        Err(_) => return Reason::FlowTableFull,
-    }
-    let reason = link_reply::<F>(&parsed.tuple, entry);
-    if reason != Reason::NewFlow {
-        let _ = F::flows().remove(&parsed.tuple);
-    }
-    reason
-}
-
-#[inline(always)]
-fn first_entry<A: Address>(
-    parsed: &Parsed<A>,
-    slot: &Slot<A>,
-    service: u32,
-    opener: &Opener,
-) -> FlowEntry<A> {
-    FlowEntry {
-        src: parsed.tuple.src,
-        dst: slot.addr,
-        src_port: parsed.tuple.src_port,
-        dst_port: slot.port,
-        direction: FORWARD,
-        seen: parsed.seen(),
-        seen_peer: 0,
-        flags: 0,
-        service,
-        backend: slot.backend,
-        isn: parsed.tcp.seq,
-        last_seen: opener.now,
-        edge: opener.edge,
-    }
-}
-
-/// Writes the reply entry, unless the backend has a living flow with this
-/// client's address and port already: a client may use one port towards two
-/// frontends, and both may choose this backend.
-#[inline(always)]
-fn link_reply<F: Family>(tuple: &Tuple<F::Addr>, entry: &FlowEntry<F::Addr>) -> Reason {
-    let key = entry.peer_key(tuple.protocol);
-    let reply = entry.mirrored(tuple);
-    let mut result = F::flows().insert(&key, &reply, u64::from(BPF_NOEXIST));
-    if result == Err(-EEXIST) {
-        if is_in_use::<F>(&key, entry.last_seen) {
-            return Reason::TupleConflict;
-        }
-        result = F::flows().insert(&key, &reply, u64::from(BPF_ANY));
-    }
-    match result {
-        Ok(()) => Reason::NewFlow,
-        Err(_) => Reason::FlowTableFull,
-    }
-}
-
-/// Whether the entry belongs to a flow that goes on. One that has ended, or has
-/// lost its other direction, is in nobody's way.
-#[inline(never)]
-fn is_in_use<F: Family>(key: &Tuple<F::Addr>, now: u32) -> bool {
-    let Some(flow) = find::<F>(key) else {
+pub fn is_in_use<F: Family>(key: &Tuple<F::Addr>, now: u32) -> bool {
+    let Some(flow) = find_by::<F>(key, true) else {
         return false;
     };
     let peer_key = flow.entry().peer_key(key.protocol);
     !flow.entry().expired(key.protocol, now, config::timeouts())
-        && find::<F>(&peer_key).is_some_and(|peer| peer.entry().mirrors(key))
+        && find_by::<F>(&peer_key, true).is_some_and(|peer| peer.entry().mirrors(key))
 }

@@ -29,12 +29,16 @@
     reason = "nothing outside reaches into a program; `pub` marks what a module offers the others"
 )]
 
+mod answer;
 mod clock;
 mod config;
 mod edge;
 mod family;
 mod flow;
+mod icmp;
 mod maps;
+mod masquerade;
+mod open;
 mod packet;
 mod parse;
 mod rewrite;

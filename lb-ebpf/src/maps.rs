@@ -18,6 +18,8 @@ use lb_common::{
     socket::{SocketEntry, SocketKey},
 };
 
+use crate::answer::Answers;
+
 /// Written by the agent only, so that memory follows the number of Services
 /// and no program ever waits for an allocation.
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -29,6 +31,8 @@ pub type Young<A> = LruHashMap<Tuple<A>, FlowEntry<A>, { size::YOUNG }>;
 pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { size::AFFINITY }>;
 pub type Ranges<A> = LpmTrie<SourceRange<A>, u32, { size::RANGES }>;
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentPorts, { size::FRAGMENTS }>;
+/// Words, so that it is aligned for everything that is put there.
+pub type Scratch = [u64; 64];
 pub type Sockets<A> = LruHashMap<SocketKey<A>, SocketEntry<A>, { size::SOCKETS }>;
 
 /// Frontend → slot range; the agent.
@@ -92,6 +96,10 @@ pub static CONFIG: Array<Config, 1> = Array::new();
 #[btf_map(name = "klb_device")]
 pub static DEVICES: HashMap<u32, Device, { size::DEVICES }, ON_DEMAND> = HashMap::new();
 
+/// By backend: which of the node's ports was tried last; the TC programs.
+#[btf_map(name = "klb_cursor")]
+pub static PORT_CURSORS: Array<u32, 1024> = Array::new();
+
 /// Cookie of a network namespace, low and high word → pod; the agent.
 #[btf_map(name = "klb_netns")]
 pub static NETNS: HashMap<[u32; 2], Netns, { size::NETNS }, ON_DEMAND> = HashMap::new();
@@ -101,6 +109,14 @@ pub static NETNS: HashMap<[u32; 2], Netns, { size::NETNS }, ON_DEMAND> = HashMap
 pub static SOCKETS4: Sockets<Addr4> = Sockets::new();
 #[btf_map(name = "klb_sock6")]
 pub static SOCKETS6: Sockets<Addr6> = Sockets::new();
+
+/// Answers given in this second, by CPU; the TC programs.
+#[btf_map(name = "klb_answers")]
+pub static ANSWERS: PerCpuArray<Answers, 1> = PerCpuArray::new();
+
+/// Memory of the program that runs, by CPU; the packet programs.
+#[btf_map(name = "klb_scratch")]
+pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 /// Hook and reason → runs, by CPU; every program.
 #[btf_map(name = "klb_count")]

@@ -1,10 +1,15 @@
 //! A packet at a hook, XDP or TC: bounds-checked reading, and writing that
 //! keeps the checksums true.
 
-use core::ffi::c_long;
+use core::ffi::{c_long, c_void};
 
 use aya_ebpf::{
-    bindings::{BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    EbpfContext as _,
+    bindings::{
+        BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+        bpf_adj_room_mode,
+    },
+    helpers::{bpf_redirect, bpf_skb_change_tail},
     programs::{TcContext, XdpContext},
 };
 use lb_common::{checksum::Delta, flow::EDGE_XDP};
@@ -34,11 +39,18 @@ pub trait Packet {
     /// Whether this hook runs before a checksum left to the device
     /// (`CHECKSUM_PARTIAL`) can be told from a finished one.
     const CHECKSUM_MAY_BE_UNFINISHED: bool;
-    /// Whether only backends on this node may be chosen at this hook.
-    const LOCAL_BACKENDS_ONLY: bool;
+    /// Whether this hook does only what most packets need, and leaves the rest
+    /// to TC: masquerade, fragments, ICMP, answers.
+    const LEAVES_RARE_TO_TC: bool;
 
     fn data(&self) -> usize;
     fn data_end(&self) -> usize;
+
+    /// The context, as helpers take it.
+    fn context(&self) -> *mut c_void;
+
+    /// Index of the device whose hook this is.
+    fn ifindex(&self) -> u32;
 
     /// Where the packet comes in, as flows note it.
     fn edge(&self) -> u32;
@@ -53,6 +65,24 @@ pub trait Packet {
 
     /// Writes `value` at `offset`.
     fn write<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused>;
+
+    /// As [`Self::write`], for bytes that no checksum of the kernel's own
+    /// accounts for.
+    fn patch<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused>;
+
+    /// As [`Self::read`], through a helper where there is one: for loops, which
+    /// the compiler turns into arithmetic on packet pointers that the verifier
+    /// refuses.
+    fn load(&self, offset: usize) -> Option<u32>;
+
+    /// Cuts the frame off at `length`.
+    fn cut(&self, length: usize) -> Result<(), Refused>;
+
+    /// Makes room for `length` bytes between Ethernet and IP header.
+    fn make_room(&self, length: usize) -> Result<(), Refused>;
+
+    /// Has the frame leave by the device by which it came in.
+    fn send_back(&self) -> Result<(), Refused>;
 
     /// Applies `delta` to the header checksum at `offset`.
     fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused>;
@@ -92,7 +122,7 @@ pub trait Packet {
 
 impl Packet for XdpContext {
     const CHECKSUM_MAY_BE_UNFINISHED: bool = true;
-    const LOCAL_BACKENDS_ONLY: bool = true;
+    const LEAVES_RARE_TO_TC: bool = true;
 
     #[inline(always)]
     fn data(&self) -> usize {
@@ -105,8 +135,18 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.as_ptr()
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.ingress_ifindex() as u32
+    }
+
+    #[inline(always)]
     fn edge(&self) -> u32 {
-        self.ingress_ifindex() as u32 | EDGE_XDP
+        self.ifindex() | EDGE_XDP
     }
 
     #[inline(always)]
@@ -124,6 +164,32 @@ impl Packet for XdpContext {
         // owner.
         unsafe { *to = value };
         Ok(())
+    }
+
+    #[inline(always)]
+    fn patch<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
+        self.write(offset, value)
+    }
+
+    #[inline(always)]
+    fn load(&self, offset: usize) -> Option<u32> {
+        self.read(offset)
+    }
+
+    // What is answered is left to TC.
+    #[inline(always)]
+    fn cut(&self, _length: usize) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
+    fn make_room(&self, _length: usize) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
+    fn send_back(&self) -> Result<(), Refused> {
+        Err(Refused)
     }
 
     #[inline(always)]
@@ -159,7 +225,7 @@ impl Packet for XdpContext {
 
 impl Packet for TcContext {
     const CHECKSUM_MAY_BE_UNFINISHED: bool = false;
-    const LOCAL_BACKENDS_ONLY: bool = false;
+    const LEAVES_RARE_TO_TC: bool = false;
 
     #[inline(always)]
     fn data(&self) -> usize {
@@ -172,9 +238,19 @@ impl Packet for TcContext {
     }
 
     #[inline(always)]
-    fn edge(&self) -> u32 {
+    fn context(&self) -> *mut c_void {
+        self.as_ptr()
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
         // SAFETY: the context is the kernel's.
         unsafe { (*self.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn edge(&self) -> u32 {
+        self.ifindex()
     }
 
     #[inline(always)]
@@ -195,6 +271,40 @@ impl Packet for TcContext {
     fn write<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
         self.store(offset, &value, u64::from(BPF_F_INVALIDATE_HASH))
             .map_err(|_error| Refused)
+    }
+
+    #[inline(always)]
+    fn patch<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
+        let flags = u64::from(BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
+        self.store(offset, &value, flags).map_err(|_error| Refused)
+    }
+
+    #[inline(always)]
+    fn load(&self, offset: usize) -> Option<u32> {
+        Self::load(self, offset).ok()
+    }
+
+    #[inline(always)]
+    fn cut(&self, length: usize) -> Result<(), Refused> {
+        // SAFETY: the context is the kernel's.
+        match unsafe { bpf_skb_change_tail(self.skb.skb, length as u32, 0) } {
+            0 => Ok(()),
+            _ => Err(Refused),
+        }
+    }
+
+    #[inline(always)]
+    fn make_room(&self, length: usize) -> Result<(), Refused> {
+        self.adjust_room(length as i32, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0)
+            .map_err(|_error| Refused)
+    }
+
+    #[inline(always)]
+    fn send_back(&self) -> Result<(), Refused> {
+        // SAFETY: the helper takes numbers only. It fails for flags that are
+        // unknown, and there are none.
+        unsafe { bpf_redirect(self.ifindex(), 0) };
+        Ok(())
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@
 
 use lb_common::{
     Addr4, Addr6, Address, Port, Reason,
-    flow::{TCP, Tuple, UDP, seen},
+    flow::{FLOW_SYN_DATA, FlowEntry, SCTP, TCP, Tuple, UDP, seen},
 };
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, ip::Ipv6Hdr, tcp::TcpHdr, udp::UdpHdr};
 
@@ -18,22 +18,31 @@ pub const L3: usize = EthHdr::LEN;
 const IPV4: u16 = 0x0800_u16.to_be();
 const IPV6: u16 = 0x86dd_u16.to_be();
 
+/// Transport headers stand within the first 512 bytes.
+const L4_MASK: u16 = 0x1ff;
+
+/// Most bytes of a packet that an ICMP error quotes: an IP header with options
+/// or extensions, and the start of the transport header.
+pub const QUOTABLE: usize = 128;
+
 /// Everything that is looked at in one packet.
 #[derive(Clone, Copy)]
 pub struct Parsed<A> {
     pub tuple: Tuple<A>,
     /// Where the transport header stands.
-    pub l4: usize,
+    l4: u16,
     /// Bytes from there to the end of the IP packet, as the pseudo header
     /// counts them.
     pub l4_length: u16,
-    pub tcp: Tcp,
+    pub signals: Signals,
 }
 
-/// What the life of a flow depends on; zero for UDP.
+/// What the life of a flow depends on, in TCP's words; zero for UDP.
 #[derive(Clone, Copy)]
-pub struct Tcp {
+pub struct Signals {
     pub flags: u8,
+    /// There is data behind the header.
+    pub data: bool,
     pub seq: u32,
     pub ack: u32,
 }
@@ -50,40 +59,72 @@ const RST: u8 = 1 << 2;
 const ACK: u8 = 1 << 4;
 
 impl<A> Parsed<A> {
+    /// Where the transport header stands. The mask is for the verifier, which
+    /// forgets what it knew of a number that was put into memory.
     #[inline(always)]
-    pub const fn is_tcp(&self) -> bool {
-        self.tuple.protocol == TCP
+    pub const fn l4(&self) -> usize {
+        (self.l4 & L4_MASK) as usize
     }
 
-    /// Whether this packet opens a TCP connection.
+    /// How much of the packet an ICMP error quotes, in bytes from its IP header
+    /// on: a multiple of 4. Of TCP it is the whole header, since the kernel does
+    /// not cut a frame off before a checksum that is still to be finished.
+    #[inline(always)]
+    pub const fn quotable_length(&self) -> usize {
+        let transport = match self.tuple.protocol {
+            TCP => 20,
+            SCTP => 12,
+            _ => 8,
+        };
+        let length = self.l4().wrapping_sub(L3).wrapping_add(transport);
+        if length < QUOTABLE { length } else { QUOTABLE }
+    }
+
+    /// Whether the protocol has connections, which are opened and closed.
+    #[inline(always)]
+    pub const fn is_connection(&self) -> bool {
+        self.tuple.protocol != UDP
+    }
+
+    /// Whether this packet opens a connection.
     #[inline(always)]
     pub const fn is_syn(&self) -> bool {
-        self.tcp.flags & (SYN | ACK | RST | FIN) == SYN
+        self.signals.flags & (SYN | ACK | RST | FIN) == SYN
     }
 
-    /// Whether this packet answers a SYN: a SYN-ACK, or the RST that refuses
-    /// it, which is the only one with an ACK and sequence number 0
-    /// (RFC 9293, 3.10.7.1).
+    /// Whether this packet may open a flow.
     #[inline(always)]
-    pub const fn answers_syn(&self) -> bool {
-        self.tcp.flags & (SYN | ACK) == SYN | ACK
-            || self.tcp.flags & (RST | ACK) == RST | ACK && self.tcp.seq == 0
+    pub const fn may_open(&self) -> bool {
+        !self.is_connection() || self.is_syn()
+    }
+
+    /// Whether this packet answers another SYN than the one that opened `flow`: a
+    /// SYN-ACK, or the RST that refuses a SYN, which is the only one with an ACK
+    /// and sequence number 0 (RFC 9293, 3.10.7.1). It may acknowledge the data
+    /// that came with the SYN (TCP Fast Open, RFC 7413).
+    #[inline(always)]
+    pub const fn answers_other(&self, flow: &FlowEntry<A>) -> bool {
+        let is_answer = self.signals.flags & (SYN | ACK) == SYN | ACK
+            || self.signals.flags & (RST | ACK) == RST | ACK && self.signals.seq == 0;
+        let most = if flow.flags & FLOW_SYN_DATA == 0 {
+            0
+        } else {
+            u16::MAX as u32
+        };
+        is_answer && self.signals.ack.wrapping_sub(flow.isn.wrapping_add(1)) > most
     }
 
     /// What this packet tells about its direction: bits of [`seen`].
     #[inline(always)]
     pub const fn seen(&self) -> u8 {
-        let flags = self.tcp.flags;
-        let mut bits = if flags & SYN == 0 {
-            seen::DATA
-        } else {
-            seen::SYN
+        let flags = self.signals.flags;
+        let mut bits = match flags & (SYN | RST) {
+            0 => seen::DATA,
+            SYN => seen::SYN,
+            _ => seen::RST,
         };
         if flags & FIN != 0 {
             bits |= seen::FIN;
-        }
-        if flags & RST != 0 {
-            bits |= seen::RST;
         }
         bits
     }
@@ -102,7 +143,7 @@ pub fn version<P: Packet>(packet: &P) -> Result<Version, Reason> {
 /// Reads, and makes the frame readable first where it is not. The frame may
 /// be spread over pages (TC), and mostly its headers are not.
 #[inline(always)]
-fn read<P: Packet, T: Copy>(packet: &P, offset: usize) -> Result<T, Reason> {
+pub fn read<P: Packet, T: Copy>(packet: &P, offset: usize) -> Result<T, Reason> {
     if let Some(value) = packet.read(offset) {
         return Ok(value);
     }
@@ -210,21 +251,21 @@ impl Transport {
         src: A,
         dst: A,
     ) -> Result<Parsed<A>, Reason> {
-        let (src_port, dst_port, tcp) = match self.protocol {
+        let (src_port, dst_port, signals) = match self.protocol {
             TCP => self.parse_tcp(packet)?,
             UDP => self.parse_udp(packet)?,
             _ => return Err(Reason::OtherProtocol),
         };
         Ok(Parsed {
             tuple: Tuple::new(src, dst, src_port, dst_port, self.protocol),
-            l4: self.offset,
+            l4: self.offset as u16 & L4_MASK,
             l4_length: self.length,
-            tcp,
+            signals,
         })
     }
 
     #[inline(always)]
-    fn parse_tcp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Tcp), Reason> {
+    fn parse_tcp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Signals), Reason> {
         /// `network_types::TcpHdr` up to the flags, which it has as a bit field
         /// that is read bit by bit.
         #[repr(C)]
@@ -245,16 +286,17 @@ impl Transport {
         if usize::from(header_length) < TcpHdr::LEN || header_length > self.length {
             return Err(Reason::Malformed);
         }
-        let tcp = Tcp {
+        let signals = Signals {
             flags: head.flags,
+            data: self.length > header_length,
             seq: u32::from_be(head.seq),
             ack: u32::from_be(head.ack),
         };
-        Ok((head.src_port, head.dst_port, tcp))
+        Ok((head.src_port, head.dst_port, signals))
     }
 
     #[inline(always)]
-    fn parse_udp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Tcp), Reason> {
+    fn parse_udp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Signals), Reason> {
         if usize::from(self.length) < UdpHdr::LEN {
             return Err(Reason::Truncated);
         }
@@ -263,12 +305,51 @@ impl Transport {
         if usize::from(claimed) < UdpHdr::LEN || claimed > self.length {
             return Err(Reason::Malformed);
         }
-        let no_tcp = Tcp {
+        let nothing = Signals {
             flags: 0,
+            data: true,
             seq: 0,
             ack: 0,
         };
         let (src, dst) = (Port { octets: header.src }, Port { octets: header.dst });
-        Ok((src, dst, no_tcp))
+        Ok((src, dst, nothing))
     }
+}
+
+/// What an IP header says, for those who need no ports.
+pub struct Header {
+    /// Bytes, options included.
+    pub length: usize,
+    /// Of what is behind it; 0 if that is a later fragment.
+    pub protocol: u8,
+}
+
+/// The IPv4 header at `offset`.
+#[inline(always)]
+pub fn header_v4<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
+    const FRAGMENT: u16 = 0x3fff;
+    let Aligned { header } = read::<P, Aligned<Ipv4Hdr>>(packet, offset)?;
+    let length = usize::from(header.vihl & 0x0f) << 2;
+    if header.vihl >> 4 != 4 || length < Ipv4Hdr::LEN {
+        return Err(Reason::Malformed);
+    }
+    let is_fragment = u16::from_be_bytes(header.frags) & FRAGMENT != 0;
+    Ok(Header {
+        length,
+        protocol: if is_fragment { 0 } else { header.proto },
+    })
+}
+
+/// The IPv6 header at `offset`; extension headers count as a protocol.
+#[inline(always)]
+pub fn header_v6<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
+    let Aligned { header } = read::<P, Aligned<Ipv6Hdr>>(packet, offset)?;
+    let [version, ..] = header.vcf;
+    if version >> 4 != 6 {
+        return Err(Reason::Malformed);
+    }
+    Ok(Header {
+        length: Ipv6Hdr::LEN,
+        protocol: header.next_hdr,
+    })
 }

@@ -15,9 +15,9 @@ use crate::{
 /// Source and destination as they follow each other in a header.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Pair<T> {
-    src: T,
-    dst: T,
+pub struct Pair<T> {
+    pub src: T,
+    pub dst: T,
 }
 
 /// Translates the packet as `flow` says; `done` is the reason to give for it.
@@ -59,7 +59,7 @@ fn try_translate<P: Packet, F: Family>(
         },
     )?;
     packet.write::<Pair<Port>>(
-        parsed.l4,
+        parsed.l4(),
         Pair {
             src: flow.src_port,
             dst: flow.dst_port,
@@ -90,7 +90,7 @@ pub fn looks_unfinished<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Add
 fn checksum_field<F: Family>(parsed: &Parsed<F::Addr>) -> ChecksumField {
     let offset = if parsed.tuple.protocol == TCP { 16 } else { 6 };
     ChecksumField {
-        offset: parsed.l4 + offset,
+        offset: parsed.l4() + offset,
         zero_is_none: parsed.tuple.protocol == UDP,
         ipv6: F::HEADER_CHECKSUM.is_none(),
     }

@@ -9,7 +9,7 @@
 use aya_ebpf::{
     EbpfContext as _, Global,
     bindings::{BPF_ANY, bpf_sock_addr},
-    helpers::bpf_get_socket_cookie,
+    helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie},
     programs::SockAddrContext,
 };
 use lb_common::{
@@ -21,7 +21,7 @@ use lb_common::{
 
 use crate::{
     family::{Family, V4, V6, is_alive},
-    select,
+    select::{self, Window},
 };
 
 #[unsafe(no_mangle)]
@@ -284,7 +284,10 @@ fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::
     let forward = call.key(SOCKET_FORWARD);
     let frontend = ServiceKey::new(forward.addr, forward.port, forward.protocol);
     let service = C::Family::service(&frontend).ok_or(Reason::NotService)?;
-    let slot = select::backend::<C::Family>(service)?;
+    let window = Window::of(service, true)?;
+    // SAFETY: the helper takes nothing and may be called from every program.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let slot = select::slot::<C::Family>(service, window, random)?;
     let reverse = SocketKey {
         addr: slot.addr,
         port: slot.port,

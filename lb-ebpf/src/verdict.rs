@@ -3,7 +3,7 @@
 
 use aya_ebpf::{
     bindings::{
-        TC_ACT_SHOT, TC_ACT_UNSPEC,
+        TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC,
         xdp_action::{XDP_DROP, XDP_PASS},
     },
     helpers::bpf_set_retval,
@@ -40,7 +40,8 @@ pub fn xdp(reason: Reason) -> u32 {
 pub fn tc(hook: Hook, reason: Reason) -> i32 {
     match settle(hook, reason) {
         Effect::Pass | Effect::Translate => TC_ACT_UNSPEC,
-        Effect::Refuse | Effect::Answer => TC_ACT_SHOT,
+        Effect::Refuse => TC_ACT_SHOT,
+        Effect::Answer => TC_ACT_REDIRECT,
     }
 }
 

@@ -17,6 +17,7 @@
 pub mod agent;
 pub mod cgroup;
 pub mod helper;
+pub mod icmp;
 pub mod manifests;
 pub mod netns;
 pub mod packet;

@@ -13,8 +13,8 @@ use lb_common::{
     flow::{TCP, UDP},
 };
 
-const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(crate) const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub(crate) const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// TCP flags, as the header has them.
 pub mod flags {
@@ -28,8 +28,8 @@ pub mod flags {
 /// A packet to be built. Start with [`Packet::tcp`] or [`Packet::udp`].
 #[derive(Clone, Debug)]
 pub struct Packet {
-    src: SocketAddr,
-    dst: SocketAddr,
+    pub src: SocketAddr,
+    pub dst: SocketAddr,
     kind: Kind,
     payload: Vec<u8>,
     ip_options: Vec<u8>,
@@ -125,59 +125,19 @@ impl Packet {
 
     /// The frame, with an Ethernet header.
     pub fn bytes(&self) -> Vec<u8> {
-        let transport = self.transport();
-        let mut frame = Vec::new();
-        let ether_type = match self.src {
-            SocketAddr::V4(_) => EtherType::IPV4,
-            SocketAddr::V6(_) => EtherType::IPV6,
-        };
-        Ethernet2Header {
-            source: CLIENT_MAC,
-            destination: NODE_MAC,
-            ether_type,
-        }
-        .write(&mut frame)
-        .expect("memory takes every write");
-        self.ip_header(transport.len())
-            .write(&mut frame)
-            .expect("memory takes every write");
-        frame.extend(transport);
-        frame
+        ip_frame(
+            self.src.ip(),
+            self.dst.ip(),
+            self.protocol(),
+            &self.ip_options,
+            &self.transport(),
+        )
     }
 
     fn protocol(&self) -> u8 {
         match self.kind {
             Kind::Tcp { .. } => TCP,
             Kind::Udp => UDP,
-        }
-    }
-
-    fn ip_header(&self, length: usize) -> IpHeaders {
-        let protocol = IpNumber(self.protocol());
-        match (self.src.ip(), self.dst.ip()) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => {
-                let length = u16::try_from(length).expect("fits an IPv4 packet");
-                let mut header = Ipv4Header::new(length, 64, protocol, src.octets(), dst.octets())
-                    .expect("a legal IPv4 header");
-                header.options =
-                    Ipv4Options::try_from(&self.ip_options[..]).expect("legal IPv4 options");
-                header.set_payload_len(usize::from(length)).expect("fits");
-                header.header_checksum = header.calc_header_checksum();
-                IpHeaders::Ipv4(header, etherparse::Ipv4Extensions::default())
-            }
-            (IpAddr::V6(src), IpAddr::V6(dst)) => IpHeaders::Ipv6(
-                Ipv6Header {
-                    traffic_class: 0,
-                    flow_label: 0x12345.try_into().expect("a legal flow label"),
-                    payload_length: u16::try_from(length).expect("fits an IPv6 packet"),
-                    next_header: protocol,
-                    hop_limit: 64,
-                    source: src.octets(),
-                    destination: dst.octets(),
-                },
-                etherparse::Ipv6Extensions::default(),
-            ),
-            _ => unreachable!("checked by the constructor"),
         }
     }
 
@@ -216,6 +176,62 @@ impl Packet {
         };
         bytes[offset..offset + 2].copy_from_slice(&checksum.to_ne_bytes());
         bytes
+    }
+}
+
+/// A frame from the client's device to the node's, with these bytes behind the
+/// IP header.
+pub(crate) fn ip_frame(
+    src: IpAddr,
+    dst: IpAddr,
+    protocol: u8,
+    options: &[u8],
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut frame = Vec::new();
+    let ether_type = match src {
+        IpAddr::V4(_) => EtherType::IPV4,
+        IpAddr::V6(_) => EtherType::IPV6,
+    };
+    Ethernet2Header {
+        source: CLIENT_MAC,
+        destination: NODE_MAC,
+        ether_type,
+    }
+    .write(&mut frame)
+    .expect("memory takes every write");
+    ip_header(src, dst, protocol, options, payload.len())
+        .write(&mut frame)
+        .expect("memory takes every write");
+    frame.extend(payload);
+    frame
+}
+
+fn ip_header(src: IpAddr, dst: IpAddr, protocol: u8, options: &[u8], length: usize) -> IpHeaders {
+    let protocol = IpNumber(protocol);
+    match (src, dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            let length = u16::try_from(length).expect("fits an IPv4 packet");
+            let mut header = Ipv4Header::new(length, 64, protocol, src.octets(), dst.octets())
+                .expect("a legal IPv4 header");
+            header.options = Ipv4Options::try_from(options).expect("legal IPv4 options");
+            header.set_payload_len(usize::from(length)).expect("fits");
+            header.header_checksum = header.calc_header_checksum();
+            IpHeaders::Ipv4(header, etherparse::Ipv4Extensions::default())
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => IpHeaders::Ipv6(
+            Ipv6Header {
+                traffic_class: 0,
+                flow_label: 0x12345.try_into().expect("a legal flow label"),
+                payload_length: u16::try_from(length).expect("fits an IPv6 packet"),
+                next_header: protocol,
+                hop_limit: 64,
+                source: src.octets(),
+                destination: dst.octets(),
+            },
+            etherparse::Ipv6Extensions::default(),
+        ),
+        _ => unreachable!("one family a packet"),
     }
 }
 
@@ -314,7 +330,7 @@ const fn checksum_offset(protocol: u8) -> usize {
     if protocol == TCP { 16 } else { 6 }
 }
 
-fn pseudo_sum(src: IpAddr, dst: IpAddr, protocol: u8, length: usize) -> u16 {
+pub(crate) fn pseudo_sum(src: IpAddr, dst: IpAddr, protocol: u8, length: usize) -> u16 {
     let length = u16::try_from(length).expect("fits an IP packet");
     match (src, dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
@@ -328,7 +344,7 @@ fn pseudo_sum(src: IpAddr, dst: IpAddr, protocol: u8, length: usize) -> u16 {
 }
 
 /// The one's complement sum of all 16-bit words, the slow and obvious way.
-fn ones_sum(bytes: &[u8], start: u16) -> u16 {
+pub(crate) fn ones_sum(bytes: &[u8], start: u16) -> u16 {
     let mut sum = u32::from(start);
     for pair in bytes.chunks(2) {
         sum += u32::from(u16::from_ne_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));

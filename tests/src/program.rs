@@ -6,13 +6,16 @@ use std::{
     env,
     fs::File,
     io::Read as _,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray},
+    maps::{
+        Array, HashMap, Map, MapData, PerCpuArray,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{
         CgroupSockAddr, Program, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp,
         XdpMode,
@@ -22,16 +25,26 @@ use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
     names,
-    node::Config,
+    node::{Config, Device},
     reason::counter_index,
-    service::{BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey, Slot},
+    service::{
+        Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
+        Slot, SourceRange,
+    },
 };
 
 /// What TC and XDP return, by what it means.
 pub const TC_GO_ON: u32 = u32::MAX;
 pub const TC_DROP: u32 = 2;
+pub const TC_REDIRECT: u32 = 7;
 pub const XDP_PASS: u32 = 2;
 pub const XDP_DROP: u32 = 1;
+
+/// The node's own addresses, as sources of what is masqueraded.
+pub const NODE4: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
+pub const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 1);
+/// The node's ports that masquerade may use.
+pub const MASQUERADE_PORTS: std::ops::Range<u16> = 50_000..50_010;
 
 /// The object file: `KLB_BPF_OBJECT`, or where `cargo xtask build` puts it.
 pub fn object_path() -> PathBuf {
@@ -76,7 +89,14 @@ pub fn load() -> Ebpf {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
     let mut loader = EbpfLoader::new();
     for map in names::MAPS {
-        if map != names::COUNTERS && map != names::CONFIG {
+        let fixed = [
+            names::COUNTERS,
+            names::CONFIG,
+            names::PORT_CURSORS,
+            names::ANSWERS,
+            names::SCRATCH,
+        ];
+        if !fixed.contains(&map) {
             loader.map_max_entries(map, 1024);
         }
     }
@@ -144,9 +164,58 @@ impl Datapath {
         };
         this.configure(&Config {
             timeouts: State::TIMEOUTS,
+            first_port: MASQUERADE_PORTS.start,
+            port_count: MASQUERADE_PORTS.end - MASQUERADE_PORTS.start,
             ..Config::default()
         });
+        this.set_device(
+            0,
+            Device {
+                addr4: NODE4.into(),
+                addr6: NODE6.into(),
+                flags: 0,
+            },
+        );
         this
+    }
+
+    /// The programs' settings.
+    pub fn config(&mut self) -> Config {
+        let map: Array<_, Config> = self.map(names::CONFIG).try_into().expect("an array");
+        map.get(&0, 0).expect("an index within the map")
+    }
+
+    /// Puts the entry of an address, without ports.
+    pub fn put_address(&mut self, addr: IpAddr, flags: u8) {
+        let entry = ServiceEntry {
+            kind: FrontendKind::Address as u8,
+            flags,
+            slot_count: 1,
+            ..ServiceEntry::default()
+        };
+        match addr {
+            IpAddr::V4(addr) => put(
+                self.map(names::SERVICES4),
+                ServiceKey::new(Addr4::from(addr), Port::default(), 0),
+                entry,
+            ),
+            IpAddr::V6(addr) => put(
+                self.map(names::SERVICES6),
+                ServiceKey::new(Addr6::from(addr), Port::default(), 0),
+                entry,
+            ),
+        }
+    }
+
+    /// Makes every client with affinity look as if it had last come so long ago.
+    pub fn age_affinity(&mut self, seconds: u32) {
+        age_affinity::<AffinityKey<Addr4>>(self.map(names::AFFINITY4), seconds);
+        age_affinity::<AffinityKey<Addr6>>(self.map(names::AFFINITY6), seconds);
+    }
+
+    /// Says what a device is; 0 is the node.
+    pub fn set_device(&mut self, index: u32, device: Device) {
+        put(self.map(names::DEVICES), index, device);
     }
 
     /// Gives the programs their settings.
@@ -191,6 +260,54 @@ impl Datapath {
             ),
         }
         references
+    }
+
+    /// Changes the entry of a frontend.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn change_frontend(
+        &mut self,
+        protocol: u8,
+        frontend: SocketAddr,
+        change: impl FnOnce(&mut ServiceEntry),
+    ) {
+        let port = Port::from(frontend.port());
+        match frontend.ip() {
+            IpAddr::V4(addr) => replace(
+                self.map(names::SERVICES4),
+                ServiceKey::new(Addr4::from(addr), port, protocol),
+                change,
+            ),
+            IpAddr::V6(addr) => replace(
+                self.map(names::SERVICES6),
+                ServiceKey::new(Addr6::from(addr), port, protocol),
+                change,
+            ),
+        }
+    }
+
+    /// Lets the clients of a network use the Service of a frontend that names
+    /// who may.
+    pub fn allow(&mut self, service: u32, network: IpAddr, prefix: u32) {
+        match network {
+            IpAddr::V4(addr) => {
+                let addr = Addr4::from(addr);
+                allow(
+                    self.map(names::RANGES4),
+                    SourceRange { service, addr },
+                    prefix,
+                );
+            }
+            IpAddr::V6(addr) => {
+                let addr = Addr6::from(addr);
+                allow(
+                    self.map(names::RANGES6),
+                    SourceRange { service, addr },
+                    prefix,
+                );
+            }
+        }
     }
 
     /// Removes a frontend.
@@ -363,14 +480,26 @@ impl Datapath {
             .collect()
     }
 
-    /// The IPv4 flow table.
+    /// The IPv4 flows, confirmed and young.
     pub fn flows4(&self) -> BTreeMap<String, FlowEntry<Addr4>> {
-        dump(self.ebpf.map(names::FLOWS4).expect("in the object"))
+        self.dump([names::FLOWS4, names::YOUNG4])
     }
 
-    /// The IPv6 flow table.
+    /// The IPv6 flows, confirmed and young.
     pub fn flows6(&self) -> BTreeMap<String, FlowEntry<Addr6>> {
-        dump(self.ebpf.map(names::FLOWS6).expect("in the object"))
+        self.dump([names::FLOWS6, names::YOUNG6])
+    }
+
+    fn dump<A: FlowAddr>(&self, tables: [&str; 2]) -> BTreeMap<String, FlowEntry<A>>
+    where
+        Tuple<A>: aya::Pod,
+        FlowEntry<A>: aya::Pod,
+    {
+        let table = |name| self.ebpf.map(name).expect("in the object");
+        tables
+            .into_iter()
+            .flat_map(|name| dump(table(name)))
+            .collect()
     }
 
     /// Number of flow entries of both families.
@@ -378,16 +507,26 @@ impl Datapath {
         self.flows4().len() + self.flows6().len()
     }
 
+    /// Number of entries of both families that no answer has confirmed.
+    pub fn young_count(&self) -> usize {
+        let table = |name| self.ebpf.map(name).expect("in the object");
+        dump::<Addr4>(table(names::YOUNG4)).len() + dump::<Addr6>(table(names::YOUNG6)).len()
+    }
+
     /// Makes every flow entry look as if it had been silent for so long.
     pub fn age_flows(&mut self, seconds: u32) {
-        age::<Addr4>(self.map(names::FLOWS4), seconds);
-        age::<Addr6>(self.map(names::FLOWS6), seconds);
+        for (v4, v6) in FLOW_TABLES {
+            age::<Addr4>(self.map(v4), seconds);
+            age::<Addr6>(self.map(v6), seconds);
+        }
     }
 
     /// Removes the entries of one direction, as the LRU may.
     pub fn evict(&mut self, direction: u8) {
-        evict::<Addr4>(self.map(names::FLOWS4), direction);
-        evict::<Addr6>(self.map(names::FLOWS6), direction);
+        for (v4, v6) in FLOW_TABLES {
+            evict::<Addr4>(self.map(v4), direction);
+            evict::<Addr6>(self.map(v6), direction);
+        }
     }
 
     fn map(&mut self, name: &str) -> &mut Map {
@@ -396,6 +535,12 @@ impl Datapath {
             .unwrap_or_else(|| panic!("no map {name} in the object"))
     }
 }
+
+/// Names of the flow tables of both families.
+const FLOW_TABLES: [(&str, &str); 2] = [
+    (names::FLOWS4, names::FLOWS6),
+    (names::YOUNG4, names::YOUNG6),
+];
 
 /// The length from which on every kernel runs a frame of any kind.
 const fn shortest(hook: Hook) -> usize {
@@ -467,6 +612,28 @@ where
 fn put<K: aya::Pod, V: aya::Pod>(map: &mut Map, key: K, value: V) {
     let mut map: HashMap<_, K, V> = map.try_into().expect("a hash map");
     map.insert(key, value, 0).expect("room for an entry");
+}
+
+fn replace<K: aya::Pod>(map: &mut Map, key: K, change: impl FnOnce(&mut ServiceEntry)) {
+    let mut map: HashMap<_, K, ServiceEntry> = map.try_into().expect("a hash map");
+    let mut entry = map.get(&key, 0).expect("a frontend to change");
+    change(&mut entry);
+    map.insert(key, entry, 0).expect("replacing an entry");
+}
+
+fn age_affinity<K: aya::Pod>(map: &mut Map, seconds: u32) {
+    let mut map: HashMap<_, K, Affinity> = map.try_into().expect("a hash map");
+    let entries: Vec<_> = map.iter().map(|entry| entry.expect("readable")).collect();
+    for (key, mut value) in entries {
+        value.last_used = value.last_used.wrapping_sub(seconds);
+        map.insert(key, value, 0).expect("replacing an entry");
+    }
+}
+
+fn allow<K: aya::Pod>(map: &mut Map, range: K, prefix: u32) {
+    let mut map: LpmTrie<_, K, u32> = map.try_into().expect("an LPM trie");
+    let key = Key::new(u32::BITS + prefix, range);
+    map.insert(&key, 1, 0).expect("room for an entry");
 }
 
 fn take<K: aya::Pod, V: aya::Pod>(map: &mut Map, key: &K) {

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 /// The maps that have entries here, with a field of key and of value; none
 /// where that is just a number.
-const FIELDS: [(&str, Option<&str>, Option<&str>); 12] = [
+const FIELDS: [(&str, Option<&str>, Option<&str>); 14] = [
     (names::SERVICES4, Some("addr"), Some("slot_count")),
     (names::SERVICES6, Some("addr"), Some("slot_count")),
     (names::SLOTS4, None, Some("addr")),
@@ -20,6 +20,8 @@ const FIELDS: [(&str, Option<&str>, Option<&str>); 12] = [
     (names::META, None, Some("namespace")),
     (names::FLOWS4, Some("src_port"), Some("last_seen")),
     (names::FLOWS6, Some("src_port"), Some("last_seen")),
+    (names::YOUNG4, Some("src_port"), Some("last_seen")),
+    (names::YOUNG6, Some("src_port"), Some("last_seen")),
     (names::SOCKETS4, Some("cookie"), Some("addr")),
     (names::SOCKETS6, Some("cookie"), Some("addr")),
     (names::CONFIG, None, Some("timeouts")),
@@ -46,9 +48,11 @@ fn every_map_shows_the_names_of_its_fields() {
     world.agent.start();
     let pod = &world.cluster.client.host;
     for family in Family::ALL {
-        let request = world.request(Frontend::ClusterIp, family, Protocol::Udp);
-        for client in [pod, &pod.without_cgroup()] {
-            client.ask(&request).expect("an answer");
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let request = world.request(Frontend::ClusterIp, family, protocol);
+            for client in [pod, &pod.without_cgroup()] {
+                client.ask(&request).expect("an answer");
+            }
         }
     }
     for (map, key, value) in FIELDS {

@@ -11,13 +11,13 @@ use lb_tests::program::{costs, load};
 /// measured on 5.10 (which does not count instructions), 6.1, 6.12, 6.18 and
 /// 7.2, and a tenth: each verifier walks paths of its own.
 const BUDGET: [(&str, u32, u32); 11] = [
-    (names::XDP, 22_600, 14_000),
-    (names::TC_INGRESS, 20_800, 13_500),
-    (names::TC_EGRESS, 12_800, 3_300),
-    (names::CONNECT4, 1_400, 300),
-    (names::CONNECT6, 3_200, 600),
-    (names::SENDMSG4, 1_900, 400),
-    (names::SENDMSG6, 4_400, 830),
+    (names::XDP, 48_000, 60_000),
+    (names::TC_INGRESS, 68_000, 140_000),
+    (names::TC_EGRESS, 29_000, 18_000),
+    (names::CONNECT4, 1_700, 330),
+    (names::CONNECT6, 3_600, 630),
+    (names::SENDMSG4, 2_200, 410),
+    (names::SENDMSG6, 4_900, 830),
     (names::RECVMSG4, 520, 60),
     (names::RECVMSG6, 1_200, 120),
     (names::GETPEERNAME4, 520, 60),

@@ -5,7 +5,10 @@
 //! is read by a reader that verifies every checksum in full.
 
 mod budget;
+mod icmp;
 mod lifecycle;
+mod masquerade;
+mod policy;
 mod properties;
 mod translate;
 mod untouched;

@@ -2,7 +2,7 @@
 //! right, and the way back is the inverse of the way there.
 
 use std::cell::RefCell;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lb_common::{
     Hook, Reason,
@@ -107,12 +107,13 @@ fn the_identity_translation_is_the_identity() {
     let mut datapath = Datapath::new();
     for hook in [Hook::TcIngress, Hook::Xdp] {
         for protocol in [TCP, UDP] {
-            for addr in ["10.0.0.9", "fd00::9"] {
-                let addr: IpAddr = addr.parse().expect("an address");
-                let frontend = SocketAddr::new(addr, 80);
+            for (client, frontend) in [
+                ("10.0.0.2:40000", "10.0.0.9:80"),
+                ("[fd00::2]:40000", "[fd00::9]:80"),
+            ] {
+                let client: SocketAddr = client.parse().expect("an address");
+                let frontend: SocketAddr = frontend.parse().expect("an address");
                 datapath.serve(protocol, frontend, &[local(frontend)]);
-                let mut client = frontend;
-                client.set_port(40_000);
                 let frame = Packet::first(protocol, client, frontend).bytes();
                 let outcome = datapath.run(hook, &frame);
                 assert_ne!(outcome.reason, Reason::NotService);

@@ -166,26 +166,9 @@ fn xdp_leaves_remote_backends_to_tc() {
             &mut datapath,
             Hook::TcIngress,
             &first,
-            Reason::NewFlow,
+            Reason::NewMasqueradedFlow,
             (world.client, world.backend),
         );
-    }
-}
-
-#[test]
-fn a_frontend_without_backends_refuses() {
-    for world in worlds() {
-        for entry in ENTRIES {
-            let mut datapath = Datapath::new();
-            datapath.serve(world.protocol, world.frontend, &[]);
-            dropped(
-                &mut datapath,
-                entry,
-                &world.first(world.frontend),
-                Reason::NoBackend,
-            );
-            assert_eq!(datapath.flow_count(), 0);
-        }
     }
 }
 

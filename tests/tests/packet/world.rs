@@ -73,6 +73,10 @@ impl World {
         datapath
     }
 
+    pub(crate) const fn is_tcp(&self) -> bool {
+        self.protocol == TCP
+    }
+
     /// The first packet of a connection from the client.
     pub(crate) fn first(&self, to: SocketAddr) -> Packet {
         Packet::first(self.protocol, self.client, to)

@@ -1,0 +1,128 @@
+//! The second flow of a client whose backend must answer through this node:
+//! where its packets leave they get an address and port of the node, and the
+//! answers, where they come in, the client's.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, bpf_fib_lookup as FibLookup},
+    helpers::bpf_fib_lookup,
+};
+use lb_common::{
+    Address as _, Port, Reason,
+    flow::{FLOW_MASQUERADED, MASQUERADE, Tuple},
+    node::{Config, DEVICE_POD},
+};
+
+use crate::{
+    config,
+    family::Family,
+    flow,
+    maps::PORT_CURSORS,
+    open::{Opening, device, link_peer},
+    packet::Packet,
+};
+
+/// How many ports are tried for one flow. The next flow goes on where this one
+/// stopped, so every port gets its turn.
+const ATTEMPTS: u32 = 32;
+
+/// Opens the second flow of the one that `work` has just opened: from the client
+/// to the backend, as if from this node. [`Reason::NewMasqueradedFlow`] if it is
+/// there.
+#[inline(never)]
+pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Reason {
+    let Some(config) = config::get().filter(|config| config.port_count != 0) else {
+        return Reason::MasqueradeExhausted;
+    };
+    work.key = work.entry.translated(work.key.protocol);
+    work.entry.direction = MASQUERADE;
+    work.entry.flags &= !FLOW_MASQUERADED;
+    let Some(address) = source::<P, F>(packet, work) else {
+        return Reason::MasqueradeExhausted;
+    };
+    work.entry.src = address;
+    for _ in 0..ATTEMPTS {
+        let Some(port) = next_port(config, &work.key) else {
+            break;
+        };
+        work.entry.src_port = port;
+        match link_peer::<F>(work) {
+            Reason::NewFlow => return link_client::<F>(work),
+            Reason::TupleConflict => {}
+            refused => return refused,
+        }
+    }
+    Reason::MasqueradeExhausted
+}
+
+/// Writes the client's direction. An older flow of the same tuple has ended
+/// with the first flow that it belonged to.
+#[inline(always)]
+fn link_client<F: Family>(work: &Opening<F::Addr>) -> Reason {
+    let _ = F::flows().remove(&work.key);
+    match F::young().insert(&work.key, &work.entry, u64::from(BPF_ANY)) {
+        Ok(()) => Reason::NewMasqueradedFlow,
+        Err(_) => {
+            flow::remove_entry::<F>(&work.peer_key);
+            Reason::FlowTableFull
+        }
+    }
+}
+
+/// The next of the node's ports to try: by turns for each backend, from a place
+/// that outsiders do not know (RFC 6056, 3.3.4, "double-hash port selection").
+/// By turns, a port rests for as long as possible before it is used again.
+#[inline(always)]
+fn next_port<A: lb_common::Address>(config: &Config, key: &Tuple<A>) -> Option<Port> {
+    let [a, b, c, d] = key.dst.words();
+    let backend = (a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24))
+        .wrapping_add(u32::from(key.dst_port.get()))
+        .wrapping_mul(0x9e37_79b1);
+    let cursor = PORT_CURSORS.get_ptr_mut(backend >> 22)?;
+    // SAFETY: the entry is shared by all CPUs; if two read the same number,
+    // one of them finds the port in use and takes the next.
+    let turn = unsafe {
+        let turn = *cursor;
+        *cursor = turn.wrapping_add(1);
+        turn
+    };
+    let start = (backend ^ config.secret).wrapping_mul(0x85eb_ca6b) >> 8;
+    let offset = start
+        .wrapping_add(turn)
+        .checked_rem(u32::from(config.port_count))?;
+    Some(Port::from(config.first_port.wrapping_add(offset as u16)))
+}
+
+/// The address of this node that the backend shall see: that of the device by
+/// which the packet leaves, else the node's own.
+#[inline(always)]
+fn source<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Option<F::Addr> {
+    if let Some(device) = device(way_out::<P, F>(packet, work))
+        && device.flags & DEVICE_POD == 0
+    {
+        let address = F::device_address(device);
+        if !address.is_zero() {
+            return Some(address);
+        }
+    }
+    let node = F::device_address(device(0)?);
+    (!node.is_zero()).then_some(node)
+}
+
+/// Index of the device by which the kernel will send the packet; where it came
+/// in if the kernel does not know, or says so only when it also knows the
+/// neighbour (before 5.11).
+#[inline(never)]
+fn way_out<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> u32 {
+    F::begin_route(&mut work.route, &work.key.src, &work.key.dst);
+    work.route.l4_protocol = work.key.protocol;
+    work.route.sport = 0;
+    work.route.dport = 0;
+    work.route.__bindgen_anon_1.tot_len = 0;
+    work.route.__bindgen_anon_2.tos = 0;
+    work.route.ifindex = work.ifindex;
+    let size = size_of::<FibLookup>() as i32;
+    // SAFETY: context and struct live through the call. Whether it fails or
+    // not, the device it found is in the struct.
+    unsafe { bpf_fib_lookup(packet.context(), &raw mut work.route, size, 0) };
+    work.route.ifindex
+}

@@ -1,0 +1,248 @@
+//! How a flow begins: who may, where it leads, and its entries.
+
+use core::ptr;
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup};
+use lb_common::{
+    Address, Reason,
+    flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple},
+    node::{DEVICE_POD, Device},
+    service::{
+        AffinityKey, FRONTEND_LOCAL_POLICY, FRONTEND_SOURCE_RANGES, FrontendKind, SLOT_LOCAL,
+        ServiceEntry, Slot,
+    },
+};
+
+use crate::{
+    family::Family,
+    flow::{self, is_in_use},
+    maps::{DEVICES, SCRATCH, Scratch},
+    masquerade,
+    packet::Packet,
+    parse::Parsed,
+    select::{self, Window},
+};
+
+/// How often another backend is tried when the one chosen already has a flow
+/// with this client's address and port.
+const ATTEMPTS: u32 = 4;
+
+/// The kernel's `EEXIST`.
+const EEXIST: i32 = 17;
+
+/// Everything that opening a flow works on, in memory of the CPU's own: the 512
+/// bytes of stack do not hold it.
+pub struct Opening<A> {
+    /// The client's packet, and the frontend that it is for: where
+    /// [`crate::edge`] leaves off.
+    pub parsed: Parsed<A>,
+    pub service: ServiceEntry,
+    /// Seconds of the monotonic clock.
+    pub now: u32,
+    /// Where the packet comes in.
+    pub ifindex: u32,
+    pub edge: u32,
+    /// A pod is behind the device.
+    inside: bool,
+    /// The flow that is being written: its client's direction and the other.
+    pub key: Tuple<A>,
+    pub entry: FlowEntry<A>,
+    pub peer_key: Tuple<A>,
+    pub peer: FlowEntry<A>,
+    /// By which device the packet will leave.
+    pub route: FibLookup,
+}
+
+impl<A: Address> Opening<A> {
+    /// Notes the packet that opens a flow, and what for.
+    #[inline(always)]
+    pub fn start<P: Packet>(
+        &mut self,
+        packet: &P,
+        parsed: &Parsed<A>,
+        service: &ServiceEntry,
+        now: u32,
+    ) {
+        // SAFETY: neither packet nor map entry is in this CPU's memory. By
+        // assignment, of which the compiler cannot know that, it would be a
+        // call of `memmove`.
+        unsafe {
+            ptr::copy_nonoverlapping(parsed, &raw mut self.parsed, 1);
+            ptr::copy_nonoverlapping(service, &raw mut self.service, 1);
+        }
+        self.now = now;
+        self.ifindex = packet.ifindex();
+        self.edge = packet.edge();
+    }
+}
+
+/// This CPU's [`Opening`].
+#[inline(always)]
+pub fn opening<F: Family>() -> Option<&'static mut Opening<F::Addr>> {
+    const {
+        assert!(size_of::<Opening<F::Addr>>() <= size_of::<Scratch>());
+        assert!(align_of::<Opening<F::Addr>>() <= align_of::<Scratch>());
+    }
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: size and alignment are checked above, and any bytes are integers.
+    // The memory is this CPU's, a packet program is not interrupted by another,
+    // and each asks for it where it does not hold it yet.
+    Some(unsafe { &mut *scratch.cast() })
+}
+
+/// Opens a flow for the packet in `work`: checks that the client may, chooses a
+/// backend, and writes the entries. [`Reason::NewFlow`] and
+/// [`Reason::NewMasqueradedFlow`] say so; [`Reason::Forward`] if there is an
+/// entry already.
+#[inline(always)]
+pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Reason {
+    work.inside = device(work.ifindex).is_some_and(|device| device.flags & DEVICE_POD != 0);
+    begin_entry(work);
+    if work.service.flags & FRONTEND_SOURCE_RANGES != 0
+        && !F::is_in_source_ranges(work.service.service, &work.parsed.tuple.src)
+    {
+        return Reason::SourceRange;
+    }
+    let reason = match Window::of(&work.service, work.inside) {
+        Ok(window) => open_within::<P, F>(&window, work),
+        Err(reason) => reason,
+    };
+    if P::LEAVES_RARE_TO_TC || reason != Reason::NewMasqueradedFlow {
+        return reason;
+    }
+    let reason = masquerade::open::<P, F>(packet, work);
+    if reason != Reason::NewMasqueradedFlow {
+        flow::remove_pair::<F>(&work.parsed.tuple);
+    }
+    reason
+}
+
+/// Opens a flow to one of the backends in the window, and with
+/// [`Reason::NewMasqueradedFlow`] asks for the second flow that it needs.
+#[inline(never)]
+fn open_within<P: Packet, F: Family>(window: &Window, work: &mut Opening<F::Addr>) -> Reason {
+    let affinity = AffinityKey {
+        client: work.parsed.tuple.src,
+        service: work.service.service,
+    };
+    let timeout = work.service.affinity;
+    let mut kept = None;
+    if timeout != 0 {
+        kept = select::kept::<F>(&affinity, window, timeout, work.now);
+    }
+    let hash = select::hash(&work.parsed.tuple);
+    for attempt in 0..ATTEMPTS {
+        let slot = match kept.take() {
+            Some(slot) => slot,
+            None => {
+                match select::slot::<F>(&work.service, *window, hash.wrapping_add(attempt << 29)) {
+                    Ok(slot) => slot,
+                    Err(reason) => return reason,
+                }
+            }
+        };
+        let reason = try_open::<P, F>(slot, work);
+        if reason == Reason::TupleConflict {
+            continue;
+        }
+        if timeout != 0 && reason != Reason::Forward {
+            select::keep::<F>(&affinity, &slot.backend, work.now);
+        }
+        return reason;
+    }
+    Reason::TupleConflict
+}
+
+/// What the agent has noted about a device.
+#[inline(always)]
+pub fn device(ifindex: u32) -> Option<&'static Device> {
+    // SAFETY: only the agent writes this map. It is not preallocated, so an
+    // update brings an entry of its own and the old one stays as it is.
+    unsafe { DEVICES.get(&ifindex) }
+}
+
+/// Opens a flow with one backend.
+#[inline(never)]
+fn try_open<P: Packet, F: Family>(slot: &Slot<F::Addr>, work: &mut Opening<F::Addr>) -> Reason {
+    let masquerades = must_masquerade(work, slot);
+    if P::LEAVES_RARE_TO_TC && masquerades {
+        return Reason::RemoteBackend;
+    }
+    work.key = work.parsed.tuple;
+    work.entry.src = work.key.src;
+    work.entry.src_port = work.key.src_port;
+    work.entry.dst = slot.addr;
+    work.entry.dst_port = slot.port;
+    work.entry.backend = slot.backend;
+    work.entry.direction = FORWARD;
+    if masquerades {
+        work.entry.flags |= FLOW_MASQUERADED;
+    } else {
+        work.entry.flags &= !FLOW_MASQUERADED;
+    }
+    match F::young().insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {}
+        // The next packet of the same flow was faster on another CPU.
+        Err(error) if error == -EEXIST => return Reason::Forward,
+        Err(_) => return Reason::FlowTableFull,
+    }
+    let reason = link_peer::<F>(work);
+    if reason != Reason::NewFlow {
+        flow::remove_entry::<F>(&work.key);
+        return reason;
+    }
+    if masquerades {
+        Reason::NewMasqueradedFlow
+    } else {
+        reason
+    }
+}
+
+/// Whether the backend must see an address of this node, so that it answers
+/// through it: it is on another node, or it is the client itself.
+///
+/// A pod of this node gets its answers anyway. Its own address is kept where
+/// kube-proxy keeps it: towards a `ClusterIP`, and where the policy is `Local`.
+#[inline(always)]
+fn must_masquerade<A: Address>(work: &Opening<A>, slot: &Slot<A>) -> bool {
+    if slot.flags & SLOT_LOCAL != 0 {
+        return work.parsed.tuple.src.same(&slot.addr);
+    }
+    let keeps_source = work.service.kind == FrontendKind::ClusterIp as u8
+        || work.service.flags & FRONTEND_LOCAL_POLICY != 0;
+    !(work.inside && keeps_source)
+}
+
+/// What an entry says whatever its backend is.
+#[inline(always)]
+fn begin_entry<A: Address>(work: &mut Opening<A>) {
+    work.entry.seen = work.parsed.seen();
+    work.entry.seen_peer = 0;
+    work.entry.flags = if work.parsed.signals.data {
+        FLOW_SYN_DATA
+    } else {
+        0
+    };
+    work.entry.service = work.service.service;
+    work.entry.isn = work.parsed.signals.seq;
+    work.entry.last_seen = work.now;
+    work.entry.edge = work.edge;
+}
+
+/// Writes the entry of the other direction, unless a living flow has its tuple
+/// already: a client may use one port towards two frontends, and both may
+/// choose this backend.
+#[inline(never)]
+pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
+    work.peer_key = work.entry.peer_key(work.key.protocol);
+    work.peer = work.entry.mirrored(&work.key);
+    if is_in_use::<F>(&work.peer_key, work.now) {
+        return Reason::TupleConflict;
+    }
+    // What is there has ended.
+    let _ = F::flows().remove(&work.peer_key);
+    match F::young().insert(&work.peer_key, &work.peer, u64::from(BPF_ANY)) {
+        Ok(()) => Reason::NewFlow,
+        Err(_) => Reason::FlowTableFull,
+    }
+}
