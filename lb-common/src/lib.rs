@@ -17,6 +17,7 @@
 
 pub mod addr;
 pub mod checksum;
+pub mod crc32c;
 pub mod flow;
 mod layout;
 pub mod names;

@@ -88,15 +88,15 @@ reasons! {
     Socket = 4, "socket", Translate;
     /// Neither IPv4 nor IPv6.
     NotIp = 5, "not_ip", Pass;
-    /// A protocol without ports, or one that klb does not balance.
+    /// A protocol that klb does not balance, or ICMP that is about no flow.
     OtherProtocol = 6, "other_protocol", Pass;
     /// Too short for the headers it announces.
     Truncated = 7, "truncated", Pass;
     /// A header that contradicts itself.
     Malformed = 8, "malformed", Pass;
-    /// A fragment of an IP packet.
+    /// A fragment whose first one was not seen, or not translated.
     Fragment = 9, "fragment", Pass;
-    /// IPv6 extension headers before the transport header.
+    /// IPv6 extension headers that do not end at a transport header, too many of them, or source routing.
     ExtensionHeader = 10, "extension_header", Pass;
     /// TCP in mid-connection without a flow: a connection that somebody else translates, or that outlived its flow.
     NoFlow = 11, "no_flow", Pass;
@@ -140,10 +140,8 @@ reasons! {
     IcmpError = 30, "icmp_error", Translate;
     /// Ping of a Service's address: answered.
     Echo = 31, "echo", Answer;
-    /// Later fragment of a packet whose first fragment was not seen.
-    LostFragment = 32, "lost_fragment", Pass;
     /// Call of a process that is not served at the socket: it opted out, or only the node's own are.
-    SocketNotServed = 33, "socket_not_served", Pass;
+    SocketNotServed = 32, "socket_not_served", Pass;
 }
 
 /// Room for reasons in a row of the counters; a power of two, so that rows

@@ -35,6 +35,7 @@ mod config;
 mod edge;
 mod family;
 mod flow;
+mod fragment;
 mod icmp;
 mod maps;
 mod masquerade;

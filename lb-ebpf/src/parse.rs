@@ -3,12 +3,16 @@
 //! Whatever cannot be parsed is passed on untouched; the reason says why.
 
 use lb_common::{
-    Addr4, Addr6, Address, Port, Reason,
+    Addr4, Addr6, Port, Reason,
     flow::{FLOW_SYN_DATA, FlowEntry, SCTP, TCP, Tuple, UDP, seen},
 };
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, ip::Ipv6Hdr, tcp::TcpHdr, udp::UdpHdr};
 
-use crate::packet::Packet;
+use crate::{
+    family::{Family, V4, V6},
+    fragment,
+    packet::Packet,
+};
 
 /// Where the IP header stands: behind an Ethernet header without a VLAN tag.
 /// (TC has taken a tag off; XDP passes a tagged frame as [`Reason::NotIp`].)
@@ -34,7 +38,22 @@ pub struct Parsed<A> {
     /// Bytes from there to the end of the IP packet, as the pseudo header
     /// counts them.
     pub l4_length: u16,
+    pub fragment: Fragment,
+    /// The packet that a fragment is of, as [`FragmentKey::id`].
+    pub id: u32,
     pub signals: Signals,
+}
+
+/// Which part of an IP packet a frame holds.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Fragment {
+    /// All of it.
+    Whole,
+    /// The first part, with the transport header.
+    First,
+    /// Another part, without it.
+    Later,
 }
 
 /// What the life of a flow depends on, in TCP's words; zero for UDP.
@@ -95,7 +114,7 @@ impl<A> Parsed<A> {
     /// Whether this packet may open a flow.
     #[inline(always)]
     pub const fn may_open(&self) -> bool {
-        !self.is_connection() || self.is_syn()
+        (!self.is_connection() || self.is_syn()) && !matches!(self.fragment, Fragment::Later)
     }
 
     /// Whether this packet answers another SYN than the one that opened `flow`: a
@@ -165,29 +184,36 @@ struct Aligned<T> {
 /// Reads the headers of an IPv4 frame.
 #[inline(always)]
 pub fn parse_v4<P: Packet>(packet: &P) -> Result<Parsed<Addr4>, Reason> {
-    /// More fragments, or an offset: anything but "don't fragment".
-    const FRAGMENT: u16 = 0x3fff;
+    const MORE_FRAGMENTS: u16 = 0x2000;
+    const OFFSET: u16 = 0x1fff;
     let Aligned { header } = read::<P, Aligned<Ipv4Hdr>>(packet, L3)?;
     let header_length = usize::from(header.vihl & 0x0f) << 2;
     if header.vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    if u16::from_be_bytes(header.frags) & FRAGMENT != 0 {
-        return Err(Reason::Fragment);
-    }
     let claimed = usize::from(u16::from_be_bytes(header.tot_len));
+    let frags = u16::from_be_bytes(header.frags);
+    let [id0, id1] = header.id;
+    let transport = Transport {
+        protocol: header.proto,
+        offset: L3 + header_length,
+        length: payload_length(packet, claimed, header_length)?,
+        fragment: if frags & OFFSET != 0 {
+            Fragment::Later
+        } else if frags & MORE_FRAGMENTS != 0 {
+            Fragment::First
+        } else {
+            Fragment::Whole
+        },
+        id: u32::from_ne_bytes([id0, id1, 0, 0]),
+    };
     let src = Addr4 {
         octets: header.src_addr,
     };
     let dst = Addr4 {
         octets: header.dst_addr,
     };
-    let l4 = Transport {
-        protocol: header.proto,
-        offset: L3 + header_length,
-        length: payload_length(packet, claimed, header_length)?,
-    };
-    l4.parse(packet, src, dst)
+    transport.parse::<P, V4>(packet, src, dst)
 }
 
 /// Reads the headers of an IPv6 frame.
@@ -198,29 +224,109 @@ pub fn parse_v6<P: Packet>(packet: &P) -> Result<Parsed<Addr6>, Reason> {
     if version >> 4 != 6 {
         return Err(Reason::Malformed);
     }
-    if is_extension(header.next_hdr) {
-        return Err(Reason::ExtensionHeader);
-    }
     let claimed = usize::from(u16::from_be_bytes(header.payload_len)) + Ipv6Hdr::LEN;
+    let mut transport = Transport {
+        protocol: header.next_hdr,
+        offset: L3 + Ipv6Hdr::LEN,
+        length: payload_length(packet, claimed, Ipv6Hdr::LEN)?,
+        fragment: Fragment::Whole,
+        id: 0,
+    };
+    if is_extension(header.next_hdr) {
+        if P::LEAVES_RARE_TO_TC {
+            return Err(Reason::LeftToTc);
+        }
+        transport.skip_extensions(packet)?;
+    }
     let src = Addr6 {
         octets: header.src_addr,
     };
     let dst = Addr6 {
         octets: header.dst_addr,
     };
-    let l4 = Transport {
-        protocol: header.next_hdr,
-        offset: L3 + Ipv6Hdr::LEN,
-        length: payload_length(packet, claimed, Ipv6Hdr::LEN)?,
-    };
-    l4.parse(packet, src, dst)
+    transport.parse::<P, V6>(packet, src, dst)
 }
 
-/// Hop-by-hop, routing, fragment, authentication, destination options
-/// (RFC 8200, 4; RFC 4302).
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// Whether it is an extension header (RFC 8200, 4; RFC 4302).
 #[inline(always)]
 const fn is_extension(next_header: u8) -> bool {
-    matches!(next_header, 0 | 43 | 44 | 51 | 60)
+    matches!(
+        next_header,
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS
+    )
+}
+
+/// What a walk over extension headers comes to, as one number: functions of BPF
+/// return no more. Protocol, offset from the first of the headers, and which
+/// fragment, from the low byte on; the identification in the high half.
+#[derive(Clone, Copy)]
+struct Walk(u64);
+
+impl Walk {
+    const FAILED: Self = Self(!0);
+
+    #[inline(always)]
+    const fn new(protocol: u8, length: usize, fragment: Fragment, id: u32) -> Self {
+        Self(
+            protocol as u64
+                | (length as u64 & 0xffff) << 8
+                | (fragment as u64) << 24
+                | (id as u64) << 32,
+        )
+    }
+}
+
+/// Walks over extension headers, at most six and 256 bytes of them.
+#[inline(never)]
+fn walk_extensions<P: Packet>(packet: &P, protocol: u32) -> u64 {
+    const HEADERS: usize = 6;
+    const BYTES: usize = 256;
+    /// The lowest three bits are no part of the fragment's offset.
+    const OFFSET: u16 = 0xfff8;
+    const MORE_FRAGMENTS: u16 = 1;
+    let start = L3 + Ipv6Hdr::LEN;
+    let mut next = protocol as u8;
+    let (mut length, mut fragment, mut id) = (0, Fragment::Whole, 0);
+    for _ in 0..HEADERS {
+        if !is_extension(next) {
+            return Walk::new(next, length, fragment, id).0;
+        }
+        if length > BYTES {
+            break;
+        }
+        let Some(word) = packet.load(start + length) else {
+            break;
+        };
+        let [following, size, high, low] = word.to_ne_bytes();
+        match next {
+            FRAGMENT => {
+                let Some(identification) = packet.load(start + length + 4) else {
+                    break;
+                };
+                let flags = u16::from_be_bytes([high, low]);
+                id = identification;
+                length += 8;
+                if flags & OFFSET != 0 {
+                    return Walk::new(following, length, Fragment::Later, id).0;
+                }
+                if flags & MORE_FRAGMENTS != 0 {
+                    fragment = Fragment::First;
+                }
+            }
+            // Its destination is not yet the last one.
+            ROUTING if low != 0 => break,
+            AUTHENTICATION => length += (usize::from(size) + 2) << 2,
+            _ => length += (usize::from(size) + 1) << 3,
+        }
+        next = following;
+    }
+    Walk::FAILED.0
 }
 
 /// Bytes behind the IP header, given the length that the header claims for the
@@ -241,27 +347,122 @@ struct Transport {
     protocol: u8,
     offset: usize,
     length: u16,
+    fragment: Fragment,
+    id: u32,
 }
 
 impl Transport {
+    /// Moves on behind IPv6's extension headers.
     #[inline(always)]
-    fn parse<P: Packet, A: Address>(
+    fn skip_extensions<P: Packet>(&mut self, packet: &P) -> Result<(), Reason> {
+        let walk = walk_extensions(packet, self.protocol.into());
+        if walk == Walk::FAILED.0 {
+            return Err(Reason::ExtensionHeader);
+        }
+        let length = (walk >> 8) as u16 & L4_MASK;
+        if self.length < length {
+            return Err(Reason::Truncated);
+        }
+        self.protocol = walk as u8;
+        self.offset += usize::from(length);
+        self.length -= length;
+        self.fragment = match (walk >> 24) as u8 {
+            0 => Fragment::Whole,
+            1 => Fragment::First,
+            _ => Fragment::Later,
+        };
+        self.id = (walk >> 32) as u32;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn parse<P: Packet, F: Family>(
         &self,
         packet: &P,
-        src: A,
-        dst: A,
-    ) -> Result<Parsed<A>, Reason> {
-        let (src_port, dst_port, signals) = match self.protocol {
-            TCP => self.parse_tcp(packet)?,
-            UDP => self.parse_udp(packet)?,
-            _ => return Err(Reason::OtherProtocol),
+        src: F::Addr,
+        dst: F::Addr,
+    ) -> Result<Parsed<F::Addr>, Reason> {
+        if !matches!(self.protocol, TCP | UDP | SCTP) {
+            return Err(Reason::OtherProtocol);
+        }
+        if P::LEAVES_RARE_TO_TC && self.fragment != Fragment::Whole {
+            return Err(Reason::LeftToTc);
+        }
+        let mut tuple = Tuple::new(src, dst, Port::default(), Port::default(), self.protocol);
+        let mut signals = Signals {
+            flags: ACK,
+            data: true,
+            seq: 0,
+            ack: 0,
         };
+        if !P::LEAVES_RARE_TO_TC && self.fragment == Fragment::Later {
+            let ports = fragment::ports::<F>(&tuple, self.id).ok_or(Reason::Fragment)?;
+            tuple.src_port = ports.src_port;
+            tuple.dst_port = ports.dst_port;
+        } else {
+            (tuple.src_port, tuple.dst_port, signals) = match self.protocol {
+                TCP => self.parse_tcp(packet)?,
+                UDP => self.parse_udp(packet)?,
+                _ => self.parse_sctp(packet)?,
+            };
+        }
         Ok(Parsed {
-            tuple: Tuple::new(src, dst, src_port, dst_port, self.protocol),
+            tuple,
             l4: self.offset as u16 & L4_MASK,
             l4_length: self.length,
+            fragment: self.fragment,
+            id: self.id,
             signals,
         })
+    }
+
+    /// SCTP's handshake and end, told as TCP's: INIT and INIT ACK carry a tag
+    /// that is as good as a sequence number for telling associations apart
+    /// (RFC 9260, 3.3 and 5).
+    #[inline(always)]
+    fn parse_sctp<P: Packet>(&self, packet: &P) -> Result<(Port, Port, Signals), Reason> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Head {
+            src_port: Port,
+            dst_port: Port,
+            tag: u32,
+            checksum: u32,
+            chunk: u8,
+            chunk_flags: u8,
+            chunk_length: u16,
+        }
+        const INIT: u8 = 1;
+        const INIT_ACK: u8 = 2;
+        const ABORT: u8 = 6;
+        const SHUTDOWN: u8 = 7;
+        const SHUTDOWN_ACK: u8 = 8;
+        const SHUTDOWN_COMPLETE: u8 = 14;
+        if usize::from(self.length) < size_of::<Head>() {
+            return Err(Reason::Truncated);
+        }
+        let head: Head = read(packet, self.offset)?;
+        let mut signals = Signals {
+            flags: ACK,
+            data: false,
+            seq: 1,
+            ack: 0,
+        };
+        match head.chunk {
+            INIT => {
+                let tag: u32 = read(packet, self.offset + size_of::<Head>())?;
+                signals.flags = SYN;
+                signals.seq = u32::from_be(tag);
+            }
+            INIT_ACK => {
+                signals.flags = SYN | ACK;
+                signals.ack = u32::from_be(head.tag).wrapping_add(1);
+            }
+            ABORT => signals.flags = RST,
+            SHUTDOWN | SHUTDOWN_ACK | SHUTDOWN_COMPLETE => signals.flags = FIN | ACK,
+            _ => {}
+        }
+        Ok((head.src_port, head.dst_port, signals))
     }
 
     #[inline(always)]
@@ -302,7 +503,8 @@ impl Transport {
         }
         let Aligned { header } = read::<P, Aligned<UdpHdr>>(packet, self.offset)?;
         let claimed = u16::from_be_bytes(header.len);
-        if usize::from(claimed) < UdpHdr::LEN || claimed > self.length {
+        let is_too_long = claimed > self.length && self.fragment == Fragment::Whole;
+        if usize::from(claimed) < UdpHdr::LEN || is_too_long {
             return Err(Reason::Malformed);
         }
         let nothing = Signals {
@@ -327,13 +529,14 @@ pub struct Header {
 /// The IPv4 header at `offset`.
 #[inline(always)]
 pub fn header_v4<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
-    const FRAGMENT: u16 = 0x3fff;
+    /// More fragments, or an offset: anything but "don't fragment".
+    const IS_FRAGMENT: u16 = 0x3fff;
     let Aligned { header } = read::<P, Aligned<Ipv4Hdr>>(packet, offset)?;
     let length = usize::from(header.vihl & 0x0f) << 2;
     if header.vihl >> 4 != 4 || length < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    let is_fragment = u16::from_be_bytes(header.frags) & FRAGMENT != 0;
+    let is_fragment = u16::from_be_bytes(header.frags) & IS_FRAGMENT != 0;
     Ok(Header {
         length,
         protocol: if is_fragment { 0 } else { header.proto },

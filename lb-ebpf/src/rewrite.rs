@@ -2,14 +2,16 @@
 
 use lb_common::{
     Port, Reason,
-    checksum::pseudo_header,
-    flow::{FlowEntry, TCP, UDP},
+    checksum::{Delta, pseudo_header},
+    crc32c,
+    flow::{FlowEntry, SCTP, TCP, UDP},
 };
 
 use crate::{
     family::Family,
+    fragment,
     packet::{ChecksumField, Packet, Refused},
-    parse::{L3, Parsed},
+    parse::{Fragment, L3, Parsed},
 };
 
 /// Source and destination as they follow each other in a header.
@@ -46,37 +48,91 @@ fn try_translate<P: Packet, F: Family>(
     flow: &FlowEntry<F::Addr>,
 ) -> Result<(), Refused> {
     let addresses = flow.address_delta(&parsed.tuple);
-    let ports = flow.port_delta(&parsed.tuple);
     if let Some(offset) = F::HEADER_CHECKSUM {
         packet.fix_header_checksum(L3 + offset, addresses)?;
     }
-    packet.fix_transport_checksum(checksum_field::<F>(parsed), addresses, ports)?;
+    if P::LEAVES_RARE_TO_TC || parsed.fragment != Fragment::Later {
+        translate_transport::<P, F>(packet, parsed, flow, addresses)?;
+    }
     packet.write(
         L3 + F::ADDRESSES,
         Pair {
             src: flow.src,
             dst: flow.dst,
         },
-    )?;
-    packet.write::<Pair<Port>>(
-        parsed.l4(),
-        Pair {
-            src: flow.src_port,
-            dst: flow.dst_port,
-        },
     )
 }
 
+/// Ports and checksum of the transport header.
+#[inline(always)]
+fn translate_transport<P: Packet, F: Family>(
+    packet: &P,
+    parsed: &Parsed<F::Addr>,
+    flow: &FlowEntry<F::Addr>,
+    addresses: Delta,
+) -> Result<(), Refused> {
+    if !P::LEAVES_RARE_TO_TC && parsed.fragment == Fragment::First {
+        fragment::note::<F>(&parsed.tuple, parsed.id);
+    }
+    let ports = Pair {
+        src: flow.src_port,
+        dst: flow.dst_port,
+    };
+    if parsed.tuple.protocol == SCTP {
+        return translate_sctp(packet, parsed, ports);
+    }
+    let delta = flow.port_delta(&parsed.tuple);
+    packet.fix_transport_checksum(checksum_field::<F>(parsed), addresses, delta)?;
+    packet.write(parsed.l4(), ports)
+}
+
+/// SCTP's checksum does not cover addresses, and covers the whole packet: of one
+/// in fragments it could not be kept true.
+#[inline(always)]
+fn translate_sctp<P: Packet, A>(
+    packet: &P,
+    parsed: &Parsed<A>,
+    ports: Pair<Port>,
+) -> Result<(), Refused> {
+    let old: u32 = packet.read(parsed.l4()).ok_or(Refused)?;
+    let [a, b] = ports.src.octets;
+    let [c, d] = ports.dst.octets;
+    let new = u32::from_ne_bytes([a, b, c, d]);
+    if old == new {
+        return Ok(());
+    }
+    if parsed.fragment != Fragment::Whole {
+        return Err(Refused);
+    }
+    let at = parsed.l4() + SCTP_CHECKSUM;
+    let checksum: u32 = packet.read(at).ok_or(Refused)?;
+    let delta = crc32c_delta(old.to_le(), new.to_le(), parsed.l4_length);
+    packet.patch(at, checksum ^ delta.to_le())?;
+    packet.patch(parsed.l4(), ports)
+}
+
+/// Where the checksum stands in SCTP's header.
+const SCTP_CHECKSUM: usize = 8;
+
+/// Not inlined: it is two loops deep.
+#[inline(never)]
+fn crc32c_delta(from: u32, to: u32, length: u16) -> u32 {
+    crc32c::delta(from, to, length)
+}
+
 /// Whether the packet's checksum looks like one that a device was to finish:
-/// the plain sum of the pseudo header.
+/// the plain sum of the pseudo header, or for SCTP nothing.
 ///
 /// A finished checksum looks like that once in 65,536 packets; as such packets
 /// are left to TC, which handles both kinds, that costs a little time and
 /// nothing else.
 #[inline(always)]
 pub fn looks_unfinished<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) -> bool {
-    let field = checksum_field::<F>(parsed);
     let tuple = &parsed.tuple;
+    if tuple.protocol == SCTP {
+        return packet.read::<u32>(parsed.l4() + SCTP_CHECKSUM) == Some(0);
+    }
+    let field = checksum_field::<F>(parsed);
     packet.read::<u16>(field.offset)
         == Some(pseudo_header(
             &tuple.src,

@@ -16,6 +16,7 @@
 
 pub mod agent;
 pub mod cgroup;
+pub mod fragments;
 pub mod helper;
 pub mod icmp;
 pub mod manifests;

@@ -5,16 +5,25 @@ use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{
     EtherType, Ethernet2Header, IpHeaders, IpNumber, Ipv4Header, Ipv4Options, Ipv6Header,
-    NetHeaders, PacketHeaders, TcpHeader, TransportHeader, UdpHeader,
+    NetHeaders, PacketHeaders, PayloadSlice, TcpHeader, TransportHeader, UdpHeader,
 };
 use lb_common::{
     Addr4, Addr6,
     checksum::pseudo_header,
-    flow::{TCP, UDP},
+    flow::{SCTP, TCP, UDP},
 };
 
 pub(crate) const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub(crate) const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+/// Types of SCTP chunks (RFC 9260, 3.2).
+pub mod chunk {
+    pub const DATA: u8 = 0;
+    pub const INIT: u8 = 1;
+    pub const INIT_ACK: u8 = 2;
+    pub const COOKIE_ECHO: u8 = 10;
+    pub const COOKIE_ACK: u8 = 11;
+}
 
 /// TCP flags, as the header has them.
 pub mod flags {
@@ -40,6 +49,7 @@ pub struct Packet {
 enum Kind {
     Tcp { flags: u8, seq: u32, ack: u32 },
     Udp,
+    Sctp { chunk: u8, tag: u32 },
 }
 
 /// What stands in the transport checksum.
@@ -87,12 +97,18 @@ impl Packet {
         }
     }
 
+    /// An SCTP packet with one chunk. The tag is the sender's of an INIT, and
+    /// else the receiver's.
+    pub fn sctp(src: SocketAddr, dst: SocketAddr, chunk: u8, tag: u32) -> Self {
+        Self::new(src, dst, Kind::Sctp { chunk, tag })
+    }
+
     /// TCP sequence and acknowledgment numbers.
     #[must_use]
     pub fn numbers(mut self, new_seq: u32, new_ack: u32) -> Self {
         match &mut self.kind {
             Kind::Tcp { seq, ack, .. } => (*seq, *ack) = (new_seq, new_ack),
-            Kind::Udp => panic!("UDP has no numbers"),
+            _ => panic!("only TCP has numbers"),
         }
         self
     }
@@ -134,16 +150,18 @@ impl Packet {
         )
     }
 
-    fn protocol(&self) -> u8 {
+    pub(crate) fn protocol(&self) -> u8 {
         match self.kind {
             Kind::Tcp { .. } => TCP,
             Kind::Udp => UDP,
+            Kind::Sctp { .. } => SCTP,
         }
     }
 
     /// Transport header and payload, with the checksum that was asked for.
     fn transport(&self) -> Vec<u8> {
         let mut bytes = match self.kind {
+            Kind::Sctp { chunk, tag } => return self.sctp_bytes(chunk, tag),
             Kind::Tcp { flags, seq, ack } => {
                 let mut header = TcpHeader::new(self.src.port(), self.dst.port(), seq, 4096);
                 header.acknowledgment_number = ack;
@@ -177,6 +195,53 @@ impl Packet {
         bytes[offset..offset + 2].copy_from_slice(&checksum.to_ne_bytes());
         bytes
     }
+}
+
+impl Packet {
+    fn sctp_bytes(&self, chunk: u8, tag: u32) -> Vec<u8> {
+        let header_tag = if chunk == chunk::INIT { 0 } else { tag };
+        let mut bytes = Vec::new();
+        bytes.extend(self.src.port().to_be_bytes());
+        bytes.extend(self.dst.port().to_be_bytes());
+        bytes.extend(header_tag.to_be_bytes());
+        bytes.extend([0; 4]);
+        let length = u16::try_from(8 + self.payload.len()).expect("short");
+        bytes.extend([chunk, 0]);
+        bytes.extend(length.to_be_bytes());
+        bytes.extend(tag.to_be_bytes());
+        bytes.extend(&self.payload);
+        let checksum = crc32c(&bytes);
+        bytes[8..12].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+}
+
+/// SCTP's checksum (RFC 9260, appendix A), bit by bit.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0x82f6_3b78 * (crc & 1))
+        })
+    };
+    !bytes.iter().fold(!0, step)
+}
+
+fn read_sctp(src: IpAddr, dst: IpAddr, bytes: &[u8]) -> (Seen, ChecksumState) {
+    let mut cleared = bytes.to_vec();
+    cleared[8..12].fill(0);
+    let checksum = if crc32c(&cleared).to_le_bytes() == bytes[8..12] {
+        ChecksumState::Right
+    } else {
+        ChecksumState::Wrong
+    };
+    let port = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    let seen = Seen {
+        src: SocketAddr::new(src, port(0)),
+        dst: SocketAddr::new(dst, port(2)),
+        protocol: SCTP,
+        payload: bytes[12..].to_vec(),
+    };
+    (seen, checksum)
 }
 
 /// A frame from the client's device to the node's, with these bytes behind the
@@ -291,6 +356,9 @@ fn dissect(frame: &[u8]) -> (Seen, ChecksumState) {
         Some(NetHeaders::Ipv6(header, _)) => (header.source.into(), header.destination.into()),
         other => panic!("no IP packet: {other:?}"),
     };
+    if matches!(&headers.payload, PayloadSlice::Ip(ip) if ip.ip_number.0 == SCTP) {
+        return read_sctp(src, dst, headers.payload.slice());
+    }
     let (protocol, ports, mut transport) = match &headers.transport {
         Some(TransportHeader::Tcp(tcp)) => (
             TCP,

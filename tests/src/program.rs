@@ -8,12 +8,13 @@ use std::{
     io::Read as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
+    sync::{Mutex, PoisonError},
 };
 
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        Array, HashMap, Map, MapData, PerCpuArray,
+        Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
@@ -25,7 +26,7 @@ use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
     names,
-    node::{Config, Device},
+    node::{Config, Device, FragmentKey, FragmentPorts},
     reason::counter_index,
     service::{
         Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
@@ -43,6 +44,9 @@ pub const XDP_DROP: u32 = 1;
 /// The node's own addresses, as sources of what is masqueraded.
 pub const NODE4: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
 pub const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 1);
+/// Backends that a test may have.
+const BACKENDS: u32 = 1024;
+
 /// The node's ports that masquerade may use.
 pub const MASQUERADE_PORTS: std::ops::Range<u16> = 50_000..50_010;
 
@@ -97,12 +101,40 @@ pub fn load() -> Ebpf {
             names::SCRATCH,
         ];
         if !fixed.contains(&map) {
-            loader.map_max_entries(map, 1024);
+            loader.map_max_entries(
+                map,
+                if map == names::BACKENDS {
+                    BACKENDS
+                } else {
+                    1024
+                },
+            );
         }
     }
     loader
         .load(&object())
         .unwrap_or_else(|error| panic!("loading the object: {error:?}"))
+}
+
+fn load_packet_programs() -> Ebpf {
+    let mut ebpf = load();
+    for name in [names::TC_INGRESS, names::TC_EGRESS] {
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(name)
+            .and_then(|program| program.try_into().ok())
+            .unwrap_or_else(|| panic!("no TC program {name}"));
+        program
+            .load()
+            .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+    }
+    let program: &mut Xdp = ebpf
+        .program_mut(names::XDP)
+        .and_then(|program| program.try_into().ok())
+        .expect("an XDP program");
+    program
+        .load()
+        .unwrap_or_else(|error| panic!("{}: {error:?}", names::XDP));
+    ebpf
 }
 
 /// A backend to put into slots.
@@ -121,9 +153,16 @@ pub struct Outcome {
     pub frame: Vec<u8>,
 }
 
+/// Objects whose programs the kernel has verified, which takes a while, and that
+/// no test uses at the moment.
+static LOADED: Mutex<Vec<Ebpf>> = Mutex::new(Vec::new());
+
 /// The packet programs with maps of their own.
 pub struct Datapath {
-    ebpf: Ebpf,
+    /// `None` only while it is dropped.
+    loaded: Option<Ebpf>,
+    /// A device has a program; nobody else must get it.
+    attached: bool,
     next_slot: u32,
     next_service: u32,
     next_backend: u32,
@@ -135,33 +174,28 @@ impl Default for Datapath {
     }
 }
 
+impl Drop for Datapath {
+    fn drop(&mut self) {
+        let loaded = self.loaded.take().filter(|_| !self.attached);
+        // A test that panicked with the lock held has left nothing half-done.
+        let mut free = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        free.extend(loaded);
+    }
+}
+
 impl Datapath {
     /// # Panics
     /// If the kernel refuses a program.
     pub fn new() -> Self {
-        let mut ebpf = load();
-        for name in [names::TC_INGRESS, names::TC_EGRESS] {
-            let program: &mut SchedClassifier = ebpf
-                .program_mut(name)
-                .and_then(|program| program.try_into().ok())
-                .unwrap_or_else(|| panic!("no TC program {name}"));
-            program
-                .load()
-                .unwrap_or_else(|error| panic!("{name}: {error:?}"));
-        }
-        let program: &mut Xdp = ebpf
-            .program_mut(names::XDP)
-            .and_then(|program| program.try_into().ok())
-            .expect("an XDP program");
-        program
-            .load()
-            .unwrap_or_else(|error| panic!("{}: {error:?}", names::XDP));
+        let free = LOADED.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut this = Self {
-            ebpf,
+            loaded: Some(free.unwrap_or_else(load_packet_programs)),
+            attached: false,
             next_slot: 0,
             next_service: 1,
             next_backend: 1,
         };
+        this.clear();
         this.configure(&Config {
             timeouts: State::TIMEOUTS,
             first_port: MASQUERADE_PORTS.start,
@@ -177,6 +211,67 @@ impl Datapath {
             },
         );
         this
+    }
+
+    /// Empties every map of what a program or a test may find in it.
+    fn clear(&mut self) {
+        self.clear_family::<Addr4>([
+            names::SERVICES4,
+            names::FLOWS4,
+            names::YOUNG4,
+            names::AFFINITY4,
+            names::FRAGMENTS4,
+            names::RANGES4,
+        ]);
+        self.clear_family::<Addr6>([
+            names::SERVICES6,
+            names::FLOWS6,
+            names::YOUNG6,
+            names::AFFINITY6,
+            names::FRAGMENTS6,
+            names::RANGES6,
+        ]);
+        clear::<u32, Device>(self.map(names::DEVICES));
+        for id in 0..BACKENDS {
+            set(self.map(names::BACKENDS), id, 0_u32);
+        }
+        let answers = self.map(names::ANSWERS);
+        let mut answers: PerCpuArray<_, [u32; 2]> = answers.try_into().expect("an array");
+        let none = vec![[0; 2]; aya::util::nr_cpus().expect("a number of CPUs")];
+        let none = PerCpuValues::try_from(none).expect("a value for each CPU");
+        answers.set(0, none, 0).expect("an index within the map");
+    }
+
+    fn clear_family<A: FlowAddr>(
+        &mut self,
+        [services, flows, young, affinity, fragments, ranges]: [&str; 6],
+    ) where
+        ServiceKey<A>: aya::Pod,
+        Tuple<A>: aya::Pod,
+        FlowEntry<A>: aya::Pod,
+        AffinityKey<A>: aya::Pod,
+        FragmentKey<A>: aya::Pod,
+        SourceRange<A>: aya::Pod,
+    {
+        clear::<ServiceKey<A>, ServiceEntry>(self.map(services));
+        clear::<Tuple<A>, FlowEntry<A>>(self.map(flows));
+        clear::<Tuple<A>, FlowEntry<A>>(self.map(young));
+        clear::<AffinityKey<A>, Affinity>(self.map(affinity));
+        clear::<FragmentKey<A>, FragmentPorts>(self.map(fragments));
+        let mut map: LpmTrie<_, SourceRange<A>, u32> =
+            self.map(ranges).try_into().expect("an LPM trie");
+        let keys: Vec<_> = map.keys().map(|key| key.expect("readable")).collect();
+        for key in keys {
+            map.remove(&key).expect("an entry to remove");
+        }
+    }
+
+    fn ebpf(&self) -> &Ebpf {
+        self.loaded.as_ref().expect("there until it is dropped")
+    }
+
+    fn ebpf_mut(&mut self) -> &mut Ebpf {
+        self.loaded.as_mut().expect("there until it is dropped")
     }
 
     /// The programs' settings.
@@ -428,7 +523,7 @@ impl Datapath {
             Hook::TcEgress => names::TC_EGRESS,
             Hook::Socket => panic!("the kernel has no test run for sockets"),
         };
-        let program = self.ebpf.program(name).expect("loaded in new");
+        let program = self.ebpf().program(name).expect("loaded in new");
         let result = if hook == Hook::Xdp {
             <&Xdp>::try_from(program)?.test_run(options)?
         } else {
@@ -452,7 +547,8 @@ impl Datapath {
             Hook::TcEgress => (names::TC_EGRESS, Some(TcAttachType::Egress)),
             Hook::Socket => panic!("sockets are no devices"),
         };
-        let program = self.ebpf.program_mut(name).expect("loaded in new");
+        self.attached = true;
+        let program = self.ebpf_mut().program_mut(name).expect("loaded in new");
         let result = match (program, side) {
             (Program::Xdp(program), None) => {
                 program.attach(device, XdpMode::Driver).map(|_link| ())
@@ -467,7 +563,7 @@ impl Datapath {
 
     /// How often each reason was counted at a hook.
     pub fn counters(&self, hook: Hook) -> BTreeMap<Reason, u64> {
-        let map = self.ebpf.map(names::COUNTERS).expect("in the object");
+        let map = self.ebpf().map(names::COUNTERS).expect("in the object");
         let counters: PerCpuArray<_, u64> = map.try_into().expect("a per-CPU array");
         Reason::ALL
             .iter()
@@ -495,7 +591,7 @@ impl Datapath {
         Tuple<A>: aya::Pod,
         FlowEntry<A>: aya::Pod,
     {
-        let table = |name| self.ebpf.map(name).expect("in the object");
+        let table = |name| self.ebpf().map(name).expect("in the object");
         tables
             .into_iter()
             .flat_map(|name| dump(table(name)))
@@ -509,7 +605,7 @@ impl Datapath {
 
     /// Number of entries of both families that no answer has confirmed.
     pub fn young_count(&self) -> usize {
-        let table = |name| self.ebpf.map(name).expect("in the object");
+        let table = |name| self.ebpf().map(name).expect("in the object");
         dump::<Addr4>(table(names::YOUNG4)).len() + dump::<Addr6>(table(names::YOUNG6)).len()
     }
 
@@ -530,7 +626,7 @@ impl Datapath {
     }
 
     fn map(&mut self, name: &str) -> &mut Map {
-        self.ebpf
+        self.ebpf_mut()
             .map_mut(name)
             .unwrap_or_else(|| panic!("no map {name} in the object"))
     }
@@ -606,6 +702,14 @@ where
         if value.direction == direction {
             flows.remove(&key).expect("removing an entry");
         }
+    }
+}
+
+fn clear<K: aya::Pod, V: aya::Pod>(map: &mut Map) {
+    let mut map: HashMap<_, K, V> = map.try_into().expect("a hash map");
+    let keys: Vec<_> = map.keys().map(|key| key.expect("readable")).collect();
+    for key in keys {
+        map.remove(&key).expect("an entry to remove");
     }
 }
 
