@@ -1,6 +1,8 @@
 //! The life of a flow: when it begins anew, when it ends, and that nothing of
 //! it is left to harm another connection.
 
+use std::net::SocketAddr;
+
 use lb_common::{
     Hook, Reason,
     flow::{FORWARD, REPLY, State},
@@ -394,5 +396,31 @@ fn tcp_stays_with_a_backend_that_has_gone() {
             connection.datapath.set_generation(id, 0);
         }
         connection.client_sends(flags::ACK);
+    }
+}
+
+/// The tables hold 1024 entries each here.
+#[test]
+fn a_flood_of_syns_does_not_wash_out_established_connections() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::established(world);
+        let datapath = &mut connection.datapath;
+        for n in 0..5000_u16 {
+            let forged = SocketAddr::new(world.stranger.ip(), 1024 + n);
+            let syn = Packet::tcp(forged, world.frontend, flags::SYN).numbers(u32::from(n), 0);
+            let entered = datapath.run(Hook::TcIngress, &syn.bytes());
+            assert_eq!(entered.reason, Reason::NewFlow);
+            if n % 3 == 0 {
+                // Guessing a second packet does not help, nor does the refusal
+                // that it provokes.
+                let ack = Packet::tcp(forged, world.frontend, flags::ACK).numbers(1, 1);
+                datapath.run(Hook::TcIngress, &ack.bytes());
+                let refusal = Packet::tcp(world.backend, forged, flags::RST).numbers(1, 0);
+                datapath.run(Hook::TcEgress, &refusal.bytes());
+            }
+        }
+        let data = Packet::tcp(world.client, world.frontend, flags::ACK).numbers(1001, 5001);
+        let outcome = datapath.run(Hook::TcIngress, &data.bytes());
+        assert_eq!(outcome.reason, Reason::Forward);
     }
 }
