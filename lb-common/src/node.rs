@@ -31,7 +31,7 @@ pub struct Config {
 
 /// Sockets of pods are left alone (`--socket-lb host`).
 pub const CONFIG_HOST_SOCKETS_ONLY: u32 = 1 << 0;
-/// `NodePort`s answer on 127.0.0.1 and ::1, at the socket.
+/// `NodePort`s answer on the loopback addresses, at the socket.
 pub const CONFIG_LOOPBACK_NODE_PORTS: u32 = 1 << 1;
 
 /// A network: the address has no bits outside of the mask.

@@ -9,7 +9,7 @@ use crate::{
     icmp::ICMP_HEADER,
     maps::ANSWERS,
     packet::{Packet, Refused},
-    parse::L3,
+    parse::{L3, QUOTABLE},
 };
 
 /// Answers that one CPU gives in a second. Whoever sends from forged addresses
@@ -84,7 +84,7 @@ fn try_unreachable<P: Packet, F: Family>(packet: &P, quoted: usize) -> Result<()
 #[inline(always)]
 fn sum_of<P: Packet>(packet: &P, start: usize, length: usize) -> Result<u64, Refused> {
     /// The longest that is quoted.
-    const WORDS: usize = crate::parse::QUOTABLE / 4;
+    const WORDS: usize = QUOTABLE >> 2;
     let mut sum = 0_u64;
     for word in 0..WORDS {
         if word << 2 >= length {

@@ -31,7 +31,7 @@ pub trait Family {
 
     /// Bytes of the header without options.
     const HEADER: usize;
-    /// Protocol number of ICMP or ICMPv6.
+    /// Protocol number of the family's ICMP.
     const ICMP: u8;
     const ECHO_REQUEST: u8;
     const ECHO_REPLY: u8;
@@ -142,7 +142,7 @@ impl Family for V4 {
         const START: u32 = 0x45c0 << 16;
         const TTL_AND_PROTOCOL: u32 = 64 << 24 | (V4::ICMP as u32) << 16;
         let words = [
-            (START | (length as u32 + Self::HEADER as u32)).to_be(),
+            (START | (u32::from(length) + Self::HEADER as u32)).to_be(),
             0,
             TTL_AND_PROTOCOL.to_be(),
         ];

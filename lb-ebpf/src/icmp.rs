@@ -1,4 +1,4 @@
-//! ICMP and ICMPv6: errors about translated packets are translated like these,
+//! ICMP of both families: errors about translated packets are translated like these,
 //! the packet that they quote included, so that path MTU discovery and
 //! "unreachable" work through a Service; and pings of a Service's address are
 //! answered.

@@ -25,6 +25,10 @@ use crate::{
 /// stopped, so every port gets its turn.
 const ATTEMPTS: u32 = 32;
 
+/// Bytes of what a route lookup takes.
+const ROUTE_SIZE: i32 = 64;
+const _: () = assert!(size_of::<FibLookup>() == ROUTE_SIZE as usize);
+
 /// Opens the second flow of the one that `work` has just opened: from the client
 /// to the backend, as if from this node. [`Reason::NewMasqueradedFlow`] if it is
 /// there.
@@ -59,13 +63,12 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
 #[inline(always)]
 fn link_client<F: Family>(work: &Opening<F::Addr>) -> Reason {
     let _ = F::flows().remove(&work.key);
-    match F::young().insert(&work.key, &work.entry, u64::from(BPF_ANY)) {
-        Ok(()) => Reason::NewMasqueradedFlow,
-        Err(_) => {
-            flow::remove_entry::<F>(&work.peer_key);
-            Reason::FlowTableFull
-        }
+    let inserted = F::young().insert(&work.key, &work.entry, u64::from(BPF_ANY));
+    if inserted.is_err() {
+        flow::remove_entry::<F>(&work.peer_key);
+        return Reason::FlowTableFull;
     }
+    Reason::NewMasqueradedFlow
 }
 
 /// The next of the node's ports to try: by turns for each backend, from a place
@@ -120,9 +123,8 @@ fn way_out<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> u32
     work.route.__bindgen_anon_1.tot_len = 0;
     work.route.__bindgen_anon_2.tos = 0;
     work.route.ifindex = work.ifindex;
-    let size = size_of::<FibLookup>() as i32;
     // SAFETY: context and struct live through the call. Whether it fails or
     // not, the device it found is in the struct.
-    unsafe { bpf_fib_lookup(packet.context(), &raw mut work.route, size, 0) };
+    unsafe { bpf_fib_lookup(packet.context(), &raw mut work.route, ROUTE_SIZE, 0) };
     work.route.ifindex
 }

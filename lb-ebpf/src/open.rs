@@ -104,7 +104,7 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
         return Reason::SourceRange;
     }
     let reason = match Window::of(&work.service, work.inside) {
-        Ok(window) => open_within::<P, F>(&window, work),
+        Ok(window) => open_within::<P, F>(window, work),
         Err(reason) => reason,
     };
     if P::LEAVES_RARE_TO_TC || reason != Reason::NewMasqueradedFlow {
@@ -120,7 +120,7 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
 /// Opens a flow to one of the backends in the window, and with
 /// [`Reason::NewMasqueradedFlow`] asks for the second flow that it needs.
 #[inline(never)]
-fn open_within<P: Packet, F: Family>(window: &Window, work: &mut Opening<F::Addr>) -> Reason {
+fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>) -> Reason {
     let affinity = AffinityKey {
         client: work.parsed.tuple.src,
         service: work.service.service,
@@ -135,7 +135,7 @@ fn open_within<P: Packet, F: Family>(window: &Window, work: &mut Opening<F::Addr
         let slot = match kept.take() {
             Some(slot) => slot,
             None => {
-                match select::slot::<F>(&work.service, *window, hash.wrapping_add(attempt << 29)) {
+                match select::slot::<F>(&work.service, window, hash.wrapping_add(attempt << 29)) {
                     Ok(slot) => slot,
                     Err(reason) => return reason,
                 }
@@ -146,7 +146,7 @@ fn open_within<P: Packet, F: Family>(window: &Window, work: &mut Opening<F::Addr
             continue;
         }
         if timeout != 0 && reason != Reason::Forward {
-            select::keep::<F>(&affinity, &slot.backend, work.now);
+            select::keep::<F>(&affinity, slot.backend, work.now);
         }
         return reason;
     }

@@ -295,7 +295,8 @@ impl Packet for TcContext {
 
     #[inline(always)]
     fn make_room(&self, length: usize) -> Result<(), Refused> {
-        self.adjust_room(length as i32, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0)
+        let length = length as u16;
+        self.adjust_room(length.into(), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0)
             .map_err(|_error| Refused)
     }
 

@@ -78,7 +78,7 @@ pub fn hash<A: lb_common::Address>(tuple: &Tuple<A>) -> u32 {
     )
 }
 
-/// A step of MurmurHash3 (Appleby, public domain) with its final mixing, so
+/// A step of `MurmurHash3` (Appleby, public domain) with its final mixing, so
 /// that every bit counts in the high ones, which choose the slot.
 #[inline(always)]
 const fn mix(hash: u32, word: u32) -> u32 {
@@ -94,7 +94,7 @@ const fn mix(hash: u32, word: u32) -> u32 {
 #[inline(never)]
 pub fn kept<F: Family>(
     key: &AffinityKey<F::Addr>,
-    window: &Window,
+    window: Window,
     timeout: u32,
     now: u32,
 ) -> Option<&'static Slot<F::Addr>> {
@@ -109,9 +109,9 @@ pub fn kept<F: Family>(
 
 /// Notes which backend the client has got, and that it came just now.
 #[inline(never)]
-pub fn keep<F: Family>(key: &AffinityKey<F::Addr>, backend: &BackendRef, now: u32) {
+pub fn keep<F: Family>(key: &AffinityKey<F::Addr>, backend: BackendRef, now: u32) {
     let affinity = Affinity {
-        backend: *backend,
+        backend,
         last_used: now,
     };
     // The table pushes out the oldest; there is nothing to do about a failure.
@@ -121,7 +121,7 @@ pub fn keep<F: Family>(key: &AffinityKey<F::Addr>, backend: &BackendRef, now: u3
 /// The slot of a backend, by its id, of which the slots of a window are in
 /// ascending order.
 #[inline(always)]
-fn bisect<F: Family>(window: &Window, backend: BackendRef) -> Option<&'static Slot<F::Addr>> {
+fn bisect<F: Family>(window: Window, backend: BackendRef) -> Option<&'static Slot<F::Addr>> {
     /// Enough for 2¹⁸ slots, more than a map has by default.
     const STEPS: u32 = 18;
     let (mut low, mut high) = (window.first, window.first.wrapping_add(window.count));

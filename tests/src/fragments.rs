@@ -51,7 +51,7 @@ fn fragment(
         return ip_frame(src, dst, FRAGMENT, &[], &bytes);
     }
     let mut frame = ip_frame(src, dst, protocol, &[], part);
-    let flags = offset / 8 | u16::from(more) << 13;
+    let flags = (offset / 8) | (u16::from(more) << 13);
     let id = u16::try_from(id).expect("IPv4 has 16 bits for it");
     frame[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&id.to_be_bytes());
     frame[ETHERNET + 6..ETHERNET + 8].copy_from_slice(&flags.to_be_bytes());

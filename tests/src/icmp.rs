@@ -1,4 +1,4 @@
-//! ICMP and ICMPv6 messages, built and read.
+//! Messages of ICMP for both families, built and read.
 
 use std::net::IpAddr;
 

@@ -1,7 +1,7 @@
 //! Backends that must answer through this node: on another node, or the client
 //! itself.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lb_common::{
     Hook, Reason,
@@ -114,13 +114,16 @@ fn a_connection_is_confirmed_in_both_of_its_flows() {
 fn the_source_is_that_of_the_device_by_which_the_packet_leaves() {
     for world in worlds() {
         let mut datapath = serve_remote(&world);
-        let (addr4, addr6) = ([192, 0, 2, 7].into(), "2001:db8::77".parse().expect("IPv6"));
+        let (addr4, addr6) = (
+            Ipv4Addr::new(192, 0, 2, 7),
+            "2001:db8::77".parse::<Ipv6Addr>().expect("IPv6"),
+        );
         // Without a route in the test's namespace the way out is the way in.
         datapath.set_device(
             HERE,
             Device {
-                addr4: std::net::Ipv4Addr::from(addr4).into(),
-                addr6: std::net::Ipv6Addr::into(addr6),
+                addr4: addr4.into(),
+                addr6: addr6.into(),
                 flags: 0,
             },
         );
