@@ -33,6 +33,8 @@ pub struct Config {
 pub const CONFIG_HOST_SOCKETS_ONLY: u32 = 1 << 0;
 /// `NodePort`s answer on the loopback addresses, at the socket.
 pub const CONFIG_LOOPBACK_NODE_PORTS: u32 = 1 << 1;
+/// Translated packets go past the node's stack (`--routing bypass`).
+pub const CONFIG_BYPASS: u32 = 1 << 2;
 
 /// A network: the address has no bits outside of the mask.
 #[repr(C)]
@@ -57,6 +59,9 @@ pub struct Device {
 
 /// A pod is behind the device: its clients count as inside.
 pub const DEVICE_POD: u32 = 1 << 0;
+/// The other end of the device is the pod's own (veth, netkit), so that packets
+/// can be handed over to it.
+pub const DEVICE_PEER: u32 = 1 << 1;
 
 /// A network namespace, by its cookie (`SO_NETNS_COOKIE`) in `klb_netns`: a pod.
 #[repr(C)]

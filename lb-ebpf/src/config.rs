@@ -14,6 +14,12 @@ pub fn get() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
+/// Whether a flag of the settings is set.
+#[inline(always)]
+pub fn has(flag: u32) -> bool {
+    get().is_some_and(|config| config.flags & flag != 0)
+}
+
 /// Seconds after which a silent flow is over.
 #[inline(always)]
 pub fn timeouts() -> &'static Timeouts {

@@ -4,6 +4,8 @@
 use lb_common::{
     Address as _, Port, Reason,
     flow::is_for_ingress,
+    node::CONFIG_BYPASS,
+    reason::Effect,
     service::{FRONTEND_REFUSE, ServiceEntry, ServiceKey},
 };
 
@@ -15,23 +17,39 @@ use crate::{
     open::{open, opening},
     packet::Packet,
     parse::{Parsed, Version, version},
-    rewrite,
+    rewrite, route,
 };
+
+/// What becomes of a packet, and whether it is already on its way elsewhere.
+pub struct Outcome {
+    pub reason: Reason,
+    pub redirected: bool,
+}
+
+impl Outcome {
+    #[inline(always)]
+    const fn of(reason: Reason) -> Self {
+        Self {
+            reason,
+            redirected: matches!(reason.effect(), Effect::Answer),
+        }
+    }
+}
 
 /// A packet comes in at the edge.
 #[inline(always)]
-pub fn enter<P: Packet>(packet: &P) -> Reason {
+pub fn enter<P: Packet>(packet: &P) -> Outcome {
     match version(packet) {
         Ok(Version::V4) => enter_family::<P, V4>(packet),
         Ok(Version::V6) => enter_family::<P, V6>(packet),
-        Err(reason) => reason,
+        Err(reason) => Outcome::of(reason),
     }
 }
 
 /// Each step is a function of its own, called from here: together they need more
 /// than the 512 bytes of stack.
 #[inline(always)]
-fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
+fn enter_family<P: Packet, F: Family>(packet: &P) -> Outcome {
     let reason = match go_on::<P, F>(packet) {
         Some(Reason::OtherProtocol) if !P::LEAVES_RARE_TO_TC => {
             icmp::handle::<P, F>(packet, Side::In)
@@ -39,21 +57,42 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Reason {
         Some(reason) => reason,
         None => begin::<P, F>(packet),
     };
-    match reason {
-        Reason::NoBackend | Reason::NoSuchPort if P::LEAVES_RARE_TO_TC => Reason::LeftToTc,
-        Reason::NoBackend | Reason::NoSuchPort => answer::unreachable::<P, F>(packet, reason),
-        reason => reason,
+    let is_refused = matches!(reason, Reason::NoBackend | Reason::NoSuchPort);
+    if P::LEAVES_RARE_TO_TC {
+        return Outcome::of(if is_refused { Reason::LeftToTc } else { reason });
     }
+    if is_refused {
+        return Outcome::of(answer::unreachable::<P, F>(packet, reason));
+    }
+    let mut outcome = Outcome::of(reason);
+    if is_of_flow(reason) && config::has(CONFIG_BYPASS) {
+        outcome.redirected = route::forward::<P, F>(packet, reason);
+    }
+    outcome
+}
+
+/// Whether a packet counted under this reason goes on to the other end of a
+/// flow.
+#[inline(always)]
+const fn is_of_flow(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::NewFlow
+            | Reason::NewMasqueradedFlow
+            | Reason::Forward
+            | Reason::Unmasqueraded
+            | Reason::TransitReply
+    )
 }
 
 /// A packet goes out at the edge.
 #[inline(always)]
-pub fn leave<P: Packet>(packet: &P) -> Reason {
-    match version(packet) {
+pub fn leave<P: Packet>(packet: &P) -> Outcome {
+    Outcome::of(match version(packet) {
         Ok(Version::V4) => leave_family::<P, V4>(packet),
         Ok(Version::V6) => leave_family::<P, V6>(packet),
         Err(reason) => reason,
-    }
+    })
 }
 
 #[inline(always)]

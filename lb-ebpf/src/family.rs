@@ -51,6 +51,10 @@ pub trait Family {
         length: u16,
     ) -> Result<(), Refused>;
 
+    /// Takes one off the packet's time to live. Refused if that was the last: a
+    /// router has to say so, not klb.
+    fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused>;
+
     /// What the pseudo header adds to the checksum of an ICMP message of
     /// `length` bytes.
     fn pseudo_sum(addresses: &Pair<Self::Addr>, length: u16) -> u64;
@@ -78,8 +82,11 @@ pub trait Family {
     fn device_address(device: &Device) -> Self::Addr;
     /// The network that holds every `ClusterIP`.
     fn cluster_network(config: &Config) -> &Network<Self::Addr>;
-    /// Writes family and addresses of a route lookup.
-    fn begin_route(route: &mut FibLookup, src: &Self::Addr, dst: &Self::Addr);
+    /// The number of the family in socket addresses.
+    const ADDRESS_FAMILY: u8;
+
+    /// Writes the addresses of a route lookup.
+    fn set_route_ends(route: &mut FibLookup, src: &Self::Addr, dst: &Self::Addr);
 
     /// Whether the client may use the load balancer's addresses of a Service
     /// port that names who may.
@@ -118,6 +125,7 @@ impl Family for V4 {
     const HEADER_CHECKSUM: Option<usize> = Some(10);
     const HEADER: usize = 20;
     const ICMP: u8 = 1;
+    const ADDRESS_FAMILY: u8 = 2;
     const ECHO_REQUEST: u8 = 8;
     const ECHO_REPLY: u8 = 0;
     const PORT_UNREACHABLE: (u8, u8) = (3, 3);
@@ -156,6 +164,20 @@ impl Family for V4 {
         delta = delta.address(&none, &addresses.src);
         delta = delta.address(&none, &addresses.dst);
         packet.write(L3 + 10, delta.apply(0xffff))
+    }
+    #[inline(always)]
+    fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused> {
+        /// Time to live and protocol.
+        const AT: usize = L3 + 8;
+        let old: u16 = packet.read(AT).ok_or(Refused)?;
+        let [ttl, protocol] = old.to_ne_bytes();
+        if ttl <= 1 {
+            return Err(Refused);
+        }
+        let new = u16::from_ne_bytes([ttl.wrapping_sub(1), protocol]);
+        let delta = Delta::new().word(old.into(), new.into());
+        packet.fix_header_checksum(L3 + 10, delta)?;
+        packet.write(AT, new)
     }
     #[inline(always)]
     fn pseudo_sum(_addresses: &Pair<Addr4>, _length: u16) -> u64 {
@@ -207,10 +229,8 @@ impl Family for V4 {
         &config.cluster_net4
     }
     #[inline(always)]
-    fn begin_route(route: &mut FibLookup, src: &Addr4, dst: &Addr4) {
-        const AF_INET: u8 = 2;
+    fn set_route_ends(route: &mut FibLookup, src: &Addr4, dst: &Addr4) {
         let ([src, ..], [dst, ..]) = (src.words(), dst.words());
-        route.family = AF_INET;
         route.__bindgen_anon_3.ipv4_src = src;
         route.__bindgen_anon_4.ipv4_dst = dst;
     }
@@ -222,6 +242,7 @@ impl Family for V6 {
     const HEADER_CHECKSUM: Option<usize> = None;
     const HEADER: usize = 40;
     const ICMP: u8 = 58;
+    const ADDRESS_FAMILY: u8 = 10;
     const ECHO_REQUEST: u8 = 128;
     const ECHO_REPLY: u8 = 129;
     const PORT_UNREACHABLE: (u8, u8) = (1, 4);
@@ -249,6 +270,16 @@ impl Family for V6 {
         ];
         packet.write(L3, words)?;
         packet.write(L3 + Self::ADDRESSES, *addresses)
+    }
+    #[inline(always)]
+    fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused> {
+        /// Next header and hop limit.
+        const AT: usize = L3 + 6;
+        let [next, hops] = packet.read::<u16>(AT).ok_or(Refused)?.to_ne_bytes();
+        if hops <= 1 {
+            return Err(Refused);
+        }
+        packet.write(AT, [next, hops.wrapping_sub(1)])
     }
     #[inline(always)]
     fn pseudo_sum(addresses: &Pair<Addr6>, length: u16) -> u64 {
@@ -300,11 +331,11 @@ impl Family for V6 {
         &config.cluster_net6
     }
     #[inline(always)]
-    fn begin_route(route: &mut FibLookup, src: &Addr6, dst: &Addr6) {
-        const AF_INET6: u8 = 10;
-        route.family = AF_INET6;
-        route.__bindgen_anon_3.ipv6_src = src.words();
-        route.__bindgen_anon_4.ipv6_dst = dst.words();
+    fn set_route_ends(route: &mut FibLookup, src: &Addr6, dst: &Addr6) {
+        // Word by word: as a whole it would be a call of `memmove`.
+        let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (src.words(), dst.words());
+        route.__bindgen_anon_3.ipv6_src = [s0, s1, s2, s3];
+        route.__bindgen_anon_4.ipv6_dst = [d0, d1, d2, d3];
     }
 }
 

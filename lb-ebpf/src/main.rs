@@ -43,6 +43,7 @@ mod open;
 mod packet;
 mod parse;
 mod rewrite;
+mod route;
 mod select;
 mod socket;
 mod verdict;

@@ -2,10 +2,7 @@
 //! where its packets leave they get an address and port of the node, and the
 //! answers, where they come in, the client's.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, bpf_fib_lookup as FibLookup},
-    helpers::bpf_fib_lookup,
-};
+use aya_ebpf::bindings::BPF_ANY;
 use lb_common::{
     Address as _, Port, Reason,
     flow::{FLOW_MASQUERADED, MASQUERADE, Tuple},
@@ -19,15 +16,13 @@ use crate::{
     maps::PORT_CURSORS,
     open::{Opening, device, link_peer},
     packet::Packet,
+    rewrite::Pair,
+    route,
 };
 
 /// How many ports are tried for one flow. The next flow goes on where this one
 /// stopped, so every port gets its turn.
 const ATTEMPTS: u32 = 32;
-
-/// Bytes of what a route lookup takes.
-const ROUTE_SIZE: i32 = 64;
-const _: () = assert!(size_of::<FibLookup>() == ROUTE_SIZE as usize);
 
 /// Opens the second flow of the one that `work` has just opened: from the client
 /// to the backend, as if from this node. [`Reason::NewMasqueradedFlow`] if it is
@@ -116,15 +111,11 @@ fn source<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Opti
 /// neighbour (before 5.11).
 #[inline(never)]
 fn way_out<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> u32 {
-    F::begin_route(&mut work.route, &work.key.src, &work.key.dst);
-    work.route.l4_protocol = work.key.protocol;
-    work.route.sport = 0;
-    work.route.dport = 0;
-    work.route.__bindgen_anon_1.tot_len = 0;
-    work.route.__bindgen_anon_2.tos = 0;
-    work.route.ifindex = work.ifindex;
-    // SAFETY: context and struct live through the call. Whether it fails or
-    // not, the device it found is in the struct.
-    unsafe { bpf_fib_lookup(packet.context(), &raw mut work.route, ROUTE_SIZE, 0) };
+    let addresses = Pair {
+        src: work.key.src,
+        dst: work.key.dst,
+    };
+    let protocol = work.key.protocol;
+    route::find::<P, F>(packet, &mut work.route, &addresses, protocol, work.ifindex);
     work.route.ifindex
 }

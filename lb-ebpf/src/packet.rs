@@ -7,9 +7,9 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        bpf_adj_room_mode,
+        TC_ACT_REDIRECT, bpf_adj_room_mode,
     },
-    helpers::{bpf_redirect, bpf_skb_change_tail},
+    helpers::{bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail},
     programs::{TcContext, XdpContext},
 };
 use lb_common::{checksum::Delta, flow::EDGE_XDP};
@@ -83,6 +83,13 @@ pub trait Packet {
 
     /// Has the frame leave by the device by which it came in.
     fn send_back(&self) -> Result<(), Refused>;
+
+    /// Has the frame leave by another device. Returns whether it will.
+    fn send_out(&self, ifindex: u32) -> bool;
+
+    /// Has the frame come out of the other end of a device, past its egress
+    /// hook. Returns whether it will.
+    fn hand_over(&self, ifindex: u32) -> bool;
 
     /// Applies `delta` to the header checksum at `offset`.
     fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused>;
@@ -176,7 +183,7 @@ impl Packet for XdpContext {
         self.read(offset)
     }
 
-    // What is answered is left to TC.
+    // What is answered or sent elsewhere is left to TC.
     #[inline(always)]
     fn cut(&self, _length: usize) -> Result<(), Refused> {
         Err(Refused)
@@ -190,6 +197,16 @@ impl Packet for XdpContext {
     #[inline(always)]
     fn send_back(&self) -> Result<(), Refused> {
         Err(Refused)
+    }
+
+    #[inline(always)]
+    fn send_out(&self, _ifindex: u32) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn hand_over(&self, _ifindex: u32) -> bool {
+        false
     }
 
     #[inline(always)]
@@ -302,10 +319,25 @@ impl Packet for TcContext {
 
     #[inline(always)]
     fn send_back(&self) -> Result<(), Refused> {
-        // SAFETY: the helper takes numbers only. It fails for flags that are
-        // unknown, and there are none.
-        unsafe { bpf_redirect(self.ifindex(), 0) };
-        Ok(())
+        if self.send_out(self.ifindex()) {
+            Ok(())
+        } else {
+            Err(Refused)
+        }
+    }
+
+    #[inline(always)]
+    fn send_out(&self, ifindex: u32) -> bool {
+        // SAFETY: the helper takes numbers only.
+        let action = unsafe { bpf_redirect(ifindex, 0) };
+        action == i64::from(TC_ACT_REDIRECT)
+    }
+
+    #[inline(always)]
+    fn hand_over(&self, ifindex: u32) -> bool {
+        // SAFETY: the helper takes numbers only.
+        let action = unsafe { bpf_redirect_peer(ifindex, 0) };
+        action == i64::from(TC_ACT_REDIRECT)
     }
 
     #[inline(always)]

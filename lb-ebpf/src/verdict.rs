@@ -13,7 +13,7 @@ use lb_common::{
     reason::{Effect, counter_index},
 };
 
-use crate::{maps, socket};
+use crate::{edge::Outcome, maps, socket};
 
 /// Counts the reason.
 #[inline(always)]
@@ -27,8 +27,8 @@ fn settle(hook: Hook, reason: Reason) -> Effect {
 }
 
 #[inline(always)]
-pub fn xdp(reason: Reason) -> u32 {
-    match settle(Hook::Xdp, reason) {
+pub fn xdp(outcome: Outcome) -> u32 {
+    match settle(Hook::Xdp, outcome.reason) {
         Effect::Pass | Effect::Translate => XDP_PASS,
         Effect::Refuse | Effect::Answer => XDP_DROP,
     }
@@ -37,11 +37,11 @@ pub fn xdp(reason: Reason) -> u32 {
 /// "Unspecified" and not "OK" lets the programs that others have put on the
 /// device run after this one.
 #[inline(always)]
-pub fn tc(hook: Hook, reason: Reason) -> i32 {
-    match settle(hook, reason) {
+pub fn tc(hook: Hook, outcome: Outcome) -> i32 {
+    match settle(hook, outcome.reason) {
+        _ if outcome.redirected => TC_ACT_REDIRECT,
         Effect::Pass | Effect::Translate => TC_ACT_UNSPEC,
-        Effect::Refuse => TC_ACT_SHOT,
-        Effect::Answer => TC_ACT_REDIRECT,
+        Effect::Refuse | Effect::Answer => TC_ACT_SHOT,
     }
 }
 
