@@ -4,7 +4,7 @@
 use crate::{
     addr::{Addr4, Addr6, Port},
     flow::{FlowEntry, Tuple},
-    node::{Config, Device, FragmentKey, FragmentPorts, Netns, Network},
+    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, Network},
     service::{
         Affinity, AffinityKey, BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot,
         SourceRange,
@@ -64,4 +64,7 @@ layout!(Device, 24, align 4, [4, 16, 4]);
 layout!(Netns, 24, align 4, [4, 16, 4]);
 layout!(FragmentKey<Addr4>, 16, align 4, [4, 4, 4, 1, 1, 2]);
 layout!(FragmentKey<Addr6>, 40, align 4, [16, 16, 4, 1, 1, 2]);
+layout!(EarlyKey<Addr4>, 20, align 4, [16, 4]);
+layout!(EarlyKey<Addr6>, 44, align 4, [40, 4]);
+layout!(Early, 2048, align 4, [4, 2044]);
 layout!(FragmentPorts, 4, align 2, [2, 2]);

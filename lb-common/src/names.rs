@@ -34,6 +34,11 @@ pub const RANGES6: &str = "klb_range6";
 /// Fragmented packet → its ports; written by the packet programs.
 pub const FRAGMENTS4: &str = "klb_frag4";
 pub const FRAGMENTS6: &str = "klb_frag6";
+/// Fragment that came before its first → its frame; written by the TC programs.
+pub const EARLY4: &str = "klb_early4";
+pub const EARLY6: &str = "klb_early6";
+/// Memory for such a frame; per CPU.
+pub const EARLY: &str = "klb_early";
 /// Settings; one entry, written by the agent.
 pub const CONFIG: &str = "klb_config";
 /// Port last tried for a masqueraded flow, by backend; written by the TC
@@ -51,7 +56,7 @@ pub const SCRATCH: &str = "klb_scratch";
 pub const COUNTERS: &str = "klb_count";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 25] = [
+pub const MAPS: [&str; 28] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -68,6 +73,9 @@ pub const MAPS: [&str; 25] = [
     AFFINITY6,
     FRAGMENTS4,
     FRAGMENTS6,
+    EARLY4,
+    EARLY6,
+    EARLY,
     SOCKETS4,
     SOCKETS6,
     CONFIG,
@@ -128,6 +136,8 @@ pub mod size {
     pub const RANGES: usize = 16_384;
     /// Fragmented packets of one family that are on their way at one time.
     pub const FRAGMENTS: usize = 4_096;
+    /// Fragments of one family that may come before their first.
+    pub const EARLY: usize = 256;
     /// Devices that programs are attached to.
     pub const DEVICES: usize = 4_096;
     /// Network namespaces of pods.

@@ -93,6 +93,30 @@ pub struct FragmentKey<A> {
     pub pad2: u16,
 }
 
+/// A place for a fragment that came before the first one of its packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EarlyKey<A> {
+    pub packet: FragmentKey<A>,
+    /// Several fragments of one packet may be early.
+    pub place: u32,
+}
+
+/// How many fragments of one packet are kept.
+pub const EARLY_PLACES: u32 = 4;
+
+/// The longest frame that is kept, in bytes.
+pub const EARLY_BYTES: usize = 2044;
+
+/// A frame that came too early.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Early {
+    /// In bytes.
+    pub length: u32,
+    pub bytes: [u8; EARLY_BYTES],
+}
+
 /// What only the first fragment says.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -71,6 +71,8 @@ pub enum Effect {
     Translate,
     /// It ends here: a packet is dropped, a call refused.
     Refuse,
+    /// It goes on later.
+    Keep,
     /// The packet goes back to its sender as an answer; a call is refused.
     Answer,
 }
@@ -142,6 +144,10 @@ reasons! {
     Echo = 31, "echo", Answer;
     /// Call of a process that is not served at the socket: it opted out, or only the node's own are.
     SocketNotServed = 32, "socket_not_served", Pass;
+    /// Fragment that came before the first one of its packet: kept until that comes.
+    FragmentKept = 33, "fragment_kept", Keep;
+    /// Fragment that was kept: comes in once more, now that the first has come.
+    FragmentReleased = 34, "fragment_released", Keep;
 }
 
 /// Room for reasons in a row of the counters; a power of two, so that rows

@@ -13,10 +13,11 @@ use crate::{
     answer, clock, config,
     family::{Family, V4, V6},
     flow::{self, Flow},
+    fragment,
     icmp::{self, Side},
     open::{open, opening},
     packet::Packet,
-    parse::{Parsed, Version, version},
+    parse::{Fragment, Parsed, Version, version},
     rewrite, route,
 };
 
@@ -31,7 +32,8 @@ impl Outcome {
     const fn of(reason: Reason) -> Self {
         Self {
             reason,
-            redirected: matches!(reason.effect(), Effect::Answer),
+            redirected: matches!(reason, Reason::FragmentReleased)
+                || matches!(reason.effect(), Effect::Answer),
         }
     }
 }
@@ -54,6 +56,8 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Outcome {
         Some(Reason::OtherProtocol) if !P::LEAVES_RARE_TO_TC => {
             icmp::handle::<P, F>(packet, Side::In)
         }
+        Some(Reason::Fragment) if !P::LEAVES_RARE_TO_TC => fragment::keep::<P, F>(packet),
+        Some(Reason::FragmentReleased) if !P::LEAVES_RARE_TO_TC => fragment::unload::<P, F>(packet),
         Some(reason) => reason,
         None => begin::<P, F>(packet),
     };
@@ -111,6 +115,12 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         Ok(parsed) => parsed,
         Err(reason) => return Some(reason),
     };
+    if !P::LEAVES_RARE_TO_TC && parsed.fragment == Fragment::First {
+        if packet.is_carrier() {
+            return Some(Reason::FragmentReleased);
+        }
+        fragment::send_carriers::<P, F>(packet, &parsed.tuple, parsed.id);
+    }
     // What is no business of klb's costs two lookups. So the flow of a datagram
     // or a SYN is only looked up if they are for a frontend, and that of others
     // first.

@@ -10,13 +10,13 @@ use lb_common::{
 };
 
 use crate::maps::{
-    AFFINITY4, AFFINITY6, Affinities, BACKENDS, FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows,
-    Fragments, RANGES4, RANGES6, Ranges, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6,
-    Services, Slots, Sockets, YOUNG4, YOUNG6, Young,
+    AFFINITY4, AFFINITY6, Affinities, BACKENDS, EARLY4, EARLY6, Earlies, FLOWS4, FLOWS6,
+    FRAGMENTS4, FRAGMENTS6, Flows, Fragments, RANGES4, RANGES6, Ranges, SERVICES4, SERVICES6,
+    SLOTS4, SLOTS6, SOCKETS4, SOCKETS6, Services, Slots, Sockets, YOUNG4, YOUNG6, Young,
 };
 use crate::{
     packet::{Packet, Refused},
-    parse::{Header, L3, Parsed, header_v4, header_v6, parse_v4, parse_v6},
+    parse::{Header, L3, Parsed, Ports, header_v4, header_v6, parse_v4, parse_v6},
     rewrite::Pair,
 };
 
@@ -67,7 +67,18 @@ pub trait Family {
     }
 
     /// Reads the headers of a frame of this family.
-    fn parse<P: Packet>(packet: &P) -> Result<Parsed<Self::Addr>, Reason>;
+    #[inline(always)]
+    fn parse<P: Packet>(packet: &P) -> Result<Parsed<Self::Addr>, Reason> {
+        Self::parse_as(packet, Ports::Needed)
+    }
+
+    /// As [`Self::parse`], also of a fragment whose ports are not known.
+    #[inline(always)]
+    fn parse_fragment<P: Packet>(packet: &P) -> Result<Parsed<Self::Addr>, Reason> {
+        Self::parse_as(packet, Ports::Optional)
+    }
+
+    fn parse_as<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Self::Addr>, Reason>;
 
     fn services() -> &'static Services<Self::Addr>;
     fn slots() -> &'static Slots<Self::Addr>;
@@ -76,6 +87,7 @@ pub trait Family {
     fn affinities() -> &'static Affinities<Self::Addr>;
     fn ranges() -> &'static Ranges<Self::Addr>;
     fn fragments() -> &'static Fragments<Self::Addr>;
+    fn earlies() -> &'static Earlies<Self::Addr>;
     fn sockets() -> &'static Sockets<Self::Addr>;
 
     /// The address that packets get which are masqueraded at the device.
@@ -185,8 +197,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn parse<P: Packet>(packet: &P) -> Result<Parsed<Addr4>, Reason> {
-        parse_v4(packet)
+    fn parse_as<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr4>, Reason> {
+        parse_v4(packet, ports)
     }
     #[inline(always)]
     fn services() -> &'static Services<Addr4> {
@@ -215,6 +227,10 @@ impl Family for V4 {
     #[inline(always)]
     fn fragments() -> &'static Fragments<Addr4> {
         &FRAGMENTS4
+    }
+    #[inline(always)]
+    fn earlies() -> &'static Earlies<Addr4> {
+        &EARLY4
     }
     #[inline(always)]
     fn sockets() -> &'static Sockets<Addr4> {
@@ -287,8 +303,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn parse<P: Packet>(packet: &P) -> Result<Parsed<Addr6>, Reason> {
-        parse_v6(packet)
+    fn parse_as<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr6>, Reason> {
+        parse_v6(packet, ports)
     }
     #[inline(always)]
     fn services() -> &'static Services<Addr6> {
@@ -317,6 +333,10 @@ impl Family for V6 {
     #[inline(always)]
     fn fragments() -> &'static Fragments<Addr6> {
         &FRAGMENTS6
+    }
+    #[inline(always)]
+    fn earlies() -> &'static Earlies<Addr6> {
+        &EARLY6
     }
     #[inline(always)]
     fn sockets() -> &'static Sockets<Addr6> {

@@ -12,7 +12,7 @@ use lb_common::{
     Addr4, Addr6,
     flow::{FlowEntry, Tuple},
     names::size,
-    node::{Config, Device, FragmentKey, FragmentPorts, Netns},
+    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns},
     reason::COUNTERS as COUNTER_COUNT,
     service::{Affinity, AffinityKey, ServiceEntry, ServiceKey, ServiceMeta, Slot, SourceRange},
     socket::{SocketEntry, SocketKey},
@@ -31,6 +31,7 @@ pub type Young<A> = LruHashMap<Tuple<A>, FlowEntry<A>, { size::YOUNG }>;
 pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { size::AFFINITY }>;
 pub type Ranges<A> = LpmTrie<SourceRange<A>, u32, { size::RANGES }>;
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentPorts, { size::FRAGMENTS }>;
+pub type Earlies<A> = LruHashMap<EarlyKey<A>, Early, { size::EARLY }>;
 /// Words, so that it is aligned for everything that is put there.
 pub type Scratch = [u64; 64];
 pub type Sockets<A> = LruHashMap<SocketKey<A>, SocketEntry<A>, { size::SOCKETS }>;
@@ -87,6 +88,16 @@ pub static RANGES6: Ranges<Addr6> = Ranges::new();
 pub static FRAGMENTS4: Fragments<Addr4> = Fragments::new();
 #[btf_map(name = "klb_frag6")]
 pub static FRAGMENTS6: Fragments<Addr6> = Fragments::new();
+
+/// Fragment that came before its first → its frame; the TC programs.
+#[btf_map(name = "klb_early4")]
+pub static EARLY4: Earlies<Addr4> = Earlies::new();
+#[btf_map(name = "klb_early6")]
+pub static EARLY6: Earlies<Addr6> = Earlies::new();
+
+/// Memory for such a frame, by CPU; the TC programs.
+#[btf_map(name = "klb_early")]
+pub static EARLY: PerCpuArray<Early, 1> = PerCpuArray::new();
 
 /// Settings, in the one entry; the agent.
 #[btf_map(name = "klb_config")]

@@ -6,13 +6,16 @@ use core::ffi::{c_long, c_void};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        TC_ACT_REDIRECT, bpf_adj_room_mode,
+        BPF_F_INGRESS, BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
+        BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode,
     },
-    helpers::{bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail},
+    helpers::{
+        bpf_clone_redirect, bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail,
+        bpf_skb_load_bytes, bpf_skb_store_bytes,
+    },
     programs::{TcContext, XdpContext},
 };
-use lb_common::{checksum::Delta, flow::EDGE_XDP};
+use lb_common::{checksum::Delta, flow::EDGE_XDP, node::EARLY_BYTES};
 
 /// The kernel's `EINVAL`.
 const EINVAL: c_long = 22;
@@ -21,6 +24,11 @@ const EINVAL: c_long = 22;
 /// header checksum to balance the sum that the device reported (Linux 6.16,
 /// commit ead7f9b8de65; older kernels refuse the flag).
 const BPF_F_IPV6: u64 = 1 << 7;
+
+/// The mark of a frame that is only there to carry another one ("klbf"). It is
+/// set for the way from the device's ingress into its ingress, and nobody else
+/// sees it.
+const CARRIER_MARK: u32 = 0x6b6c_6266;
 
 /// Where a transport checksum stands and what kind it is.
 #[derive(Clone, Copy)]
@@ -90,6 +98,19 @@ pub trait Packet {
     /// Has the frame come out of the other end of a device, past its egress
     /// hook. Returns whether it will.
     fn hand_over(&self, ifindex: u32) -> bool;
+
+    /// Copies the whole frame; returns its length in bytes.
+    fn save(&self, to: &mut [u8; EARLY_BYTES]) -> Result<u32, Refused>;
+
+    /// Has a copy of the frame come in at this device once more, as a carrier.
+    fn send_carrier(&self) -> Result<(), Refused>;
+
+    /// Whether the frame was sent so.
+    fn is_carrier(&self) -> bool;
+
+    /// Makes the frame another, which comes in at this device next and is no
+    /// carrier.
+    fn replace(&self, by: &[u8; EARLY_BYTES], length: u32) -> Result<(), Refused>;
 
     /// Applies `delta` to the header checksum at `offset`.
     fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused>;
@@ -202,6 +223,26 @@ impl Packet for XdpContext {
     #[inline(always)]
     fn send_out(&self, _ifindex: u32) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn save(&self, _to: &mut [u8; EARLY_BYTES]) -> Result<u32, Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
+    fn send_carrier(&self) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
+    fn is_carrier(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn replace(&self, _by: &[u8; EARLY_BYTES], _length: u32) -> Result<(), Refused> {
+        Err(Refused)
     }
 
     #[inline(always)]
@@ -331,6 +372,69 @@ impl Packet for TcContext {
         // SAFETY: the helper takes numbers only.
         let action = unsafe { bpf_redirect(ifindex, 0) };
         action == i64::from(TC_ACT_REDIRECT)
+    }
+
+    #[inline(always)]
+    fn save(&self, to: &mut [u8; EARLY_BYTES]) -> Result<u32, Refused> {
+        let length = self.len();
+        if length == 0 || length > EARLY_BYTES as u32 {
+            return Err(Refused);
+        }
+        // SAFETY: the context is the kernel's, and `length` bytes fit.
+        let result =
+            unsafe { bpf_skb_load_bytes(self.context(), 0, to.as_mut_ptr().cast(), length) };
+        if result == 0 {
+            Ok(length)
+        } else {
+            Err(Refused)
+        }
+    }
+
+    #[inline(always)]
+    fn send_carrier(&self) -> Result<(), Refused> {
+        let flags = u64::from(BPF_F_INGRESS);
+        // SAFETY: the context is the kernel's, and the mark a field that may be
+        // written.
+        let result = unsafe {
+            let mark = (*self.skb.skb).mark;
+            (*self.skb.skb).mark = CARRIER_MARK;
+            let result = bpf_clone_redirect(self.skb.skb, self.ifindex(), flags);
+            (*self.skb.skb).mark = mark;
+            result
+        };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
+    fn is_carrier(&self) -> bool {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.skb.skb).mark == CARRIER_MARK }
+    }
+
+    #[inline(always)]
+    fn replace(&self, by: &[u8; EARLY_BYTES], length: u32) -> Result<(), Refused> {
+        self.cut(length as usize)?;
+        if length == 0 || length > EARLY_BYTES as u32 {
+            return Err(Refused);
+        }
+        let flags = u64::from(BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
+        // SAFETY: the context is the kernel's, and `length` bytes are there.
+        let stored =
+            unsafe { bpf_skb_store_bytes(self.skb.skb, 0, by.as_ptr().cast(), length, flags) };
+        if stored != 0 {
+            return Err(Refused);
+        }
+        // SAFETY: the mark is a field that may be written, and the helper takes
+        // numbers only.
+        let action = unsafe {
+            (*self.skb.skb).mark = 0;
+            bpf_redirect(self.ifindex(), u64::from(BPF_F_INGRESS))
+        };
+        if action == i64::from(TC_ACT_REDIRECT) {
+            Ok(())
+        } else {
+            Err(Refused)
+        }
     }
 
     #[inline(always)]

@@ -149,6 +149,13 @@ impl<A> Parsed<A> {
     }
 }
 
+/// Whether a later fragment is of use without its ports.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Ports {
+    Needed,
+    Optional,
+}
+
 /// The family of a frame.
 #[inline(always)]
 pub fn version<P: Packet>(packet: &P) -> Result<Version, Reason> {
@@ -183,7 +190,7 @@ struct Aligned<T> {
 
 /// Reads the headers of an IPv4 frame.
 #[inline(always)]
-pub fn parse_v4<P: Packet>(packet: &P) -> Result<Parsed<Addr4>, Reason> {
+pub fn parse_v4<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr4>, Reason> {
     const MORE_FRAGMENTS: u16 = 0x2000;
     const OFFSET: u16 = 0x1fff;
     let Aligned { header } = read::<P, Aligned<Ipv4Hdr>>(packet, L3)?;
@@ -213,12 +220,12 @@ pub fn parse_v4<P: Packet>(packet: &P) -> Result<Parsed<Addr4>, Reason> {
     let dst = Addr4 {
         octets: header.dst_addr,
     };
-    transport.parse::<P, V4>(packet, src, dst)
+    transport.parse::<P, V4>(packet, src, dst, ports)
 }
 
 /// Reads the headers of an IPv6 frame.
 #[inline(always)]
-pub fn parse_v6<P: Packet>(packet: &P) -> Result<Parsed<Addr6>, Reason> {
+pub fn parse_v6<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr6>, Reason> {
     let Aligned { header } = read::<P, Aligned<Ipv6Hdr>>(packet, L3)?;
     let [version, ..] = header.vcf;
     if version >> 4 != 6 {
@@ -244,7 +251,7 @@ pub fn parse_v6<P: Packet>(packet: &P) -> Result<Parsed<Addr6>, Reason> {
     let dst = Addr6 {
         octets: header.dst_addr,
     };
-    transport.parse::<P, V6>(packet, src, dst)
+    transport.parse::<P, V6>(packet, src, dst, ports)
 }
 
 const HOP_BY_HOP: u8 = 0;
@@ -381,6 +388,7 @@ impl Transport {
         packet: &P,
         src: F::Addr,
         dst: F::Addr,
+        ports: Ports,
     ) -> Result<Parsed<F::Addr>, Reason> {
         if !matches!(self.protocol, TCP | UDP | SCTP) {
             return Err(Reason::OtherProtocol);
@@ -396,9 +404,11 @@ impl Transport {
             ack: 0,
         };
         if !P::LEAVES_RARE_TO_TC && self.fragment == Fragment::Later {
-            let ports = fragment::ports::<F>(&tuple, self.id).ok_or(Reason::Fragment)?;
-            tuple.src_port = ports.src_port;
-            tuple.dst_port = ports.dst_port;
+            if ports == Ports::Needed {
+                let first = fragment::ports::<F>(&tuple, self.id).ok_or(Reason::Fragment)?;
+                tuple.src_port = first.src_port;
+                tuple.dst_port = first.dst_port;
+            }
         } else {
             (tuple.src_port, tuple.dst_port, signals) = match self.protocol {
                 TCP => self.parse_tcp(packet)?,

@@ -30,7 +30,7 @@ fn settle(hook: Hook, reason: Reason) -> Effect {
 pub fn xdp(outcome: Outcome) -> u32 {
     match settle(Hook::Xdp, outcome.reason) {
         Effect::Pass | Effect::Translate => XDP_PASS,
-        Effect::Refuse | Effect::Answer => XDP_DROP,
+        Effect::Refuse | Effect::Keep | Effect::Answer => XDP_DROP,
     }
 }
 
@@ -41,7 +41,7 @@ pub fn tc(hook: Hook, outcome: Outcome) -> i32 {
     match settle(hook, outcome.reason) {
         _ if outcome.redirected => TC_ACT_REDIRECT,
         Effect::Pass | Effect::Translate => TC_ACT_UNSPEC,
-        Effect::Refuse | Effect::Answer => TC_ACT_SHOT,
+        Effect::Refuse | Effect::Keep | Effect::Answer => TC_ACT_SHOT,
     }
 }
 

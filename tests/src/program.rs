@@ -26,7 +26,7 @@ use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
     names,
-    node::{Config, Device, FragmentKey, FragmentPorts},
+    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts},
     reason::counter_index,
     service::{
         Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
@@ -98,6 +98,7 @@ pub fn load() -> Ebpf {
             names::CONFIG,
             names::PORT_CURSORS,
             names::ANSWERS,
+            names::EARLY,
             names::SCRATCH,
         ];
         if !fixed.contains(&map) {
@@ -231,6 +232,8 @@ impl Datapath {
             names::FRAGMENTS6,
             names::RANGES6,
         ]);
+        clear::<EarlyKey<Addr4>, Early>(self.map(names::EARLY4));
+        clear::<EarlyKey<Addr6>, Early>(self.map(names::EARLY6));
         clear::<u32, Device>(self.map(names::DEVICES));
         for id in 0..BACKENDS {
             set(self.map(names::BACKENDS), id, 0_u32);

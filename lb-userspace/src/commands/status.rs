@@ -123,6 +123,7 @@ impl From<&Counter> for CounterRow {
                 Effect::Pass => "pass",
                 Effect::Translate => "translate",
                 Effect::Refuse => "refuse",
+                Effect::Keep => "keep",
                 Effect::Answer => "answer",
             },
             count: counter.count,

@@ -9,7 +9,8 @@ use std::{
 
 use lb_common::{Hook, Reason};
 use lb_tests::{
-    packet::Packet,
+    fragments,
+    packet::{self, Packet},
     program::{Backend, Datapath},
     wire::RawSocket,
 };
@@ -169,8 +170,49 @@ fn the_hooks_of_the_bridge_translate() {
             datapath.attach(hook, "in1");
             wait_until_forwarding(&from, &to);
             let frame = Packet::udp(client, frontend).bytes();
-            let seen = lb_tests::packet::read(&through(&from, &to, &frame));
+            let seen = packet::read(&through(&from, &to, &frame));
             assert_eq!((seen.src, seen.dst), (client, backend), "{hook:?}");
+        }
+    });
+}
+
+/// The later fragment first: it is kept, and follows the first one out.
+#[test]
+fn fragments_out_of_order_all_arrive_translated() {
+    in_private_namespace(|| {
+        let (from, to) = bridge();
+        let parse = |text: &str| text.parse().expect("an address");
+        let mut datapath = Datapath::new();
+        datapath.attach(Hook::TcIngress, "in1");
+        wait_until_forwarding(&from, &to);
+        for (client, frontend, backend) in [
+            ("192.168.50.2:40000", "10.96.0.1:53", "10.244.0.5:53"),
+            (
+                "[fd00:50::2]:40000",
+                "[fd00:10:96::1]:53",
+                "[fd00:10:244::5]:53",
+            ),
+        ] {
+            let (client, frontend, backend) = (parse(client), parse(frontend), parse(backend));
+            let local = Backend {
+                addr: backend,
+                local: true,
+            };
+            datapath.serve(17, frontend, &[local]);
+            datapath.put_address(frontend.ip(), 0);
+            let packet = Packet::udp(client, frontend).payload(vec![9; 3000]);
+            let mut frames = fragments::cut(&packet, 1, 1000);
+            frames.reverse();
+            for frame in &frames {
+                from.send(frame).expect("a frame that fits");
+            }
+            let arrived: Vec<_> = frames
+                .iter()
+                .map(|_| to.receive(DEADLINE).expect("a fragment"))
+                .collect();
+            let seen = packet::read(&fragments::join(&arrived));
+            assert_eq!((seen.src, seen.dst), (client, backend));
+            assert_eq!(seen.payload, vec![9; 3000]);
         }
     });
 }

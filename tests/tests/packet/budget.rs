@@ -12,7 +12,7 @@ use lb_tests::program::{costs, load};
 /// 7.2, and a tenth: each verifier walks paths of its own.
 const BUDGET: [(&str, u32, u32); 11] = [
     (names::XDP, 50_000, 150_000),
-    (names::TC_INGRESS, 80_000, 450_000),
+    (names::TC_INGRESS, 98_000, 450_000),
     (names::TC_EGRESS, 36_000, 170_000),
     (names::CONNECT4, 1_700, 330),
     (names::CONNECT6, 3_600, 630),

@@ -1,13 +1,13 @@
 //! Packets whose transport header is not where it usually is: fragments, and
 //! IPv6's extension headers; and SCTP, whose checksum is of another kind.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, slice};
 
-use lb_common::{Hook, Reason, flow::SCTP};
+use lb_common::{Hook, Reason, flow::SCTP, node::EARLY_PLACES};
 use lb_tests::{
     fragments::{cut, join},
     packet::{Packet, chunk, read},
-    program::Datapath,
+    program::{Datapath, TC_DROP},
 };
 
 use crate::world::{World, local, translated, udp_worlds, untouched, worlds};
@@ -78,6 +78,46 @@ fn a_fragment_without_its_first_passes_and_is_counted() {
         }
         untouched(&mut datapath, Hook::Xdp, &frames[0], Reason::LeftToTc);
         untouched(&mut datapath, Hook::Xdp, &frames[1], Reason::LeftToTc);
+    }
+}
+
+#[test]
+fn fragments_that_come_before_their_first_are_kept_for_it() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        datapath.put_address(world.frontend.ip(), 0);
+        let frames = cut(&large(world.client, world.frontend), 7, 1000);
+        let [first, early @ ..] = &frames[..] else {
+            panic!("several fragments");
+        };
+        for frame in early {
+            let outcome = datapath.run(Hook::TcIngress, frame);
+            assert_eq!(outcome.reason, Reason::FragmentKept);
+            assert_eq!(outcome.action, TC_DROP);
+        }
+        // The carriers go where a test run cannot follow: see `netns::wire`.
+        let mut seen = through(&mut datapath, Hook::TcIngress, slice::from_ref(first));
+        seen.extend(through(&mut datapath, Hook::TcIngress, early));
+        let whole = read(&join(&seen));
+        assert_eq!((whole.src, whole.dst), (world.client, world.backend));
+    }
+}
+
+#[test]
+fn there_is_room_for_few_early_fragments_of_a_packet() {
+    let world = udp_worlds().next().expect("a world");
+    let mut datapath = world.serve_one();
+    datapath.put_address(world.frontend.ip(), 0);
+    let frames = cut(&large(world.client, world.frontend), 7, 400);
+    let early = &frames[1..];
+    for (n, frame) in (0..).zip(early) {
+        let outcome = datapath.run(Hook::TcIngress, frame);
+        let expected = if n < EARLY_PLACES {
+            Reason::FragmentKept
+        } else {
+            Reason::Fragment
+        };
+        assert_eq!(outcome.reason, expected);
     }
 }
 
