@@ -21,19 +21,31 @@ use crate::{
     rewrite, route,
 };
 
-/// What becomes of a packet, and whether it is already on its way elsewhere.
+/// What becomes of a packet.
 pub struct Outcome {
     pub reason: Reason,
-    pub redirected: bool,
+    pub way: Way,
+}
+
+/// Which way a packet takes that goes on at all.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// What comes behind this hook.
+    On,
+    /// Out of the device by which it came in.
+    Back,
+    /// To another device, as a helper has been told.
+    Elsewhere,
 }
 
 impl Outcome {
     #[inline(always)]
     const fn of(reason: Reason) -> Self {
+        let elsewhere =
+            matches!(reason, Reason::FragmentReleased) || matches!(reason.effect(), Effect::Answer);
         Self {
             reason,
-            redirected: matches!(reason, Reason::FragmentReleased)
-                || matches!(reason.effect(), Effect::Answer),
+            way: if elsewhere { Way::Elsewhere } else { Way::On },
         }
     }
 }
@@ -62,15 +74,20 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Outcome {
         None => begin::<P, F>(packet),
     };
     let is_refused = matches!(reason, Reason::NoBackend | Reason::NoSuchPort);
-    if P::LEAVES_RARE_TO_TC {
-        return Outcome::of(if is_refused { Reason::LeftToTc } else { reason });
-    }
     if is_refused {
-        return Outcome::of(answer::unreachable::<P, F>(packet, reason));
+        return Outcome::of(if P::LEAVES_RARE_TO_TC {
+            Reason::LeftToTc
+        } else {
+            answer::unreachable::<P, F>(packet, reason)
+        });
     }
     let mut outcome = Outcome::of(reason);
-    if is_of_flow(reason) && config::has(CONFIG_BYPASS) {
-        outcome.redirected = route::forward::<P, F>(packet, reason);
+    if is_of_flow(reason) && config::has(CONFIG_BYPASS) && route::look_up::<P, F>(packet) {
+        if P::LEAVES_RARE_TO_TC {
+            // No egress hook comes behind XDP, so its work is done here.
+            go_out::<P, F>(packet);
+        }
+        outcome.way = route::send::<P, F>(packet, reason);
     }
     outcome
 }

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup};
 use lb_common::{
     Address, Reason,
     flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple},
-    node::{DEVICE_POD, Device},
+    node::{CONFIG_BYPASS, DEVICE_POD, Device},
     service::{
         AffinityKey, FRONTEND_LOCAL_POLICY, FRONTEND_SOURCE_RANGES, FrontendKind, SLOT_LOCAL,
         ServiceEntry, Slot,
@@ -14,6 +14,7 @@ use lb_common::{
 };
 
 use crate::{
+    config,
     family::Family,
     flow::{self, is_in_use},
     maps::{DEVICES, SCRATCH, Scratch},
@@ -107,7 +108,7 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
         Ok(window) => open_within::<P, F>(window, work),
         Err(reason) => reason,
     };
-    if P::LEAVES_RARE_TO_TC || reason != Reason::NewMasqueradedFlow {
+    if reason != Reason::NewMasqueradedFlow {
         return reason;
     }
     let reason = masquerade::open::<P, F>(packet, work);
@@ -165,7 +166,7 @@ pub fn device(ifindex: u32) -> Option<&'static Device> {
 #[inline(never)]
 fn try_open<P: Packet, F: Family>(slot: &Slot<F::Addr>, work: &mut Opening<F::Addr>) -> Reason {
     let masquerades = must_masquerade(work, slot);
-    if P::LEAVES_RARE_TO_TC && masquerades {
+    if P::LEAVES_RARE_TO_TC && masquerades && !config::has(CONFIG_BYPASS) {
         return Reason::RemoteBackend;
     }
     work.key = work.parsed.tuple;

@@ -7,7 +7,7 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_F_INGRESS, BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
-        BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode,
+        BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode, xdp_action::XDP_REDIRECT,
     },
     helpers::{
         bpf_clone_redirect, bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail,
@@ -16,6 +16,8 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{checksum::Delta, flow::EDGE_XDP, node::EARLY_BYTES};
+
+use crate::edge::Way;
 
 /// The kernel's `EINVAL`.
 const EINVAL: c_long = 22;
@@ -92,12 +94,12 @@ pub trait Packet {
     /// Has the frame leave by the device by which it came in.
     fn send_back(&self) -> Result<(), Refused>;
 
-    /// Has the frame leave by another device. Returns whether it will.
-    fn send_out(&self, ifindex: u32) -> bool;
+    /// Has the frame leave by a device.
+    fn send_out(&self, ifindex: u32) -> Way;
 
     /// Has the frame come out of the other end of a device, past its egress
-    /// hook. Returns whether it will.
-    fn hand_over(&self, ifindex: u32) -> bool;
+    /// hook.
+    fn hand_over(&self, ifindex: u32) -> Way;
 
     /// Copies the whole frame; returns its length in bytes.
     fn save(&self, to: &mut [u8; EARLY_BYTES]) -> Result<u32, Refused>;
@@ -145,6 +147,17 @@ pub trait Packet {
             return None;
         }
         Some(start as *mut T)
+    }
+}
+
+/// The way after a helper that redirects has been called: it answers with the
+/// action that the program must return.
+#[inline(always)]
+const fn way(answer: c_long, action: u32) -> Way {
+    if answer == action as c_long {
+        Way::Elsewhere
+    } else {
+        Way::On
     }
 }
 
@@ -221,8 +234,12 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn send_out(&self, _ifindex: u32) -> bool {
-        false
+    fn send_out(&self, ifindex: u32) -> Way {
+        if ifindex == self.ifindex() {
+            return Way::Back;
+        }
+        // SAFETY: the helper takes numbers only.
+        way(unsafe { bpf_redirect(ifindex, 0) }, XDP_REDIRECT)
     }
 
     #[inline(always)]
@@ -246,8 +263,8 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn hand_over(&self, _ifindex: u32) -> bool {
-        false
+    fn hand_over(&self, _ifindex: u32) -> Way {
+        Way::On
     }
 
     #[inline(always)]
@@ -360,18 +377,16 @@ impl Packet for TcContext {
 
     #[inline(always)]
     fn send_back(&self) -> Result<(), Refused> {
-        if self.send_out(self.ifindex()) {
-            Ok(())
-        } else {
-            Err(Refused)
+        match self.send_out(self.ifindex()) {
+            Way::On => Err(Refused),
+            Way::Back | Way::Elsewhere => Ok(()),
         }
     }
 
     #[inline(always)]
-    fn send_out(&self, ifindex: u32) -> bool {
+    fn send_out(&self, ifindex: u32) -> Way {
         // SAFETY: the helper takes numbers only.
-        let action = unsafe { bpf_redirect(ifindex, 0) };
-        action == i64::from(TC_ACT_REDIRECT)
+        way(unsafe { bpf_redirect(ifindex, 0) }, TC_ACT_REDIRECT as u32)
     }
 
     #[inline(always)]
@@ -430,18 +445,19 @@ impl Packet for TcContext {
             (*self.skb.skb).mark = 0;
             bpf_redirect(self.ifindex(), u64::from(BPF_F_INGRESS))
         };
-        if action == i64::from(TC_ACT_REDIRECT) {
-            Ok(())
-        } else {
-            Err(Refused)
+        match way(action, TC_ACT_REDIRECT as u32) {
+            Way::On => Err(Refused),
+            Way::Back | Way::Elsewhere => Ok(()),
         }
     }
 
     #[inline(always)]
-    fn hand_over(&self, ifindex: u32) -> bool {
+    fn hand_over(&self, ifindex: u32) -> Way {
         // SAFETY: the helper takes numbers only.
-        let action = unsafe { bpf_redirect_peer(ifindex, 0) };
-        action == i64::from(TC_ACT_REDIRECT)
+        way(
+            unsafe { bpf_redirect_peer(ifindex, 0) },
+            TC_ACT_REDIRECT as u32,
+        )
     }
 
     #[inline(always)]

@@ -4,9 +4,13 @@
 //! is too large is answered there.
 
 use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, helpers::bpf_fib_lookup};
-use lb_common::{Reason, node::DEVICE_PEER};
+use lb_common::{
+    Reason,
+    node::{DEVICE_PEER, DEVICE_POD},
+};
 
 use crate::{
+    edge::Way,
     family::Family,
     open::{device, opening},
     packet::Packet,
@@ -47,34 +51,50 @@ pub fn find<P: Packet, F: Family>(
     FOUND == unsafe { bpf_fib_lookup(packet.context(), &raw mut *route, SIZE, 0) }
 }
 
-/// Sends a packet on its way that was translated for `reason`. Returns whether it
-/// could; if not, the stack has to.
+/// Finds the way of a packet that comes in here, and leaves it in [`opening`].
+/// Whether it can be taken; if not, the stack has to see.
 #[inline(never)]
-pub fn forward<P: Packet, F: Family>(packet: &P, reason: Reason) -> bool {
+pub fn look_up<P: Packet, F: Family>(packet: &P) -> bool {
     let Some(work) = opening::<F>() else {
         return false;
     };
     let Some(addresses) = packet.read(L3 + F::ADDRESSES) else {
         return false;
     };
-    let here = packet.ifindex();
-    if !find::<P, F>(packet, &mut work.route, &addresses, 0, here) {
+    if !find::<P, F>(packet, &mut work.route, &addresses, 0, packet.ifindex()) {
         return false;
     }
+    // XDP can send to a pod's device only what its driver takes in bulk, and a
+    // veth often does not.
+    !P::LEAVES_RARE_TO_TC || device_flags(work.route.ifindex) & DEVICE_POD == 0
+}
+
+/// Sends a packet, translated for `reason`, on the way that [`look_up`] has
+/// found; [`Way::On`] if it cannot.
+#[inline(never)]
+pub fn send<P: Packet, F: Family>(packet: &P, reason: Reason) -> Way {
+    let Some(work) = opening::<F>() else {
+        return Way::On;
+    };
     let macs = macs(&work.route);
     if F::count_hop(packet).is_err() || packet.write(0, macs).is_err() {
-        return false;
+        return Way::On;
     }
     let there = work.route.ifindex;
     // Past the egress hook of the pod's device: only what that one would not
     // have to translate.
-    let last_hook = matches!(reason, Reason::Forward | Reason::NewFlow) && there != here;
-    let flags = device(there).map_or(0, |device| device.flags);
-    if last_hook && flags & DEVICE_PEER != 0 {
+    let last_hook =
+        matches!(reason, Reason::Forward | Reason::NewFlow) && there != packet.ifindex();
+    if last_hook && device_flags(there) & DEVICE_PEER != 0 {
         packet.hand_over(there)
     } else {
         packet.send_out(there)
     }
+}
+
+#[inline(always)]
+fn device_flags(ifindex: u32) -> u32 {
+    device(ifindex).map_or(0, |device| device.flags)
 }
 
 /// Destination and source as an Ethernet header has them, in words: of bytes the

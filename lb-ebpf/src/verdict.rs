@@ -4,7 +4,7 @@
 use aya_ebpf::{
     bindings::{
         TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC,
-        xdp_action::{XDP_DROP, XDP_PASS},
+        xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     },
     helpers::bpf_set_retval,
 };
@@ -13,7 +13,10 @@ use lb_common::{
     reason::{Effect, counter_index},
 };
 
-use crate::{edge::Outcome, maps, socket};
+use crate::{
+    edge::{Outcome, Way},
+    maps, socket,
+};
 
 /// Counts the reason.
 #[inline(always)]
@@ -28,9 +31,11 @@ fn settle(hook: Hook, reason: Reason) -> Effect {
 
 #[inline(always)]
 pub fn xdp(outcome: Outcome) -> u32 {
-    match settle(Hook::Xdp, outcome.reason) {
-        Effect::Pass | Effect::Translate => XDP_PASS,
-        Effect::Refuse | Effect::Keep | Effect::Answer => XDP_DROP,
+    match (settle(Hook::Xdp, outcome.reason), outcome.way) {
+        (_, Way::Back) => XDP_TX,
+        (_, Way::Elsewhere) => XDP_REDIRECT,
+        (Effect::Pass | Effect::Translate, Way::On) => XDP_PASS,
+        (Effect::Refuse | Effect::Keep | Effect::Answer, Way::On) => XDP_DROP,
     }
 }
 
@@ -38,10 +43,10 @@ pub fn xdp(outcome: Outcome) -> u32 {
 /// device run after this one.
 #[inline(always)]
 pub fn tc(hook: Hook, outcome: Outcome) -> i32 {
-    match settle(hook, outcome.reason) {
-        _ if outcome.redirected => TC_ACT_REDIRECT,
-        Effect::Pass | Effect::Translate => TC_ACT_UNSPEC,
-        Effect::Refuse | Effect::Keep | Effect::Answer => TC_ACT_SHOT,
+    match (settle(hook, outcome.reason), outcome.way) {
+        (_, Way::Back | Way::Elsewhere) => TC_ACT_REDIRECT,
+        (Effect::Pass | Effect::Translate, Way::On) => TC_ACT_UNSPEC,
+        (Effect::Refuse | Effect::Keep | Effect::Answer, Way::On) => TC_ACT_SHOT,
     }
 }
 

@@ -40,6 +40,7 @@ pub const TC_DROP: u32 = 2;
 pub const TC_REDIRECT: u32 = 7;
 pub const XDP_PASS: u32 = 2;
 pub const XDP_DROP: u32 = 1;
+pub const XDP_REDIRECT: u32 = 4;
 
 /// The node's own addresses, as sources of what is masqueraded.
 pub const NODE4: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);

@@ -1,0 +1,213 @@
+//! `--routing bypass`: what the route lookup knows goes straight to the next
+//! hop's device.
+
+use std::{process::Command, thread};
+
+use lb_common::{
+    Hook, Reason,
+    node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, Device},
+};
+use lb_tests::{
+    packet::{Packet, read},
+    program::{Backend, Datapath, NODE4, NODE6, TC_GO_ON, TC_REDIRECT, XDP_PASS, XDP_REDIRECT},
+};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::world::{World, local, worlds};
+
+/// Runs in a network namespace whose loopback device, where test runs come in,
+/// forwards: to the backends by a device `out0` whose neighbours are known, and
+/// to the client by `in0` whose neighbour is not.
+fn in_a_router(body: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
+        ip("link set lo up");
+        for name in ["out0", "in0"] {
+            ip(&format!("link add {name} type veth peer name {name}-peer"));
+            ip(&format!("link set {name} address 02:00:00:00:01:01 up"));
+            ip(&format!("link set {name}-peer up"));
+        }
+        for (network, neighbour) in [
+            ("10.244.0.0/24", "10.244.0.5"),
+            ("fd00:10:244::/64", "fd00:10:244::5"),
+        ] {
+            ip(&format!("route add {network} dev out0"));
+            ip(&format!(
+                "neigh add {neighbour} lladdr 02:00:00:00:02:02 dev out0 nud permanent"
+            ));
+        }
+        ip("route add 192.168.50.0/24 dev in0");
+        ip("route add fd00:50::/64 dev in0");
+        for path in [
+            "ipv4/conf/all",
+            "ipv4/conf/lo",
+            "ipv6/conf/all",
+            "ipv6/conf/lo",
+        ] {
+            let path = format!("/proc/sys/net/{path}/forwarding");
+            std::fs::write(path, "1").expect("a sysctl of this namespace");
+        }
+        body();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .status()
+        .expect("iproute2 is installed");
+    assert!(status.success(), "ip {arguments}: {status}");
+}
+
+fn serve(world: &World) -> Datapath {
+    let mut datapath = world.serve_one();
+    let config = Config {
+        flags: CONFIG_BYPASS,
+        ..datapath.config()
+    };
+    datapath.configure(&config);
+    datapath
+}
+
+/// Where time to live or hop limit stands.
+fn hops(world: &World, frame: &[u8]) -> u8 {
+    frame[if world.client.is_ipv4() { 22 } else { 21 }]
+}
+
+#[test]
+fn packets_go_on_with_the_next_hops_address_and_one_hop_less() {
+    in_a_router(|| {
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            for reason in [Reason::NewFlow, Reason::Forward] {
+                let packet = world.first(world.frontend);
+                let outcome = datapath.run(Hook::TcIngress, &packet.bytes());
+                assert_eq!((outcome.reason, outcome.action), (reason, TC_REDIRECT));
+                let seen = read(&outcome.frame);
+                assert_eq!((seen.src, seen.dst), (world.client, world.backend));
+                assert_eq!(outcome.frame[..6], [2, 0, 0, 0, 2, 2]);
+                assert_eq!(outcome.frame[6..12], [2, 0, 0, 0, 1, 1]);
+                assert_eq!(hops(&world, &outcome.frame), 63);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_pods_end_of_a_device_is_handed_the_packet() {
+    in_a_router(|| {
+        let index = nix::net::if_::if_nametoindex("out0").expect("made above");
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            let flags = DEVICE_POD | DEVICE_PEER;
+            let device = Device {
+                flags,
+                ..Device::default()
+            };
+            datapath.set_device(index, device);
+            let outcome = datapath.run(Hook::TcIngress, &world.first(world.frontend).bytes());
+            assert_eq!(outcome.action, TC_REDIRECT);
+        }
+    });
+}
+
+#[test]
+fn what_the_route_lookup_does_not_know_goes_up_the_stack() {
+    in_a_router(|| {
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            // The last hop: a router has to answer.
+            let mut last = world.first(world.frontend).bytes();
+            let at = if world.client.is_ipv4() { 22 } else { 21 };
+            last[at] = 1;
+            if world.client.is_ipv4() {
+                // The header's checksum, for 63 less in the high byte of a word.
+                let sum = u32::from(u16::from_be_bytes([last[24], last[25]])) + 0x3f00;
+                let sum = (sum & 0xffff) + (sum >> 16);
+                last[24..26].copy_from_slice(&(sum as u16).to_be_bytes());
+            }
+            let outcome = datapath.run(Hook::TcIngress, &last);
+            assert_eq!(outcome.action, TC_GO_ON, "{world:?}");
+            assert_eq!(read(&outcome.frame).dst, world.backend);
+            assert_eq!(hops(&world, &outcome.frame), 1);
+            // The client's neighbour is not known.
+            let answer = world.answer(world.backend).bytes();
+            let outcome = datapath.run(Hook::TcIngress, &answer);
+            assert_eq!((outcome.action, outcome.frame), (TC_GO_ON, answer));
+            // No route.
+            datapath.serve(
+                world.protocol,
+                world.other_frontend,
+                &[local(world.stranger)],
+            );
+            let packet = Packet::first(world.protocol, world.client, world.other_frontend);
+            let outcome = datapath.run(Hook::TcIngress, &packet.bytes());
+            assert_eq!(outcome.action, TC_GO_ON);
+            assert_eq!(hops(&world, &outcome.frame), 64);
+        }
+    });
+}
+
+/// At XDP no egress hook comes behind, so both translations are made at once.
+#[test]
+fn xdp_sends_to_a_remote_backend_and_back_by_itself() {
+    in_a_router(|| {
+        ip("neigh add 192.168.50.2 lladdr 02:00:00:00:03:03 dev in0 nud permanent");
+        ip("neigh add fd00:50::2 lladdr 02:00:00:00:03:03 dev in0 nud permanent");
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            let remote = Backend {
+                addr: world.backend,
+                local: false,
+            };
+            datapath.serve(world.protocol, world.frontend, &[remote]);
+            let packet = world.first(world.frontend);
+            let outcome = datapath.run(Hook::Xdp, &packet.bytes());
+            let what = (outcome.reason, outcome.action);
+            assert_eq!(what, (Reason::NewMasqueradedFlow, XDP_REDIRECT));
+            let sent = read(&outcome.frame);
+            let node = if world.client.is_ipv4() {
+                NODE4.into()
+            } else {
+                NODE6.into()
+            };
+            assert_eq!((sent.src.ip(), sent.dst), (node, world.backend));
+            assert_eq!(outcome.frame[..6], [2, 0, 0, 0, 2, 2]);
+            assert_eq!(hops(&world, &outcome.frame), 63);
+
+            let mut answer = world.answer(world.backend);
+            answer.dst = sent.src;
+            let outcome = datapath.run(Hook::Xdp, &answer.bytes());
+            let what = (outcome.reason, outcome.action);
+            assert_eq!(what, (Reason::Unmasqueraded, XDP_REDIRECT));
+            let seen = read(&outcome.frame);
+            assert_eq!((seen.src, seen.dst), (world.frontend, world.client));
+            assert_eq!(outcome.frame[..6], [2, 0, 0, 0, 3, 3]);
+        }
+    });
+}
+
+#[test]
+fn xdp_leaves_pods_to_the_stack() {
+    in_a_router(|| {
+        let index = nix::net::if_::if_nametoindex("out0").expect("made above");
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            let device = Device {
+                flags: DEVICE_POD,
+                ..Device::default()
+            };
+            datapath.set_device(index, device);
+            let outcome = datapath.run(Hook::Xdp, &world.first(world.frontend).bytes());
+            assert_eq!(
+                (outcome.reason, outcome.action),
+                (Reason::NewFlow, XDP_PASS)
+            );
+            assert_eq!(read(&outcome.frame).dst, world.backend);
+            assert_eq!(hops(&world, &outcome.frame), 64);
+        }
+    });
+}
