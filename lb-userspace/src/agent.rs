@@ -28,7 +28,7 @@ use crate::{
         attach::{Hooks, TcMode},
         cgroup,
         features::Features,
-        kernel::{Counters, KernelMaps},
+        kernel::{Counters, DeviceTable, KernelMaps},
         load::{load_maps, load_programs, prepare_pins, require_object},
         pins::{Lock, Pins},
     },
@@ -70,6 +70,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
 
     let edge = edge::follow(
         hooks,
+        DeviceTable::open(&pins)?,
         watcher,
         edge::Reports {
             addresses,
@@ -109,6 +110,8 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     )?;
     maps.set_config(&Config {
         timeouts: State::TIMEOUTS,
+        first_port: 50_000,
+        port_count: 15_536,
         ..Config::default()
     })?;
     let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];

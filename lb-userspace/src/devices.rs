@@ -7,6 +7,10 @@ use std::{
 };
 
 use ipnet::IpNet;
+use lb_common::{
+    Addr4, Addr6,
+    node::{DEVICE_PEER, DEVICE_POD, Device as Entry},
+};
 use wildmatch::WildMatch;
 
 use crate::{
@@ -31,6 +35,8 @@ const IPVS_DEVICE: &str = "kube-ipvs0";
 pub enum Role {
     /// Towards other nodes and the outside.
     Uplink,
+    /// A tunnel towards other nodes; like an uplink, but without XDP.
+    Overlay,
     /// Host side of a pod's link.
     Pod,
 }
@@ -39,6 +45,7 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Uplink => "uplink",
+            Self::Overlay => "overlay",
             Self::Pod => "pod",
         })
     }
@@ -72,23 +79,32 @@ impl Rules {
     }
 
     /// The devices that belong to the node's edge, by index. A device that is
-    /// both is an uplink, which has more hooks.
-    pub fn select(&self, links: &[Link], default_routes: &BTreeSet<u32>) -> BTreeMap<u32, Device> {
+    /// uplink and pod device is an uplink, which has more hooks.
+    ///
+    /// Without rules of the user's, uplinks are the devices with a default route
+    /// and all hardware that has an address: other nodes may be reached by any.
+    /// Tunnels with Ethernet headers are edges in any case.
+    pub fn select(&self, node: &Listing) -> BTreeMap<u32, Device> {
         let role = |link: &Link| {
             let uplink = if self.uplinks.is_empty() {
-                default_routes.contains(&link.index)
+                node.default_routes.contains(&link.index)
+                    || link.kind.is_none() && node.has_address(link.index)
             } else {
                 matches_any(&self.uplinks, &link.name)
             };
             if uplink {
                 Some(Role::Uplink)
+            } else if matches_any(&self.pods, &link.name) {
+                Some(Role::Pod)
             } else {
-                matches_any(&self.pods, &link.name).then_some(Role::Pod)
+                is_overlay(link).then_some(Role::Overlay)
             }
         };
-        let edges = links
+        // The programs look for an IP header behind an Ethernet header.
+        let edges = node
+            .links
             .iter()
-            .filter(|link| !link.loopback)
+            .filter(|link| !link.loopback && link.ethernet)
             .filter_map(|link| {
                 let device = Device {
                     name: link.name.clone(),
@@ -100,13 +116,14 @@ impl Rules {
     }
 
     /// The addresses on which `NodePort`s answer.
-    pub fn node_addresses(&self, links: &[Link], addresses: &[Address]) -> BTreeSet<IpAddr> {
-        let foreign: BTreeSet<u32> = links
+    pub fn node_addresses(&self, node: &Listing) -> BTreeSet<IpAddr> {
+        let foreign: BTreeSet<u32> = node
+            .links
             .iter()
             .filter(|link| link.loopback || link.name == IPVS_DEVICE)
             .map(|link| link.index)
             .collect();
-        let usable = addresses.iter().filter(|address| {
+        let usable = node.addresses.iter().filter(|address| {
             address.global && is_in_use(address.flags) && !foreign.contains(&address.device)
         });
         usable
@@ -132,11 +149,105 @@ const fn is_in_use(flags: u32) -> bool {
     !unconfirmed && flags & (libc::IFA_F_DADFAILED | libc::IFA_F_DEPRECATED) == 0
 }
 
+/// Kinds of tunnels whose inner frames have Ethernet headers.
+const OVERLAYS: [&str; 4] = ["vxlan", "geneve", "gretap", "ip6gretap"];
+/// Kinds of devices that are one end of a pair.
+const PAIRS: [&str; 2] = ["veth", "netkit"];
+
+fn is_one_of(link: &Link, kinds: &[&str]) -> bool {
+    let kind = link.kind.as_deref();
+    kind.is_some_and(|kind| kinds.contains(&kind))
+}
+
+fn is_overlay(link: &Link) -> bool {
+    is_one_of(link, &OVERLAYS)
+}
+
+/// What there is on the node.
+#[derive(Debug, Default)]
+pub struct Listing {
+    pub links: Vec<Link>,
+    pub addresses: Vec<Address>,
+    /// The devices that carry a default route, or did since the start.
+    pub default_routes: BTreeSet<u32>,
+}
+
+impl Listing {
+    fn has_address(&self, device: u32) -> bool {
+        let mut addresses = self.addresses.iter();
+        addresses.any(|address| address.device == device && address.global)
+    }
+
+    /// What the programs are to know of the devices, by index; 0 is the node,
+    /// which has the addresses of its uplinks.
+    pub fn device_table(&self, edges: &BTreeMap<u32, Device>) -> BTreeMap<u32, Entry> {
+        let mut table = BTreeMap::new();
+        for link in self.links.iter().filter(|link| !link.loopback) {
+            let is_pod = edges
+                .get(&link.index)
+                .is_some_and(|device| device.role == Role::Pod);
+            let mut entry = self.sources(|device| device == link.index);
+            if is_pod {
+                entry.flags |= DEVICE_POD;
+                if is_one_of(link, &PAIRS) {
+                    entry.flags |= DEVICE_PEER;
+                }
+            }
+            if entry != Entry::default() {
+                table.insert(link.index, entry);
+            }
+        }
+        let is_uplink = |device: u32| {
+            let edge = edges.get(&device);
+            edge.is_some_and(|device| device.role == Role::Uplink)
+        };
+        let mut node = self.sources(|device| self.default_routes.contains(&device));
+        node = first_of(&node, &self.sources(is_uplink));
+        node = first_of(&node, &self.sources(|_| true));
+        table.insert(0, node);
+        table
+    }
+
+    /// The first address of each family that some devices have for packets of
+    /// the node's own.
+    fn sources(&self, of: impl Fn(u32) -> bool) -> Entry {
+        let mut entry = Entry::default();
+        let usable = self.addresses.iter().filter(|address| {
+            address.global
+                && is_in_use(address.flags)
+                && address.flags & libc::IFA_F_SECONDARY == 0
+                && of(address.device)
+        });
+        for address in usable {
+            match address.addr {
+                IpAddr::V4(addr) if entry.addr4 == Addr4::default() => entry.addr4 = addr.into(),
+                IpAddr::V6(addr) if entry.addr6 == Addr6::default() => entry.addr6 = addr.into(),
+                _ => {}
+            }
+        }
+        entry
+    }
+}
+
+/// The addresses of `one`, and where it has none those of `other`.
+fn first_of(one: &Entry, other: &Entry) -> Entry {
+    let mut entry = *one;
+    if entry.addr4 == Addr4::default() {
+        entry.addr4 = other.addr4;
+    }
+    if entry.addr6 == Addr6::default() {
+        entry.addr6 = other.addr6;
+    }
+    entry
+}
+
 /// The node's edge at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Edge {
     /// By index of the device.
     pub devices: BTreeMap<u32, Device>,
+    /// What the programs are to know of devices.
+    pub table: BTreeMap<u32, Entry>,
     /// On which `NodePort`s answer.
     pub addresses: BTreeSet<IpAddr>,
 }
@@ -147,10 +258,7 @@ pub struct Watcher {
     rules: Rules,
     netlink: Netlink,
     monitor: Monitor,
-    links: Vec<Link>,
-    addresses: Vec<Address>,
-    /// The devices that carry a default route, or did since the start.
-    default_routes: BTreeSet<u32>,
+    node: Listing,
 }
 
 impl Watcher {
@@ -160,9 +268,11 @@ impl Watcher {
         let monitor = Monitor::open()?;
         let netlink = Netlink::open()?;
         Ok(Self {
-            links: netlink.links()?,
-            addresses: netlink.addresses()?,
-            default_routes: netlink.default_routes()?,
+            node: Listing {
+                links: netlink.links()?,
+                addresses: netlink.addresses()?,
+                default_routes: netlink.default_routes()?,
+            },
             rules,
             netlink,
             monitor,
@@ -171,9 +281,11 @@ impl Watcher {
 
     /// The edge as it was last listed.
     pub fn edge(&self) -> Edge {
+        let devices = self.rules.select(&self.node);
         Edge {
-            devices: self.rules.select(&self.links, &self.default_routes),
-            addresses: self.rules.node_addresses(&self.links, &self.addresses),
+            table: self.node.device_table(&devices),
+            devices,
+            addresses: self.rules.node_addresses(&self.node),
         }
     }
 
@@ -188,17 +300,18 @@ impl Watcher {
 
     fn list(&mut self, changes: Changes) -> io::Result<()> {
         if changes.links {
-            self.links = self.netlink.links()?;
+            self.node.links = self.netlink.links()?;
         }
         // The kernel does not announce every address that goes with a device.
         if changes.links || changes.addresses {
-            self.addresses = self.netlink.addresses()?;
+            self.node.addresses = self.netlink.addresses()?;
         }
         if changes.default_routes {
             // A device stays an uplink when its default route goes: routes flap,
             // and without its programs the node would answer the packets of
             // living connections with resets.
-            self.default_routes.extend(self.netlink.default_routes()?);
+            let routes = self.netlink.default_routes()?;
+            self.node.default_routes.extend(routes);
         }
         Ok(())
     }
@@ -227,9 +340,28 @@ mod tests {
             index: index as u32 + 1,
             name: (*name).to_owned(),
             loopback: *name == "lo",
+            ethernet: *name != "lo",
+            kind: Some("dummy".to_owned()),
             xdp: None,
         };
         names.iter().enumerate().map(link).collect()
+    }
+
+    fn node(names: &[&str], default_routes: &[u32]) -> Listing {
+        Listing {
+            links: links(names),
+            addresses: Vec::new(),
+            default_routes: default_routes.iter().copied().collect(),
+        }
+    }
+
+    fn address(device: u32, addr: &str, global: bool, flags: u32) -> Address {
+        Address {
+            device,
+            addr: addr.parse().expect("address"),
+            global,
+            flags,
+        }
     }
 
     fn roles(devices: &BTreeMap<u32, Device>) -> Vec<(&str, Role)> {
@@ -243,7 +375,7 @@ mod tests {
 
     #[test]
     fn the_default_route_marks_the_uplink() {
-        let devices = rules(&[], &[]).select(&links(&NODE), &BTreeSet::from([1, 2]));
+        let devices = rules(&[], &[]).select(&node(&NODE, &[1, 2]));
         assert_eq!(
             roles(&devices),
             [
@@ -256,7 +388,7 @@ mod tests {
 
     #[test]
     fn named_uplinks_take_the_place_of_the_default_route() {
-        let devices = rules(&["eth?.*", "veth3*"], &[]).select(&links(&NODE), &BTreeSet::from([2]));
+        let devices = rules(&["eth?.*", "veth3*"], &[]).select(&node(&NODE, &[2]));
         assert_eq!(
             roles(&devices),
             [
@@ -269,20 +401,14 @@ mod tests {
 
     #[test]
     fn the_loopback_device_is_no_edge_whatever_matches() {
-        let devices = rules(&["*"], &[]).select(&links(&["lo", "eth0"]), &BTreeSet::new());
+        let devices = rules(&["*"], &[]).select(&node(&["lo", "eth0"], &[]));
         assert_eq!(roles(&devices), [("eth0", Role::Uplink)]);
     }
 
     #[test]
     fn node_addresses_are_the_ones_that_answer() {
-        let links = links(&["lo", "eth0", IPVS_DEVICE]);
-        let address = |device, addr: &str, global, flags| Address {
-            device,
-            addr: addr.parse().expect("address"),
-            global,
-            flags,
-        };
-        let addresses = [
+        let mut node = node(&["lo", "eth0", IPVS_DEVICE], &[]);
+        node.addresses = vec![
             address(1, "10.1.1.1", true, 0),
             address(2, "192.0.2.1", true, 0),
             address(2, "2001:db8::1", true, libc::IFA_F_PERMANENT),
@@ -304,7 +430,7 @@ mod tests {
             address(3, "10.96.0.1", true, 0),
         ];
         let node_addresses = |networks: &[&str]| -> Vec<String> {
-            let found = rules(&[], networks).node_addresses(&links, &addresses);
+            let found = rules(&[], networks).node_addresses(&node);
             found.iter().map(ToString::to_string).collect()
         };
         assert_eq!(
@@ -313,5 +439,59 @@ mod tests {
         );
         assert_eq!(node_addresses(&["192.0.2.0/24"]), ["192.0.2.1"]);
         assert_eq!(node_addresses(&["10.0.0.0/8"]), [""; 0]);
+    }
+
+    #[test]
+    fn hardware_with_an_address_and_tunnels_are_edges_without_a_rule() {
+        let mut node = node(&["lo", "eth0", "eth1", "eth2", "flannel.1", "wg0"], &[2]);
+        let kinds = [None, None, None, None, Some("vxlan"), Some("wireguard")];
+        for (link, kind) in node.links.iter_mut().zip(kinds) {
+            link.kind = kind.map(str::to_owned);
+            link.ethernet = !matches!(link.name.as_str(), "lo" | "wg0");
+        }
+        node.addresses = vec![
+            address(3, "10.1.0.1", true, 0),
+            address(4, "fe80::1", false, 0),
+            address(6, "10.2.0.1", true, 0),
+        ];
+        let devices = rules(&[], &[]).select(&node);
+        let expected = [
+            ("eth0", Role::Uplink),
+            ("eth1", Role::Uplink),
+            ("flannel.1", Role::Overlay),
+        ];
+        assert_eq!(roles(&devices), expected);
+        // Who names uplinks means these.
+        let devices = rules(&["eth2"], &[]).select(&node);
+        let expected = [("eth2", Role::Uplink), ("flannel.1", Role::Overlay)];
+        assert_eq!(roles(&devices), expected);
+    }
+
+    #[test]
+    fn the_table_has_sources_and_what_is_behind_a_device() {
+        let mut node = node(&["lo", "eth0", "eth1", "veth1", "cali2"], &[3]);
+        node.links[3].kind = Some("veth".to_owned());
+        node.addresses = vec![
+            address(1, "127.0.0.1", false, 0),
+            address(2, "10.1.0.1", true, 0),
+            address(2, "2001:db8::1", true, 0),
+            address(3, "10.2.0.9", true, libc::IFA_F_SECONDARY),
+            address(3, "10.2.0.1", true, 0),
+        ];
+        let devices = rules(&["eth*"], &[]).select(&node);
+        let table = node.device_table(&devices);
+        let entry = |addr4: [u8; 4], addr6: &str, flags| Entry {
+            addr4: Addr4 { octets: addr4 },
+            addr6: addr6.parse::<std::net::Ipv6Addr>().expect("IPv6").into(),
+            flags,
+        };
+        let expected = BTreeMap::from([
+            (0, entry([10, 2, 0, 1], "2001:db8::1", 0)),
+            (2, entry([10, 1, 0, 1], "2001:db8::1", 0)),
+            (3, entry([10, 2, 0, 1], "::", 0)),
+            (4, entry([0; 4], "::", DEVICE_POD | DEVICE_PEER)),
+            (5, entry([0; 4], "::", DEVICE_POD)),
+        ]);
+        assert_eq!(table, expected);
     }
 }

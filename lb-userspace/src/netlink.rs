@@ -26,6 +26,10 @@ pub struct Link {
     pub index: u32,
     pub name: String,
     pub loopback: bool,
+    /// Its frames have Ethernet headers.
+    pub ethernet: bool,
+    /// What makes it: `veth`, `vxlan`, `bond` and so on; `None` for hardware.
+    pub kind: Option<String>,
     /// The XDP program on the device, if there is one.
     pub xdp: Option<Xdp>,
 }
@@ -413,16 +417,27 @@ fn parse_link(message: &[u8]) -> Option<Link> {
         index: word(message, 4)?,
         name: String::new(),
         loopback: word(message, 8)? & libc::IFF_LOOPBACK as u32 != 0,
+        ethernet: message.get(2..4)? == libc::ARPHRD_ETHER.to_ne_bytes(),
+        kind: None,
         xdp: None,
     };
     for attribute in attributes(message, 16) {
         match attribute.kind() {
             libc::IFLA_IFNAME => link.name = text(attribute.value()),
+            libc::IFLA_LINKINFO => link.kind = parse_kind(attribute.value()),
             libc::IFLA_XDP => link.xdp = parse_xdp(attribute.value()),
             _ => {}
         }
     }
     (!link.name.is_empty()).then_some(link)
+}
+
+/// `IFLA_INFO_KIND` of a device's `IFLA_LINKINFO`.
+fn parse_kind(value: &[u8]) -> Option<String> {
+    const IFLA_INFO_KIND: u16 = 1;
+    let mut attributes = attributes(value, 0);
+    let kind = attributes.find(|attribute| attribute.kind() == IFLA_INFO_KIND)?;
+    Some(text(kind.value()))
 }
 
 fn parse_xdp(value: &[u8]) -> Option<Xdp> {

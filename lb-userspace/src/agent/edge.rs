@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::backoff::Backoff;
 use crate::{
-    datapath::attach::Hooks,
+    datapath::{attach::Hooks, kernel::DeviceTable},
     devices::{Device, Role, Watcher},
     errors::Chain,
     netlink::Changes,
@@ -29,6 +29,7 @@ pub(super) struct Reports {
 /// Runs until netlink fails.
 pub(super) async fn follow(
     mut hooks: Hooks,
+    mut table: DeviceTable,
     mut watcher: Watcher,
     reports: Reports,
 ) -> anyhow::Result<()> {
@@ -42,11 +43,16 @@ pub(super) async fn follow(
             *addresses = edge.addresses;
             changed
         });
+        // Before the programs: they look at it when a flow begins.
+        let written = table.write(&edge.table);
+        if let Err(error) = &written {
+            warn!(error = %Chain(error), "the programs do not know all devices; trying again");
+        }
         let failures = hooks.apply(&edge.devices);
         for failure in &failures {
             warn!(error = %Chain(failure), "a program is not attached; trying again");
         }
-        let changes = if failures.is_empty() {
+        let changes = if failures.is_empty() && written.is_ok() {
             backoff.reset();
             reports.attached.send_replace(true);
             watcher.changed().await

@@ -25,7 +25,7 @@ use tracing::{debug, info, warn};
 use super::{
     cgroup::Cgroup,
     clsact::{self, Owner},
-    pins::{DeviceHook, LinkPin, Mark, Pins},
+    pins::{DeviceHook, LinkPin, Mark, Pins, ROLE_MARKS},
     sys::{self, Target},
 };
 use crate::{
@@ -221,18 +221,20 @@ impl Hooks {
             .map_err(failed(names::TC_INGRESS))?;
         let xdp = match device.role {
             Role::Uplink => self.attach_xdp(index, &device.name),
-            Role::Pod => self.detach_xdp(index),
+            Role::Overlay | Role::Pod => self.detach_xdp(index),
         };
         xdp.map_err(failed(names::XDP))
     }
 
     fn mark_role(&self, index: u32, role: Role) -> Result<(), Cause> {
-        let (mark, other) = match role {
-            Role::Uplink => (Mark::Uplink, Mark::Pod),
-            Role::Pod => (Mark::Pod, Mark::Uplink),
-        };
-        self.pins.mark(index, mark)?;
-        Ok(self.pins.unmark(index, other)?)
+        for (other, mark) in ROLE_MARKS {
+            if other == role {
+                self.pins.mark(index, mark)?;
+            } else {
+                self.pins.unmark(index, mark)?;
+            }
+        }
+        Ok(())
     }
 
     fn attach_tcx(&mut self, side: Side, index: u32, device: &str) -> Result<(), Cause> {

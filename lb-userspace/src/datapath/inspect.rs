@@ -6,7 +6,7 @@ use lb_common::names;
 
 use super::{
     clsact::Owner,
-    pins::{DeviceHook, LinkPin, Mark, Pins},
+    pins::{DeviceHook, LinkPin, Pins, ROLE_MARKS},
     sys::{self, Target},
 };
 use crate::{
@@ -35,9 +35,9 @@ pub fn devices(pins: &Pins) -> io::Result<Vec<DeviceHooks>> {
     let marks = pins.marks()?;
     let devices = pins.devices()?.into_iter().map(|index| {
         let link = links.iter().find(|link| link.index == index);
-        let role = [(Mark::Uplink, Role::Uplink), (Mark::Pod, Role::Pod)]
+        let role = ROLE_MARKS
             .into_iter()
-            .find_map(|(mark, role)| marks.contains(&(index, mark)).then_some(role));
+            .find_map(|(role, mark)| marks.contains(&(index, mark)).then_some(role));
         let filters = owner.filters(&netlink, index)?;
         let tc = |hook| {
             let filter = filters.iter().any(|(side, _)| side.hook() == hook);

@@ -16,7 +16,7 @@ use lb_common::{
     Addr4, Addr6, Address, Hook, Port, Reason,
     flow::{FORWARD, FlowEntry, State, Timeouts, Tuple},
     names,
-    node::Config,
+    node::{Config, Device},
     reason::counter_index,
     service::{SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot, is_living},
     socket::{SOCKET_REVERSE, SocketEntry, SocketKey},
@@ -471,6 +471,34 @@ impl KernelMaps {
 fn monotonic_seconds() -> u32 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
     now.map_or(0, |now| now.tv_sec().cast_unsigned() as u32)
+}
+
+/// What the programs know of devices; by itself, since the task that follows the
+/// devices owns it.
+pub struct DeviceTable {
+    entries: Hash<u32, Device>,
+}
+
+impl DeviceTable {
+    pub fn open(pins: &Pins) -> Result<Self, LoadError> {
+        Ok(Self {
+            entries: Hash::open(pins, names::DEVICES)?,
+        })
+    }
+
+    /// Makes the table this one, by the fewest writes.
+    pub fn write(&mut self, wanted: &BTreeMap<u32, Device>) -> Result<(), MapError> {
+        let there: BTreeMap<u32, Device> = self.entries.read_all()?.into_iter().collect();
+        for (index, device) in wanted {
+            if there.get(index) != Some(device) {
+                self.entries.put(index, device)?;
+            }
+        }
+        for index in there.keys().filter(|index| !wanted.contains_key(index)) {
+            self.entries.delete(index)?;
+        }
+        Ok(())
+    }
 }
 
 /// The counters of one pin folder; by themselves, since the metrics read them

@@ -26,6 +26,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tracing::debug;
 
 use super::sys;
+use crate::devices::Role;
 
 /// The pin folder of this layout.
 #[derive(Clone, Debug)]
@@ -55,11 +56,20 @@ pub enum DeviceHook {
 pub enum Mark {
     /// klb treats it as an uplink.
     Uplink,
+    /// klb treats it as a tunnel to other nodes.
+    Overlay,
     /// klb treats it as the host side of a pod's link.
     Pod,
     /// klb put the `clsact` qdisc there, and so may remove it.
     Clsact,
 }
+
+/// The mark of each role.
+pub(super) const ROLE_MARKS: [(Role, Mark); 3] = [
+    (Role::Uplink, Mark::Uplink),
+    (Role::Overlay, Mark::Overlay),
+    (Role::Pod, Mark::Pod),
+];
 
 impl DeviceHook {
     pub const ALL: [Self; 3] = [Self::Xdp, Self::TcIngress, Self::TcEgress];
@@ -75,11 +85,12 @@ impl DeviceHook {
 }
 
 impl Mark {
-    const ALL: [Self; 3] = [Self::Uplink, Self::Pod, Self::Clsact];
+    const ALL: [Self; 4] = [Self::Uplink, Self::Overlay, Self::Pod, Self::Clsact];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Uplink => "uplink",
+            Self::Overlay => "overlay",
             Self::Pod => "pod",
             Self::Clsact => "clsact",
         }

@@ -1,8 +1,10 @@
 //! Real sockets and real devices: what crosses hooks, namespaces and stacks.
 
+mod bypass;
 mod combinations;
 mod devices;
 mod kit;
+mod masquerade;
 mod ports;
 mod reveal;
 mod strangers;

@@ -405,7 +405,7 @@ fn a_flood_of_syns_does_not_wash_out_established_connections() {
     for world in tcp_worlds() {
         let mut connection = Connection::established(world);
         let datapath = &mut connection.datapath;
-        for n in 0..5000_u16 {
+        for n in 0..2500_u16 {
             let forged = SocketAddr::new(world.stranger.ip(), 1024 + n);
             let syn = Packet::tcp(forged, world.frontend, flags::SYN).numbers(u32::from(n), 0);
             let entered = datapath.run(Hook::TcIngress, &syn.bytes());

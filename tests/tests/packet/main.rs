@@ -5,7 +5,6 @@
 //! is read by a reader that verifies every checksum in full.
 
 mod budget;
-mod bypass;
 mod headers;
 mod icmp;
 mod lifecycle;

@@ -1,19 +1,80 @@
 //! `--routing bypass`: what the route lookup knows goes straight to the next
 //! hop's device.
 
-use std::{process::Command, thread};
+use std::{net::SocketAddr, process::Command, thread};
 
 use lb_common::{
     Hook, Reason,
+    flow::{TCP, UDP},
     node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, Device},
 };
 use lb_tests::{
-    packet::{Packet, read},
+    packet::{Packet, flags, read},
     program::{Backend, Datapath, NODE4, NODE6, TC_GO_ON, TC_REDIRECT, XDP_PASS, XDP_REDIRECT},
 };
 use nix::sched::{CloneFlags, unshare};
 
-use crate::world::{World, local, worlds};
+/// The addresses of one family and one protocol, by role.
+#[derive(Clone, Copy, Debug)]
+struct World {
+    protocol: u8,
+    client: SocketAddr,
+    frontend: SocketAddr,
+    other_frontend: SocketAddr,
+    backend: SocketAddr,
+    stranger: SocketAddr,
+}
+
+fn worlds() -> Vec<World> {
+    let parse = |text: &str| text.parse().expect("an address");
+    let world =
+        |protocol, [client, frontend, other_frontend, backend, stranger]: [&str; 5]| World {
+            protocol,
+            client: parse(client),
+            frontend: parse(frontend),
+            other_frontend: parse(other_frontend),
+            backend: parse(backend),
+            stranger: parse(stranger),
+        };
+    let v4 = [
+        "192.168.50.2:40000",
+        "10.96.0.1:80",
+        "192.168.50.1:30080",
+        "10.244.0.5:3000",
+        "198.51.100.7:443",
+    ];
+    let v6 = [
+        "[fd00:50::2]:40000",
+        "[fd00:10:96::1]:80",
+        "[fd00:50::1]:30080",
+        "[fd00:10:244::5]:3000",
+        "[2001:db8::7]:443",
+    ];
+    [TCP, UDP]
+        .into_iter()
+        .flat_map(|protocol| [world(protocol, v4), world(protocol, v6)])
+        .collect()
+}
+
+impl World {
+    fn first(&self, to: SocketAddr) -> Packet {
+        Packet::first(self.protocol, self.client, to)
+    }
+
+    /// The backend's answer to [`Self::first`].
+    fn answer(&self) -> Packet {
+        if self.protocol == TCP {
+            let answer = flags::SYN | flags::ACK;
+            Packet::tcp(self.backend, self.client, answer).numbers(5000, 1001)
+        } else {
+            Packet::udp(self.backend, self.client)
+        }
+    }
+}
+
+const fn local(addr: SocketAddr) -> Backend {
+    Backend { addr, local: true }
+}
 
 /// Runs in a network namespace whose loopback device, where test runs come in,
 /// forwards: to the backends by a device `out0` whose neighbours are known, and
@@ -63,7 +124,8 @@ fn ip(arguments: &str) {
 }
 
 fn serve(world: &World) -> Datapath {
-    let mut datapath = world.serve_one();
+    let mut datapath = Datapath::new();
+    datapath.serve(world.protocol, world.frontend, &[local(world.backend)]);
     let config = Config {
         flags: CONFIG_BYPASS,
         ..datapath.config()
@@ -134,7 +196,7 @@ fn what_the_route_lookup_does_not_know_goes_up_the_stack() {
             assert_eq!(read(&outcome.frame).dst, world.backend);
             assert_eq!(hops(&world, &outcome.frame), 1);
             // The client's neighbour is not known.
-            let answer = world.answer(world.backend).bytes();
+            let answer = world.answer().bytes();
             let outcome = datapath.run(Hook::TcIngress, &answer);
             assert_eq!((outcome.action, outcome.frame), (TC_GO_ON, answer));
             // No route.
@@ -178,7 +240,7 @@ fn xdp_sends_to_a_remote_backend_and_back_by_itself() {
             assert_eq!(outcome.frame[..6], [2, 0, 0, 0, 2, 2]);
             assert_eq!(hops(&world, &outcome.frame), 63);
 
-            let mut answer = world.answer(world.backend);
+            let mut answer = world.answer();
             answer.dst = sent.src;
             let outcome = datapath.run(Hook::Xdp, &answer.bytes());
             let what = (outcome.reason, outcome.action);
