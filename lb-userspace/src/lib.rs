@@ -10,6 +10,7 @@ pub mod health;
 pub mod ids;
 pub mod index;
 pub mod k8s;
+pub mod maglev;
 pub mod metrics;
 pub mod model;
 pub mod netlink;
