@@ -7,11 +7,12 @@
 mod backoff;
 mod control;
 mod edge;
+mod settings;
 
 use std::{io, path::PathBuf};
 
 use anyhow::{Context as _, bail};
-use lb_common::{flow::State, names, node::Config};
+use lb_common::names;
 use sd_notify::NotifyState;
 use tokio::{
     runtime,
@@ -108,12 +109,8 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     let mut maps = KernelMaps::open(pins).context(
         "the maps that are pinned are not this klb's; `klb cleanup` makes way for new ones",
     )?;
-    maps.set_config(&Config {
-        timeouts: State::TIMEOUTS,
-        first_port: 50_000,
-        port_count: 15_536,
-        ..Config::default()
-    })?;
+    let config = settings::config(args, maps.config()?)?;
+    maps.set_config(&config)?;
     let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];
     if xdp != XdpChoice::Off {
         programs.push(names::XDP);

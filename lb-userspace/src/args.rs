@@ -1,10 +1,19 @@
 //! The command line: what is understood, its defaults, and what is refused.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
-use lb_common::names::size;
+use lb_common::{
+    flow::{State, Timeouts},
+    names::size,
+};
+
+use crate::{
+    maglev,
+    model::Algorithm,
+    plan::{Ping, Settings},
+};
 
 /// Service load balancer for Kubernetes, in eBPF.
 #[derive(Debug, Parser)]
@@ -57,9 +66,24 @@ pub struct AgentArgs {
     /// Where translated packets go: up the stack, through netfilter and policies
     #[arg(long, value_enum, default_value_t = Routing::Kernel)]
     pub routing: Routing,
-    /// How a backend is chosen for a new flow
+    /// How a backend is chosen for a new flow; the annotation `klb/algorithm` of a Service goes before
     #[arg(long, value_enum, default_value_t = Algorithm::Random)]
     pub algorithm: Algorithm,
+    /// Slots of a Maglev table, a prime; each Service port takes so many of --map-slots, and one
+    /// with more endpoints goes without a table
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = maglev::DEFAULT_SIZE,
+        value_parser = table_size
+    )]
+    pub maglev_table_size: u32,
+    /// Which addresses of Services that have endpoints answer pings
+    #[arg(long, value_enum, default_value_t = Ping::LoadBalancer)]
+    pub ping: Ping,
+    /// Ports of the node that stand for clients whose backend is on another node
+    #[arg(long, value_name = "FIRST-LAST", default_value = "50000-65535")]
+    pub masquerade_ports: PortRange,
 
     /// Where /healthz, /livez and /readyz answer
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:10256")]
@@ -79,7 +103,102 @@ pub struct AgentArgs {
     #[command(flatten)]
     pub hooks: HookArgs,
     #[command(flatten)]
+    pub timeouts: TimeoutArgs,
+    #[command(flatten)]
     pub sizes: MapSizes,
+}
+
+/// Ports from the first to the last, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    first: u16,
+    last: u16,
+}
+
+impl PortRange {
+    pub const fn first(self) -> u16 {
+        self.first
+    }
+
+    /// Number of ports.
+    pub const fn count(self) -> u16 {
+        self.last - self.first + 1
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let ports = text.split_once('-').and_then(|(first, last)| {
+            let range = Self {
+                first: first.trim().parse().ok()?,
+                last: last.trim().parse().ok()?,
+            };
+            (range.first > 0 && range.first <= range.last).then_some(range)
+        });
+        ports.ok_or_else(|| "wanted is FIRST-LAST, of 1 to 65535".to_owned())
+    }
+}
+
+/// After how much silence a flow is over. Those of kube-proxy where it has one,
+/// else those of the kernel's connection tracking.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Timeouts, such as 90s, 1h or 1h 30m")]
+pub struct TimeoutArgs {
+    /// TCP before both sides have sent something; SCTP as TCP, here and below
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = seconds)]
+    pub timeout_tcp_opening: u32,
+    /// TCP while it is open
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = seconds)]
+    pub timeout_tcp_established: u32,
+    /// TCP that one side has closed
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = seconds)]
+    pub timeout_tcp_close_wait: u32,
+    /// TCP that both sides have closed
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = seconds)]
+    pub timeout_tcp_time_wait: u32,
+    /// TCP after a reset
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = seconds)]
+    pub timeout_tcp_reset: u32,
+    /// UDP that had no answer yet
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = seconds)]
+    pub timeout_udp: u32,
+    /// UDP with packets in both directions
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = seconds)]
+    pub timeout_udp_stream: u32,
+}
+
+impl TimeoutArgs {
+    /// As the programs read them.
+    pub fn by_state(&self) -> Timeouts {
+        State::ALL.map(|state| match state {
+            State::Opening => self.timeout_tcp_opening,
+            State::Established => self.timeout_tcp_established,
+            State::HalfClosed => self.timeout_tcp_close_wait,
+            State::Closed => self.timeout_tcp_time_wait,
+            State::Reset => self.timeout_tcp_reset,
+            State::Unreplied => self.timeout_udp,
+            State::Replied => self.timeout_udp_stream,
+        })
+    }
+}
+
+/// A time in whole seconds. The programs count with sign.
+fn seconds(text: &str) -> Result<u32, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    i32::try_from(time.as_secs())
+        .ok()
+        .filter(|seconds| *seconds > 0)
+        .map(i32::cast_unsigned)
+        .ok_or_else(|| "wanted is a second or more, and less than 68 years".to_owned())
+}
+
+/// A size of Maglev tables.
+fn table_size(text: &str) -> Result<u32, String> {
+    let size = text.parse().ok();
+    size.filter(|size| *size <= maglev::MAX_SIZE && maglev::is_prime(*size))
+        .ok_or_else(|| format!("wanted is a prime up to {}", maglev::MAX_SIZE))
 }
 
 /// Which devices are the node's edges.
@@ -143,6 +262,15 @@ pub struct MapSizes {
     /// Flow entries, for each family; a flow has two
     #[arg(long, value_name = "N", default_value_t = size::FLOWS as u32, value_parser = entries())]
     pub map_flows: u32,
+    /// Flow entries that no answer has confirmed yet, for each family
+    #[arg(long, value_name = "N", default_value_t = size::YOUNG as u32, value_parser = entries())]
+    pub map_young_flows: u32,
+    /// Clients of Services with session affinity, for each family
+    #[arg(long, value_name = "N", default_value_t = size::AFFINITY as u32, value_parser = entries())]
+    pub map_affinity: u32,
+    /// Networks that may use load balancers' addresses, for each family
+    #[arg(long, value_name = "N", default_value_t = size::RANGES as u32, value_parser = entries())]
+    pub map_source_ranges: u32,
     /// Socket entries, for each family; a socket has up to two
     #[arg(long, value_name = "N", default_value_t = size::SOCKETS as u32, value_parser = entries())]
     pub map_sockets: u32,
@@ -156,6 +284,9 @@ impl Default for MapSizes {
             map_backends: size::BACKENDS as u32,
             map_service_ports: size::META as u32,
             map_flows: size::FLOWS as u32,
+            map_young_flows: size::YOUNG as u32,
+            map_affinity: size::AFFINITY as u32,
+            map_source_ranges: size::RANGES as u32,
             map_sockets: size::SOCKETS as u32,
         }
     }
@@ -171,13 +302,6 @@ pub enum Routing {
     Kernel,
     #[value(hide = true)]
     Bypass,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Algorithm {
-    Random,
-    #[value(hide = true)]
-    Maglev,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -268,6 +392,15 @@ pub struct CleanupArgs {
 }
 
 impl AgentArgs {
+    /// What goes for all Services.
+    pub const fn settings(&self) -> Settings {
+        Settings {
+            algorithm: self.algorithm,
+            maglev_table: self.maglev_table_size,
+            ping: self.ping,
+        }
+    }
+
     /// Refuses what klb cannot do yet, rather than doing something else.
     ///
     /// # Errors
@@ -278,7 +411,6 @@ impl AgentArgs {
             (self.kubeconfig.is_some(), "--kubeconfig"),
             (self.config.is_some(), "--config"),
             (self.routing == Routing::Bypass, "--routing bypass"),
-            (self.algorithm == Algorithm::Maglev, "--algorithm maglev"),
             (self.hooks.socket_lb == SocketLb::Host, "--socket-lb host"),
         ];
         for (given, flag) in unsupported {
@@ -341,12 +473,25 @@ mod tests {
     }
 
     #[test]
+    fn timeouts_and_ports_are_what_the_programs_have_without_flags() {
+        let args = agent(&[]).expect("valid");
+        assert_eq!(args.timeouts.by_state(), State::TIMEOUTS);
+        let ports = args.masquerade_ports;
+        assert_eq!((ports.first(), ports.count()), (50_000, 15_536));
+        let all = "1-65535".parse::<PortRange>().expect("a range");
+        assert_eq!((all.first(), all.count()), (1, 65_535));
+        let args = agent(&["--timeout-udp", "1m 5s", "--timeout-tcp-reset", "3s"]).expect("valid");
+        let timeouts = args.timeouts.by_state();
+        assert_eq!(State::Unreplied.timeout(&timeouts), 65);
+        assert_eq!(State::Reset.timeout(&timeouts), 3);
+    }
+
+    #[test]
     fn what_is_not_there_yet_is_refused_by_name() {
         for (flags, named) in [
             (&["--kubeconfig", "f"][..], "--kubeconfig"),
             (&["--config", "f"], "--config"),
             (&["--routing", "bypass"], "--routing bypass"),
-            (&["--algorithm", "maglev"], "--algorithm maglev"),
             (&["--socket-lb", "host"], "--socket-lb host"),
             (&[], "--manifests"),
         ] {
@@ -371,6 +516,15 @@ mod tests {
             &["--nodeport-addresses", "10.0.0.0/33"],
             &["--healthz-bind", "here"],
             &["--map-flows", "0"],
+            &["--masquerade-ports", "50000"],
+            &["--masquerade-ports", "0-10"],
+            &["--masquerade-ports", "20-10"],
+            &["--masquerade-ports", "60000-65536"],
+            &["--timeout-udp", "500ms"],
+            &["--timeout-udp", "soon"],
+            &["--timeout-tcp-established", "100years"],
+            &["--maglev-table-size", "1024"],
+            &["--maglev-table-size", "65537"],
         ] {
             assert_eq!(
                 agent(flags).expect_err("refused").exit_code(),

@@ -6,10 +6,12 @@ use std::{
     net::IpAddr,
 };
 
+use lb_common::service::FrontendKind;
+
 use crate::{
     datapath::FrontendKey,
     model::{EndpointSlice, Kind, NamespacedName, Object, ObjectRef, Service},
-    plan::{NodeFacts, ServicePlan, plan},
+    plan::{NodeFacts, ServicePlan, Settings, plan},
 };
 
 /// Everything that the sources told, and what of it is new.
@@ -43,10 +45,11 @@ pub struct Conflict {
 }
 
 impl Index {
-    pub fn new(node_name: impl Into<String>) -> Self {
+    pub fn new(node_name: impl Into<String>, settings: Settings) -> Self {
         Self {
             node: NodeFacts {
                 name: node_name.into(),
+                settings,
                 ..NodeFacts::default()
             },
             ..Self::default()
@@ -116,7 +119,7 @@ impl Index {
         let affected = self
             .services
             .values()
-            .filter(|service| service.has_node_ports());
+            .filter(|service| service.concerns_node_addresses());
         self.dirty
             .extend(affected.map(|service| service.id.clone()));
     }
@@ -217,10 +220,13 @@ impl Index {
                 let Some(other) = owner.filter(|owner| owner.service != plan.service) else {
                     return true;
                 };
-                conflicts.push(Conflict {
-                    key: frontend.key,
-                    owner: other.service.clone(),
-                });
+                // That several Services share an address is no conflict.
+                if frontend.kind != FrontendKind::Address {
+                    conflicts.push(Conflict {
+                        key: frontend.key,
+                        owner: other.service.clone(),
+                    });
+                }
                 false
             });
         }
@@ -250,6 +256,9 @@ mod tests {
             cluster_ips: vec![ip.into()],
             external_ips: Vec::new(),
             load_balancer_ips: Vec::new(),
+            source_ranges: Vec::new(),
+            affinity: None,
+            algorithm: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
             ports: vec![ServicePort {
@@ -271,11 +280,17 @@ mod tests {
         })
     }
 
+    /// Without what is said of addresses.
+    fn frontend_count(plan: &ServicePlan) -> usize {
+        let keys = frontends(plan).into_iter();
+        keys.filter(|key| key.port != 0).count()
+    }
+
     /// Names of the Services that changed, with the number of their frontends.
     fn changes(index: &mut Index) -> Vec<(String, usize)> {
         let plans = index.take_changes().into_iter();
         plans
-            .map(|(plan, _)| (plan.service.name.clone(), frontends(&plan).len()))
+            .map(|(plan, _)| (plan.service.name.clone(), frontend_count(&plan)))
             .collect()
     }
 
@@ -285,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_change_concerns_its_service_and_no_other() {
-        let mut index = Index::new("node");
+        let mut index = Index::new("node", Settings::default());
         index.apply(service("a", [10, 96, 0, 1], 0, None));
         index.apply(service("b", [10, 96, 0, 2], 0, None));
         assert_eq!(changes(&mut index), [changed("a", 1), changed("b", 1)]);
@@ -305,7 +320,7 @@ mod tests {
 
     #[test]
     fn node_addresses_concern_node_ports_only() {
-        let mut index = Index::new("node");
+        let mut index = Index::new("node", Settings::default());
         index.apply(service("a", [10, 96, 0, 1], 0, None));
         index.apply(service("b", [10, 96, 0, 2], 0, Some(30080)));
         changes(&mut index);
@@ -318,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_zone_of_this_node_concerns_all() {
-        let mut index = Index::new("node");
+        let mut index = Index::new("node", Settings::default());
         index.apply(service("a", [10, 96, 0, 1], 0, None));
         changes(&mut index);
         let node = |name: &str, zone: Option<&str>| {
@@ -338,7 +353,7 @@ mod tests {
     #[test]
     fn the_older_of_two_services_has_the_frontend_and_leaves_it_to_the_other() {
         let ip = [10, 96, 0, 1];
-        let mut index = Index::new("node");
+        let mut index = Index::new("node", Settings::default());
         index.apply(service("young", ip, 20, None));
         assert_eq!(changes(&mut index), [changed("young", 1)]);
         index.apply(service("old", ip, 10, None));
@@ -349,7 +364,7 @@ mod tests {
                 let owner = conflicts
                     .first()
                     .map(|conflict| conflict.owner.name.as_str());
-                (plan.service.name.as_str(), frontends(plan).len(), owner)
+                (plan.service.name.as_str(), frontend_count(plan), owner)
             })
             .collect();
         assert_eq!(owners, [("old", 1, None), ("young", 0, Some("old"))]);

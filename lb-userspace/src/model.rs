@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeSet, fmt, net::IpAddr};
 
-use lb_common::flow::{TCP, UDP};
+use ipnet::IpNet;
+use lb_common::flow::{SCTP, TCP, UDP};
 
 use crate::datapath::Family;
 
@@ -33,6 +34,7 @@ impl fmt::Display for NamespacedName {
 pub enum Protocol {
     Tcp,
     Udp,
+    Sctp,
 }
 
 impl Protocol {
@@ -41,6 +43,7 @@ impl Protocol {
         match self {
             Self::Tcp => TCP,
             Self::Udp => UDP,
+            Self::Sctp => SCTP,
         }
     }
 
@@ -49,6 +52,7 @@ impl Protocol {
         match number {
             TCP => Some(Self::Tcp),
             UDP => Some(Self::Udp),
+            SCTP => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -59,6 +63,7 @@ impl fmt::Display for Protocol {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         })
     }
 }
@@ -69,6 +74,16 @@ pub enum Policy {
     #[default]
     Cluster,
     Local,
+}
+
+/// How a backend is chosen for a new flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum Algorithm {
+    /// Each as likely as the others
+    #[default]
+    Random,
+    /// By the client's address and port: the same on every node
+    Maglev,
 }
 
 /// A Service that has frontends.
@@ -82,6 +97,14 @@ pub struct Service {
     pub cluster_ips: Vec<IpAddr>,
     pub external_ips: Vec<IpAddr>,
     pub load_balancer_ips: Vec<IpAddr>,
+    /// Who may use the load balancer's addresses, in the families that are
+    /// named; everybody in the others.
+    pub source_ranges: Vec<IpNet>,
+    /// `sessionAffinity: ClientIP`: seconds for which a client that opens no
+    /// flow keeps its backend.
+    pub affinity: Option<u32>,
+    /// What the Service asks for; the agent's own choice without.
+    pub algorithm: Option<Algorithm>,
     pub internal_policy: Policy,
     /// `Local` only where it has a meaning: on a Service that can be reached
     /// from outside.
@@ -110,7 +133,12 @@ impl Service {
         !self.external_ips.is_empty() || !self.load_balancer_ips.is_empty() || self.has_node_ports()
     }
 
-    pub fn has_node_ports(&self) -> bool {
+    /// Whether what the maps say depends on the node's addresses.
+    pub fn concerns_node_addresses(&self) -> bool {
+        self.has_node_ports() || !self.load_balancer_ips.is_empty()
+    }
+
+    fn has_node_ports(&self) -> bool {
         self.ports.iter().any(|port| port.node_port.is_some())
     }
 }

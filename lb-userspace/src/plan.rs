@@ -8,12 +8,44 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::service::FrontendKind;
+use ipnet::IpNet;
+use lb_common::service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind};
 
 use crate::{
     datapath::{Family, FrontendKey},
-    model::{Endpoint, EndpointSlice, NamespacedName, Policy, Service, ServicePort},
+    maglev,
+    model::{Algorithm, Endpoint, EndpointSlice, NamespacedName, Policy, Service, ServicePort},
 };
+
+/// What the operator wants of all Services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub algorithm: Algorithm,
+    /// Slots of a Maglev table; a prime.
+    pub maglev_table: u32,
+    pub ping: Ping,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            algorithm: Algorithm::Random,
+            maglev_table: maglev::DEFAULT_SIZE,
+            ping: Ping::LoadBalancer,
+        }
+    }
+}
+
+/// Which addresses of Services that have endpoints answer pings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Ping {
+    /// Those of load balancers
+    LoadBalancer,
+    /// Those, and every `ClusterIP`
+    All,
+    /// None
+    Off,
+}
 
 /// What is to be known of the node on which klb runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,6 +54,7 @@ pub struct NodeFacts {
     pub zone: Option<String>,
     /// Addresses at which `NodePort`s answer.
     pub addresses: BTreeSet<IpAddr>,
+    pub settings: Settings,
 }
 
 /// A backend of one Service port.
@@ -42,19 +75,39 @@ pub enum Verdict {
     Drop,
 }
 
+/// How one of the backends is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    Random,
+    /// At random, and then the same for so many seconds.
+    Affinity(u32),
+    /// By a table of so many slots.
+    Maglev(u32),
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontendPlan {
     pub key: FrontendKey,
     pub kind: FrontendKind,
     pub policy: Policy,
+    /// For clients outside.
     pub verdict: Verdict,
     /// In order; empty unless the verdict is to forward.
     pub backends: Vec<Backend>,
+    /// For clients on this node, where theirs are others: a policy `Local` for
+    /// traffic from outside does not bind them. Empty only if there are none.
+    pub inner: Option<Vec<Backend>>,
+    /// `FRONTEND_SOURCE_RANGES`, `FRONTEND_ECHO` and `FRONTEND_REFUSE`; the
+    /// other flags follow from the rest.
+    pub flags: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortPlan {
     pub port: ServicePort,
+    pub choice: Choice,
+    /// Whose clients may use the frontends that are marked so.
+    pub sources: BTreeSet<IpNet>,
     pub frontends: Vec<FrontendPlan>,
     /// Every endpoint that still answers, whether or not new flows may go
     /// there: established UDP flows stay with these, and leave all others.
@@ -69,12 +122,11 @@ pub struct ServicePlan {
 
 /// What the maps should say about a Service.
 pub fn plan(service: &Service, slices: &[&EndpointSlice], node: &NodeFacts) -> ServicePlan {
-    // An address may be external IP, load balancer's and the node's at once; the
-    // first that claims it has it.
-    let mut claimed = BTreeSet::new();
     let ports = service.ports.iter().map(|port| {
         let mut result = PortPlan {
             port: port.clone(),
+            choice: choice(service, node.settings),
+            sources: BTreeSet::new(),
             frontends: Vec::new(),
             alive: BTreeSet::new(),
         };
@@ -85,13 +137,52 @@ pub fn plan(service: &Service, slices: &[&EndpointSlice], node: &NodeFacts) -> S
             }
         }
         result
-            .frontends
-            .retain(|frontend| claimed.insert(frontend.key));
-        result
     });
+    let mut ports: Vec<_> = ports.collect();
+    keep_one_of_each(&mut ports);
     ServicePlan {
         service: service.id.clone(),
-        ports: ports.collect(),
+        ports,
+    }
+}
+
+/// A client cannot keep its backend by two rules: affinity goes first.
+fn choice(service: &Service, settings: Settings) -> Choice {
+    match (
+        service.affinity,
+        service.algorithm.unwrap_or(settings.algorithm),
+    ) {
+        (Some(seconds), _) => Choice::Affinity(seconds),
+        (None, Algorithm::Random) => Choice::Random,
+        (None, Algorithm::Maglev) => Choice::Maglev(settings.maglev_table),
+    }
+}
+
+/// An address may be external IP, load balancer's and the node's at once; the
+/// first that claims it has it. For what is said of the address itself the
+/// first port that leads somewhere speaks.
+fn keep_one_of_each(ports: &mut [PortPlan]) {
+    let mut owners = BTreeMap::new();
+    for (port, plan) in ports.iter().enumerate() {
+        for (index, frontend) in plan.frontends.iter().enumerate() {
+            let leads_nowhere = frontend.verdict != Verdict::Forward;
+            let speaks_late = frontend.kind == FrontendKind::Address && leads_nowhere;
+            let claim = (speaks_late, port, index);
+            let owner = owners.entry(frontend.key).or_insert(claim);
+            *owner = claim.min(*owner);
+        }
+    }
+    let kept: BTreeSet<_> = owners
+        .into_values()
+        .map(|(_, port, index)| (port, index))
+        .collect();
+    for (port, plan) in ports.iter_mut().enumerate() {
+        let mut indices = 0..;
+        plan.frontends.retain(|_| {
+            indices
+                .next()
+                .is_some_and(|index| kept.contains(&(port, index)))
+        });
     }
 }
 
@@ -105,39 +196,99 @@ fn plan_family(
 ) {
     let family = Family::of(cluster_ip);
     let lists = categorize(service, endpoints, node);
+    let sources = sources(service, family, node);
+    let balancer_flags = if sources.is_empty() {
+        0
+    } else {
+        FRONTEND_SOURCE_RANGES
+    };
     let port = &result.port;
-    let mut add = |kind, addr, number, policy| {
-        let (verdict, backends) = lists.choose(policy);
-        result.frontends.push(FrontendPlan {
-            key: FrontendKey {
-                addr,
-                port: number,
-                protocol: port.protocol.number(),
-            },
-            kind,
-            policy,
-            verdict,
-            backends,
-        });
+    let mut add = |kind, addr, number, policy, flags| {
+        let key = FrontendKey {
+            addr,
+            port: number,
+            protocol: port.protocol.number(),
+        };
+        result
+            .frontends
+            .push(lists.frontend(kind, key, policy, flags));
     };
     let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
     let (internal, external) = (service.internal_policy, service.external_policy);
-    add(FrontendKind::ClusterIp, cluster_ip, port.port, internal);
+    add(FrontendKind::ClusterIp, cluster_ip, port.port, internal, 0);
     for ip in service.external_ips.iter().filter(of_family) {
-        add(FrontendKind::ExternalIp, *ip, port.port, external);
+        add(FrontendKind::ExternalIp, *ip, port.port, external, 0);
     }
     for ip in service.load_balancer_ips.iter().filter(of_family) {
-        add(FrontendKind::LoadBalancer, *ip, port.port, external);
+        add(
+            FrontendKind::LoadBalancer,
+            *ip,
+            port.port,
+            external,
+            balancer_flags,
+        );
     }
     if let Some(node_port) = port.node_port {
         for ip in node.addresses.iter().filter(of_family) {
-            add(FrontendKind::NodePort, *ip, node_port, external);
+            add(FrontendKind::NodePort, *ip, node_port, external, 0);
         }
     }
+    plan_addresses(service, cluster_ip, &lists, node, &mut result.frontends);
+    result.sources.extend(sources);
     let alive = endpoints.iter().filter(|(_, endpoint)| endpoint.serving);
     result
         .alive
         .extend(alive.map(|(addr, endpoint)| backend(*addr, endpoint, node)));
+}
+
+/// What is said of a Service's addresses themselves. A ping is answered by
+/// whoever would be led somewhere.
+fn plan_addresses(
+    service: &Service,
+    cluster_ip: IpAddr,
+    lists: &Lists,
+    node: &NodeFacts,
+    frontends: &mut Vec<FrontendPlan>,
+) {
+    let mut add = |addr, policy, flags| {
+        let key = FrontendKey::of_address(addr);
+        frontends.push(lists.frontend(FrontendKind::Address, key, policy, flags));
+    };
+    let ping = node.settings.ping;
+    let echo = if ping == Ping::All { FRONTEND_ECHO } else { 0 };
+    add(cluster_ip, service.internal_policy, FRONTEND_REFUSE | echo);
+    if ping == Ping::Off {
+        return;
+    }
+    for ip in &service.load_balancer_ips {
+        // The node answers for its own addresses.
+        if Family::of(*ip) == Family::of(cluster_ip) && !node.addresses.contains(ip) {
+            add(*ip, Policy::Cluster, FRONTEND_ECHO);
+        }
+    }
+}
+
+/// Who may use the load balancer's addresses of a family; empty if everybody
+/// may.
+///
+/// Where the node may, so may the addresses themselves: some balancers give
+/// them to the node's devices, and what the node sends to itself comes from
+/// there.
+fn sources(service: &Service, family: Family, node: &NodeFacts) -> Vec<IpNet> {
+    let ranges = service.source_ranges.iter().copied();
+    let mut ranges: Vec<_> = ranges
+        .filter(|range| Family::of(range.addr()) == family)
+        .collect();
+    if ranges.iter().any(|range| range.prefix_len() == 0) {
+        return Vec::new();
+    }
+    let mut own = node.addresses.iter();
+    if own.any(|own| ranges.iter().any(|range| range.contains(own))) {
+        let balancers = service.load_balancer_ips.iter();
+        let of_family = balancers.filter(|ip| Family::of(**ip) == family);
+        ranges.extend(of_family.map(|ip| IpNet::from(*ip)));
+    }
+    ranges
 }
 
 /// Endpoints of one port and family, by address.
@@ -193,6 +344,27 @@ impl Lists {
             (true, false) => Verdict::Reject,
         };
         (verdict, list.clone())
+    }
+
+    fn frontend(
+        &self,
+        kind: FrontendKind,
+        key: FrontendKey,
+        policy: Policy,
+        flags: u8,
+    ) -> FrontendPlan {
+        let (verdict, backends) = self.choose(policy);
+        // A policy for traffic from inside is for those inside.
+        let is_external = !matches!(kind, FrontendKind::ClusterIp | FrontendKind::Address);
+        FrontendPlan {
+            key,
+            kind,
+            policy,
+            verdict,
+            backends,
+            inner: (is_external && policy == Policy::Local).then(|| self.cluster.clone()),
+            flags,
+        }
     }
 }
 

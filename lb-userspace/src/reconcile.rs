@@ -1,30 +1,36 @@
 //! Makes the maps hold what the plans say, by the fewest writes and in an order
 //! in which no reader ever sees half of a change.
 //!
-//! Adding: backends, slots of a range that nobody uses, the name, and last the
-//! frontend's entry, by whose one update the new set is in force. Removing goes
+//! Adding: backends, slots of a range that nobody uses, who may use it, the name,
+//! and last the frontend's entry, by whose one update the new set is in force.
+//! Removing goes
 //! the other way, and only after everything that a batch adds is there, so that
 //! a frontend that changes hands is never without an entry.
 //!
 //! The maps are read once, at the start; from then on nobody else writes them.
 
+mod restore;
+mod values;
+
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use lb_common::{
-    Port, names,
-    service::{BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, Name, ServiceEntry, ServiceMeta},
+    names,
+    service::{BackendRef, FRONTEND_REFUSE, ServiceEntry, ServiceMeta},
 };
 
+use self::values::{cover, entry, meta, ordered_slots, parked, slots, wanted_backends};
 use crate::{
     datapath::{Family, FrontendKey, MapError, Maps, SlotValue},
     ids::{BackendIds, Numbers},
-    model::{NamespacedName, Policy, Protocol, ServicePort},
-    plan::{Backend, FrontendPlan, PortPlan, ServicePlan, Verdict},
+    model::{NamespacedName, Protocol, ServicePort},
+    plan::{FrontendPlan, PortPlan, ServicePlan},
     slots::FreeRanges,
 };
 
@@ -46,6 +52,8 @@ pub struct Reconciler<M> {
     service_ids: Numbers,
     backend_ids: BackendIds,
     slots: BTreeMap<Family, FreeRanges>,
+    /// That hold every `ClusterIP` since the start.
+    networks: BTreeMap<Family, IpNet>,
     retired: Vec<Retired>,
     /// What an earlier run left and nobody owns, until the first batch.
     strays: Strays,
@@ -68,10 +76,12 @@ struct PortState {
     frontends: BTreeSet<FrontendKey>,
     backends: BTreeMap<SocketAddr, BackendRef>,
     ranges: Vec<Range>,
+    /// Who may use the frontends that are marked so.
+    sources: BTreeSet<IpNet>,
 }
 
 /// A range of slots: the backends of a frontend, and behind them those that are
-/// parked.
+/// parked. An entry may lead to the first part of one only.
 #[derive(Debug)]
 struct Range {
     family: Family,
@@ -89,8 +99,10 @@ struct Retired {
 
 #[derive(Debug, Default)]
 struct Strays {
-    /// With the range that they lead to, if nobody else has it.
-    frontends: BTreeMap<FrontendKey, Option<Range>>,
+    frontends: BTreeSet<FrontendKey>,
+    /// That the frontends lead to.
+    ranges: Vec<Range>,
+    sources: BTreeSet<(u32, IpNet)>,
     metas: BTreeSet<u32>,
     backends: Vec<BackendRef>,
 }
@@ -105,108 +117,6 @@ pub struct Report {
 }
 
 impl<M: Maps> Reconciler<M> {
-    /// Takes over what the maps hold. Nothing is written.
-    ///
-    /// # Errors
-    ///
-    /// If a map cannot be read.
-    pub fn restore(maps: M) -> Result<Self, MapError> {
-        let mut this = Self {
-            writes: 0,
-            entries: maps.services()?,
-            ports: BTreeMap::new(),
-            service_ids: Numbers::new(SERVICE_IDS),
-            backend_ids: BackendIds::new(maps.backends()?, maps.backend_capacity()),
-            slots: Family::ALL
-                .map(|family| (family, FreeRanges::new(maps.slot_capacity(family))))
-                .into(),
-            retired: Vec::new(),
-            strays: Strays::default(),
-            maps,
-        };
-        let owners = this.restore_ports()?;
-        for (key, entry) in this.entries.clone() {
-            if let Some(port) = owners.get(&entry.service) {
-                this.restore_frontend(port, key, &entry)?;
-            } else {
-                // Until it is removed it leads to its slots, which must not
-                // become somebody else's meanwhile; nor must its number.
-                this.service_ids.reserve(entry.service);
-                let range = this.restore_range(key, &entry)?;
-                this.strays.frontends.insert(key, range);
-            }
-        }
-        this.strays.backends = this.backend_ids.strays();
-        Ok(this)
-    }
-
-    /// The Service ports by id, from their names.
-    fn restore_ports(&mut self) -> Result<BTreeMap<u32, PortId>, MapError> {
-        let mut owners = BTreeMap::new();
-        for (id, meta) in self.maps.metas()? {
-            let port = port_id(&meta).filter(|port| !self.ports.contains_key(port));
-            let Some(port) = port.filter(|_| self.service_ids.reserve(id)) else {
-                self.strays.metas.insert(id);
-                continue;
-            };
-            let state = PortState {
-                id,
-                meta: Some(meta),
-                frontends: BTreeSet::new(),
-                backends: BTreeMap::new(),
-                ranges: Vec::new(),
-            };
-            self.ports.insert(port.clone(), state);
-            owners.insert(id, port);
-        }
-        Ok(owners)
-    }
-
-    fn restore_frontend(
-        &mut self,
-        port: &PortId,
-        key: FrontendKey,
-        entry: &ServiceEntry,
-    ) -> Result<(), MapError> {
-        let range = self.restore_range(key, entry)?;
-        let Some(state) = self.ports.get_mut(port) else {
-            return Ok(());
-        };
-        state.frontends.insert(key);
-        // Another frontend of the port may have brought the range already.
-        for slot in range.iter().flat_map(|range| &range.slots) {
-            let is_new = !state.backends.contains_key(&slot.addr);
-            if is_new && self.backend_ids.adopt(slot.backend) {
-                state.backends.insert(slot.addr, slot.backend);
-            }
-        }
-        state.ranges.extend(range);
-        Ok(())
-    }
-
-    /// Takes the range of an entry. `None` if it has none, if somebody has it,
-    /// or if it overlaps another or leaves the array; the frontend then gets a
-    /// fresh one unless it is its own port that has it.
-    fn restore_range(
-        &mut self,
-        key: FrontendKey,
-        entry: &ServiceEntry,
-    ) -> Result<Option<Range>, MapError> {
-        let family = Family::of(key.addr);
-        let first = entry.first_slot;
-        let count = entry.slot_count.saturating_add(entry.parked.into());
-        let free = self.slots.get_mut(&family);
-        if !free.is_some_and(|free| free.reserve(first, count)) {
-            return Ok(None);
-        }
-        let slots = (first..first + count).map(|index| self.maps.slot(family, index));
-        Ok(Some(Range {
-            family,
-            first,
-            slots: slots.collect::<Result<_, _>>()?,
-        }))
-    }
-
     /// The Services of which something is in the maps.
     pub fn services(&self) -> BTreeSet<NamespacedName> {
         self.ports.keys().map(|port| port.service.clone()).collect()
@@ -292,12 +202,14 @@ impl<M: Maps> Reconciler<M> {
         }
         let mut entries = Vec::new();
         for frontend in &plan.frontends {
-            let parked = parked(frontend, &plan.alive);
-            let first_slot = self.add_range(frontend, &parked, state)?;
-            entries.push((
-                frontend.key,
-                entry(frontend, first_slot, parked.len(), state.id),
-            ));
+            if frontend.flags & FRONTEND_REFUSE != 0 {
+                self.widen_network(frontend.key.addr)?;
+            }
+            entries.push((frontend.key, self.add_ranges(frontend, plan, state)?));
+        }
+        for range in plan.sources.difference(&state.sources.clone()) {
+            self.write(|maps| maps.put_range(state.id, *range))?;
+            state.sources.insert(*range);
         }
         let meta = meta(id, &plan.port).ok_or_else(|| full(names::META))?;
         if state.meta != Some(meta) {
@@ -326,29 +238,70 @@ impl<M: Maps> Reconciler<M> {
         result.map(|()| backend)
     }
 
-    /// The first slot of a range that holds the frontend's backends and those
-    /// that are parked, written if the port has none like it; 0 if there are
-    /// none.
-    fn add_range(
+    /// Has the network of all `ClusterIP`s hold this one.
+    fn widen_network(&mut self, addr: IpAddr) -> Result<(), MapError> {
+        let family = Family::of(addr);
+        let network = cover(self.networks.get(&family).copied(), addr);
+        if self.maps.cluster_network(family)? != Some(network) {
+            self.write(|maps| maps.put_cluster_network(network))?;
+        }
+        self.networks.insert(family, network);
+        Ok(())
+    }
+
+    /// The entry of a frontend, once the ranges are there that it leads to.
+    fn add_ranges(
         &mut self,
         frontend: &FrontendPlan,
-        parked: &[Backend],
+        plan: &PortPlan,
+        state: &mut PortState,
+    ) -> Result<ServiceEntry, MapError> {
+        let family = Family::of(frontend.key.addr);
+        let now = self.entries.get(&frontend.key).copied();
+        let now = now.unwrap_or_default();
+        let mut entry = entry(frontend, plan.choice, state.id);
+
+        let mut outer = slots(&frontend.backends, plan.choice, &state.backends);
+        entry.slot_count = length(&outer);
+        let parked = ordered_slots(&parked(frontend, &plan.alive), &state.backends);
+        entry.parked = u16::try_from(parked.len()).unwrap_or(u16::MAX);
+        outer.extend(parked);
+        entry.first_slot = self.add_range(family, outer, now.first_slot, state)?;
+
+        (entry.inner_first_slot, entry.inner_slot_count) = match &frontend.inner {
+            None => (entry.first_slot, entry.slot_count),
+            Some(inner) => {
+                let inner = slots(inner, plan.choice, &state.backends);
+                let count = length(&inner);
+                let first = self.add_range(family, inner, now.inner_first_slot, state)?;
+                (first, count)
+            }
+        };
+        Ok(entry)
+    }
+
+    /// The first slot of a range that begins with these, written if the port has
+    /// none; 0 if there are none. Of several, that in which the frontend is now.
+    fn add_range(
+        &mut self,
+        family: Family,
+        slots: Vec<SlotValue>,
+        now: u32,
         state: &mut PortState,
     ) -> Result<u32, MapError> {
-        let family = Family::of(frontend.key.addr);
-        let slots = slot_values(frontend.backends.iter().chain(parked), &state.backends);
         if slots.is_empty() {
             return Ok(0);
         }
-        let mut same = state.ranges.iter();
-        if let Some(range) = same.find(|range| range.family == family && range.slots == slots) {
+        let same = state.ranges.iter();
+        let same = same.filter(|range| range.family == family && range.slots.starts_with(&slots));
+        if let Some(range) = same.max_by_key(|range| range.first == now) {
             return Ok(range.first);
         }
         let map = match family {
             Family::V4 => names::SLOTS4,
             Family::V6 => names::SLOTS6,
         };
-        let count = u32::try_from(slots.len()).map_err(|_too_many| full(map))?;
+        let count = length(&slots);
         let free = self.slots.get_mut(&family);
         let first = free
             .and_then(|free| free.take(count))
@@ -448,6 +401,11 @@ impl<M: Maps> Reconciler<M> {
             self.delete_frontend(*key, state.id)?;
         }
         state.frontends = wanted;
+        let wanted = plan.map(|plan| plan.sources.clone()).unwrap_or_default();
+        for range in &state.sources.clone() - &wanted {
+            self.write(|maps| maps.delete_range(state.id, range))?;
+            state.sources.remove(&range);
+        }
         if plan.is_none() && state.meta.is_some() {
             self.write(|maps| maps.delete_meta(state.id))?;
             state.meta = None;
@@ -460,12 +418,11 @@ impl<M: Maps> Reconciler<M> {
                 state.backends.remove(&addr);
             }
         }
-        let used: BTreeSet<_> = state
-            .frontends
-            .iter()
-            .filter_map(|key| Some((Family::of(key.addr), self.entries.get(key)?)))
-            .filter(|(_, entry)| entry.slot_count > 0 || entry.parked > 0)
-            .map(|(family, entry)| (family, entry.first_slot))
+        let entries = state.frontends.iter();
+        let entries =
+            entries.filter_map(|key| Some((Family::of(key.addr), self.entries.get(key)?)));
+        let used: BTreeSet<_> = entries
+            .flat_map(|(family, entry)| first_slots(entry).map(move |first| (family, first)))
             .collect();
         let (kept, retired) = std::mem::take(&mut state.ranges)
             .into_iter()
@@ -480,7 +437,7 @@ impl<M: Maps> Reconciler<M> {
             until: now + GRACE,
             family: range.family,
             first: range.first,
-            count: u32::try_from(range.slots.len()).unwrap_or(0),
+            count: length(&range.slots),
         }));
     }
 
@@ -509,17 +466,20 @@ impl<M: Maps> Reconciler<M> {
             return Ok(());
         }
         let owners: BTreeSet<u32> = self.ports.values().map(|port| port.id).collect();
-        while let Some((key, range)) = self.strays.frontends.pop_first() {
+        while let Some(key) = self.strays.frontends.first().copied() {
             // A port that got this frontend since has written over the entry.
             let owner = self.entries.get(&key).map(|entry| entry.service);
             if !owner.is_some_and(|owner| owners.contains(&owner)) {
-                if let Err(error) = self.write(|maps| maps.delete_service(key)) {
-                    self.strays.frontends.insert(key, range);
-                    return Err(error);
-                }
+                self.write(|maps| maps.delete_service(key))?;
                 self.entries.remove(&key);
             }
-            self.retire(range, now);
+            self.strays.frontends.remove(&key);
+        }
+        let ranges = std::mem::take(&mut self.strays.ranges);
+        self.retire(ranges, now);
+        while let Some((id, range)) = self.strays.sources.first().copied() {
+            self.write(|maps| maps.delete_range(id, range))?;
+            self.strays.sources.remove(&(id, range));
         }
         while let Some(id) = self.strays.metas.first().copied() {
             if !owners.contains(&id) {
@@ -567,96 +527,38 @@ impl PortState {
             frontends: BTreeSet::new(),
             backends: BTreeMap::new(),
             ranges: Vec::new(),
+            sources: BTreeSet::new(),
         }
     }
 }
 
 impl Strays {
     fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.metas.is_empty() && self.backends.is_empty()
+        let Self {
+            frontends,
+            ranges,
+            sources,
+            metas,
+            backends,
+        } = self;
+        frontends.is_empty()
+            && ranges.is_empty()
+            && sources.is_empty()
+            && metas.is_empty()
+            && backends.is_empty()
     }
 }
 
-/// Addresses of every backend that must live.
-fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
-    let listed = plan
-        .frontends
-        .iter()
-        .flat_map(|frontend| &frontend.backends);
-    listed
-        .chain(&plan.alive)
-        .map(|backend| backend.addr)
-        .collect()
+/// Where the ranges begin that an entry leads to.
+fn first_slots(entry: &ServiceEntry) -> impl Iterator<Item = u32> + use<> {
+    let outer = (entry.slot_count > 0 || entry.parked > 0).then_some(entry.first_slot);
+    let inner = (entry.inner_slot_count > 0).then_some(entry.inner_first_slot);
+    outer.into_iter().chain(inner)
 }
 
-/// The living backends of the frontend's family that it does not lead to, as
-/// many as an entry can count.
-fn parked(frontend: &FrontendPlan, alive: &BTreeSet<Backend>) -> Vec<Backend> {
-    let listed: BTreeSet<_> = frontend.backends.iter().collect();
-    let family = Family::of(frontend.key.addr);
-    alive
-        .iter()
-        .filter(|backend| Family::of(backend.addr.ip()) == family && !listed.contains(backend))
-        .take(u16::MAX.into())
-        .copied()
-        .collect()
-}
-
-fn slot_values<'a>(
-    backends: impl Iterator<Item = &'a Backend>,
-    known: &BTreeMap<SocketAddr, BackendRef>,
-) -> Vec<SlotValue> {
-    let values = backends.filter_map(|backend| {
-        Some(SlotValue {
-            addr: backend.addr,
-            local: backend.local,
-            backend: *known.get(&backend.addr)?,
-        })
-    });
-    values.collect()
-}
-
-fn entry(frontend: &FrontendPlan, first_slot: u32, parked: usize, service: u32) -> ServiceEntry {
-    let mut flags = 0;
-    if frontend.policy == Policy::Local {
-        flags |= FRONTEND_LOCAL_POLICY;
-    }
-    if frontend.verdict == Verdict::Drop {
-        flags |= FRONTEND_DROP;
-    }
-    let slot_count = u32::try_from(frontend.backends.len()).unwrap_or(u32::MAX);
-    ServiceEntry {
-        first_slot,
-        slot_count,
-        inner_first_slot: first_slot,
-        inner_slot_count: slot_count,
-        service,
-        affinity: 0,
-        kind: frontend.kind as u8,
-        flags,
-        parked: u16::try_from(parked).unwrap_or(u16::MAX),
-    }
-}
-
-/// `None` if a name is longer than a map holds; the conversion has refused such
-/// names.
-fn meta(id: &PortId, port: &ServicePort) -> Option<ServiceMeta> {
-    Some(ServiceMeta {
-        namespace: Name::new(&id.service.namespace)?,
-        name: Name::new(&id.service.name)?,
-        port_name: Name::new(&id.name)?,
-        port: Port::from(port.port),
-        protocol: port.protocol.number(),
-        pad: 0,
-    })
-}
-
-fn port_id(meta: &ServiceMeta) -> Option<PortId> {
-    Some(PortId {
-        service: NamespacedName::new(meta.namespace.as_str(), meta.name.as_str()),
-        name: meta.port_name.as_str().to_owned(),
-        protocol: Protocol::from_number(meta.protocol)?,
-    })
+/// Number of slots; more than the numbers of slots there are do not fit.
+fn length(slots: &[SlotValue]) -> u32 {
+    u32::try_from(slots.len()).unwrap_or(u32::MAX)
 }
 
 /// There is no room in a map, which the agent knows without asking the kernel.

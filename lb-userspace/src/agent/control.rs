@@ -61,7 +61,7 @@ impl Control {
         let Some(folder) = &args.manifests else {
             bail!("no source of Services is given");
         };
-        let mut index = Index::new(&args.node_name);
+        let mut index = Index::new(&args.node_name, args.settings());
         index.set_node_addresses(addresses.borrow_and_update().clone());
         let reconciler = Reconciler::restore(maps).context("reading the maps of an earlier run")?;
         Ok(Self {

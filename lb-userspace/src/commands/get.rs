@@ -5,9 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::service::{
-    BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FrontendKind, ServiceEntry,
-};
+use lb_common::service::{FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FrontendKind, ServiceEntry};
 use serde::Serialize;
 
 use super::{Names, PortId, open_pins, print, protocol_name, table::Table};
@@ -97,6 +95,9 @@ struct FrontendRow {
     policy: &'static str,
     verdict: &'static str,
     backends: BTreeSet<Endpoint>,
+    /// For clients on this node, where theirs are others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inner_backends: Option<BTreeSet<Endpoint>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -122,21 +123,40 @@ struct Ranges {
 }
 
 impl Ranges {
-    fn read(
+    /// What new flows of clients outside get.
+    fn outer(
         &mut self,
         maps: &impl Maps,
         key: FrontendKey,
         entry: &ServiceEntry,
     ) -> Result<&[SlotValue], MapError> {
         let family = Family::of(key.addr);
-        match self
-            .slots
-            .entry((family, entry.first_slot, entry.slot_count))
-        {
+        self.read(maps, family, entry.first_slot, entry.slot_count)
+    }
+
+    /// As [`Self::outer`], of clients on this node.
+    fn inner(
+        &mut self,
+        maps: &impl Maps,
+        key: FrontendKey,
+        entry: &ServiceEntry,
+    ) -> Result<&[SlotValue], MapError> {
+        let family = Family::of(key.addr);
+        self.read(maps, family, entry.inner_first_slot, entry.inner_slot_count)
+    }
+
+    fn read(
+        &mut self,
+        maps: &impl Maps,
+        family: Family,
+        first: u32,
+        count: u32,
+    ) -> Result<&[SlotValue], MapError> {
+        match self.slots.entry((family, first, count)) {
             btree_map::Entry::Occupied(known) => Ok(known.into_mut()),
             btree_map::Entry::Vacant(unknown) => {
-                let end = entry.first_slot.saturating_add(entry.slot_count);
-                let slots = (entry.first_slot..end).map(|index| maps.slot(family, index));
+                let slots = first..first.saturating_add(count);
+                let slots = slots.map(|index| maps.slot(family, index));
                 Ok(unknown.insert(slots.collect::<Result<_, _>>()?))
             }
         }
@@ -149,11 +169,16 @@ fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
     let mut ranges = Ranges::default();
     let mut frontends = BTreeMap::<u32, Vec<FrontendRow>>::new();
     for (key, entry) in maps.services()? {
-        let slots = ranges.read(maps, key, &entry)?;
+        // What is said of an address itself is no frontend.
+        if entry.kind == FrontendKind::Address as u8 {
+            continue;
+        }
+        let backends = endpoints(ranges.outer(maps, key, &entry)?);
+        let inner = endpoints(ranges.inner(maps, key, &entry)?);
         frontends
             .entry(entry.service)
             .or_default()
-            .push(frontend_row(key, &entry, slots));
+            .push(frontend_row(key, &entry, backends, inner));
     }
     let rows = frontends.into_iter().map(|(service, mut frontends)| {
         frontends.sort();
@@ -170,7 +195,16 @@ fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
     Ok(rows)
 }
 
-fn frontend_row(key: FrontendKey, entry: &ServiceEntry, slots: &[SlotValue]) -> FrontendRow {
+fn endpoints(slots: &[SlotValue]) -> BTreeSet<Endpoint> {
+    slots.iter().map(|slot| slot.addr.into()).collect()
+}
+
+fn frontend_row(
+    key: FrontendKey,
+    entry: &ServiceEntry,
+    backends: BTreeSet<Endpoint>,
+    inner: BTreeSet<Endpoint>,
+) -> FrontendRow {
     FrontendRow {
         kind: FrontendKind::from_number(entry.kind).map_or("Unknown", FrontendKind::name),
         address: key.addr,
@@ -181,7 +215,8 @@ fn frontend_row(key: FrontendKey, entry: &ServiceEntry, slots: &[SlotValue]) -> 
             "Local"
         },
         verdict: verdict(entry),
-        backends: slots.iter().map(|slot| slot.addr.into()).collect(),
+        inner_backends: (inner != backends).then_some(inner),
+        backends,
     }
 }
 
@@ -223,18 +258,25 @@ fn service_table(list: &ServiceList) -> String {
 }
 
 fn backend_summary(frontend: &FrontendRow) -> String {
-    if frontend.backends.is_empty() {
-        return format!("none: {}", frontend.verdict);
+    let outer = if frontend.backends.is_empty() {
+        format!("none: {}", frontend.verdict)
+    } else {
+        shortened(&frontend.backends)
+    };
+    match &frontend.inner_backends {
+        Some(inner) => format!("{outer}; from here: {}", shortened(inner)),
+        None => outer,
     }
-    let shown = frontend.backends.iter().take(SHOWN_BACKENDS);
+}
+
+/// Some of many.
+fn shortened(backends: &BTreeSet<Endpoint>) -> String {
+    let shown = backends.iter().take(SHOWN_BACKENDS);
     let mut parts: Vec<String> = shown
         .map(|backend| SocketAddr::new(backend.address, backend.port).to_string())
         .collect();
-    if frontend.backends.len() > SHOWN_BACKENDS {
-        parts.push(format!(
-            "and {} more",
-            frontend.backends.len() - SHOWN_BACKENDS
-        ));
+    if backends.len() > SHOWN_BACKENDS {
+        parts.push(format!("and {} more", backends.len() - SHOWN_BACKENDS));
     }
     parts.join(", ")
 }
@@ -260,20 +302,24 @@ struct BackendRow {
 fn backends(maps: &impl Maps) -> Result<Vec<BackendRow>, MapError> {
     let names = Names::read(maps)?;
     let mut ranges = Ranges::default();
-    let mut rows = BTreeSet::new();
+    let mut slots = BTreeMap::<u32, BTreeSet<SlotValue>>::new();
     for (key, entry) in maps.services()? {
-        for slot in ranges.read(maps, key, &entry)? {
-            let BackendRef { id, generation } = slot.backend;
-            rows.insert(BackendRow {
-                service: names.port(entry.service),
-                protocol: protocol_name(key.protocol),
-                address: slot.addr.ip(),
-                port: slot.addr.port(),
-                local: slot.local,
-                id,
-                generation,
-            });
-        }
+        let of_service = slots.entry(entry.service).or_default();
+        of_service.extend(ranges.outer(maps, key, &entry)?);
+        of_service.extend(ranges.inner(maps, key, &entry)?);
+    }
+    let mut rows = BTreeSet::new();
+    for (service, slots) in slots {
+        let meta = names.metas.get(&service);
+        rows.extend(slots.into_iter().map(|slot| BackendRow {
+            service: names.port(service),
+            protocol: meta.map_or_else(String::new, |meta| protocol_name(meta.protocol)),
+            address: slot.addr.ip(),
+            port: slot.addr.port(),
+            local: slot.local,
+            id: slot.backend.id,
+            generation: slot.backend.generation,
+        }));
     }
     Ok(rows.into_iter().collect())
 }
@@ -464,7 +510,7 @@ pub(super) fn device_table(devices: &[DeviceRow]) -> Table {
 mod tests {
     use lb_common::{
         Port, flow,
-        service::{Name, ServiceMeta},
+        service::{BackendRef, Name, ServiceMeta},
     };
     use serde_json::json;
 
@@ -472,7 +518,8 @@ mod tests {
     use crate::datapath::memory::MemoryMaps;
 
     /// A Service port with a ClusterIP, a NodePort that shares its slots, a
-    /// LoadBalancer IP without local backends, and an external IP without any.
+    /// LoadBalancer IP without local backends, and an external IP without any;
+    /// and what is said of the ClusterIP itself.
     fn maps() -> MemoryMaps {
         let mut maps = MemoryMaps::default();
         let name = |text| Name::new(text).expect("short enough");
@@ -501,17 +548,19 @@ mod tests {
             maps.put_slot(Family::V4, 4 + index as u32, &slot)
                 .expect("written");
         }
-        for (addr, port, kind, flags, slot_count) in [
-            ("10.96.0.1", 80, FrontendKind::ClusterIp, 0, 3),
-            ("192.0.2.1", 30080, FrontendKind::NodePort, 0, 3),
+        for (addr, port, kind, flags, slot_count, inner_slot_count) in [
+            ("10.96.0.1", 80, FrontendKind::ClusterIp, 0, 3, 3),
+            ("10.96.0.1", 0, FrontendKind::Address, 0, 3, 3),
+            ("192.0.2.1", 30080, FrontendKind::NodePort, 0, 3, 3),
             (
                 "203.0.113.1",
                 80,
                 FrontendKind::LoadBalancer,
                 FRONTEND_LOCAL_POLICY | FRONTEND_DROP,
                 0,
+                1,
             ),
-            ("198.51.100.1", 80, FrontendKind::ExternalIp, 0, 0),
+            ("198.51.100.1", 80, FrontendKind::ExternalIp, 0, 0, 0),
         ] {
             let key = FrontendKey {
                 addr: addr.parse().expect("address"),
@@ -521,6 +570,8 @@ mod tests {
             let entry = ServiceEntry {
                 first_slot: 4,
                 slot_count,
+                inner_first_slot: 4,
+                inner_slot_count,
                 service: 7,
                 kind: kind as u8,
                 flags,
@@ -540,6 +591,11 @@ mod tests {
             {"address": "10.244.0.5", "port": 3000},
             {"address": "10.244.0.6", "port": 3000},
         ]);
+        let local = json!({
+            "kind": "LoadBalancer", "address": "203.0.113.1", "port": 80,
+            "policy": "Local", "verdict": "drop", "backends": [],
+            "inner_backends": [{"address": "10.244.0.6", "port": 3000}],
+        });
         let frontend = |kind, address, port, policy, verdict, backends| {
             json!({
                 "kind": kind, "address": address, "port": port,
@@ -557,7 +613,7 @@ mod tests {
                 "frontends": [
                     frontend("ClusterIP", "10.96.0.1", 80, "Cluster", "forward", backends.clone()),
                     frontend("ExternalIP", "198.51.100.1", 80, "Cluster", "reject", json!([])),
-                    frontend("LoadBalancer", "203.0.113.1", 80, "Local", "drop", json!([])),
+                    local,
                     frontend("NodePort", "192.0.2.1", 30080, "Cluster", "forward", backends),
                 ],
             }]})
@@ -581,7 +637,10 @@ mod tests {
             "{table}"
         );
         assert!(lines[2].ends_with("none: reject"), "{table}");
-        assert!(lines[3].ends_with("none: drop"), "{table}");
+        assert!(
+            lines[3].ends_with("none: drop; from here: 10.244.0.6:3000"),
+            "{table}"
+        );
     }
 
     #[test]
@@ -594,6 +653,7 @@ mod tests {
             policy: "Cluster",
             verdict: "forward",
             backends: (1..=6).map(endpoint).collect(),
+            inner_backends: None,
         };
         assert_eq!(
             backend_summary(&frontend),

@@ -118,6 +118,7 @@ fn protocol_name(protocol: u8) -> String {
     match protocol {
         flow::TCP => "TCP".to_owned(),
         flow::UDP => "UDP".to_owned(),
+        flow::SCTP => "SCTP".to_owned(),
         other => other.to_string(),
     }
 }

@@ -2,7 +2,7 @@
 //! and for the tool, which reads them with or without an agent.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
@@ -10,15 +10,22 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray},
+    maps::{
+        Array, HashMap, Map, MapData, PerCpuArray,
+        lpm_trie::{Key, LpmTrie},
+    },
 };
+use ipnet::IpNet;
 use lb_common::{
     Addr4, Addr6, Address, Hook, Port, Reason,
     flow::{FORWARD, FlowEntry, State, Timeouts, Tuple},
     names,
-    node::{Config, Device},
+    node::{Config, Device, Network},
     reason::counter_index,
-    service::{SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot, is_living},
+    service::{
+        Affinity, AffinityKey, SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot,
+        SourceRange, is_living,
+    },
     socket::{SOCKET_REVERSE, SocketEntry, SocketKey},
 };
 
@@ -91,14 +98,8 @@ impl<K: Pod, V: Pod> Hash<K, V> {
     }
 
     fn delete(&mut self, key: &K) -> Result<(), MapError> {
-        match self
-            .entries
-            .remove(key)
-            .map_err(|error| map_error("delete", self.name, error))
-        {
-            Err(error) if error.source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            result => result,
-        }
+        let result = self.entries.remove(key);
+        unless_gone(result.map_err(|error| map_error("delete", self.name, error)))
     }
 
     fn fill(&self) -> Result<Fill, MapError> {
@@ -107,6 +108,78 @@ impl<K: Pod, V: Pod> Hash<K, V> {
             entries: self.read_all()?.len(),
             max_entries: self.max_entries,
         })
+    }
+}
+
+/// The networks of `loadBalancerSourceRanges`, with the map's name for errors.
+struct Ranges<A: MapAddr>
+where
+    SourceRange<A>: Pod,
+{
+    name: &'static str,
+    entries: LpmTrie<MapData, SourceRange<A>, u32>,
+    max_entries: u32,
+}
+
+impl<A: MapAddr> Ranges<A>
+where
+    SourceRange<A>: Pod,
+{
+    fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
+        let (data, _, max_entries) = open(pins, name)?;
+        Ok(Self {
+            name,
+            entries: typed(data, name)?,
+            max_entries,
+        })
+    }
+
+    fn key(service: u32, range: IpNet) -> Option<Key<SourceRange<A>>> {
+        let addr = A::from_ip(range.network())?;
+        let bits = u32::BITS + u32::from(range.prefix_len());
+        Some(Key::new(bits, SourceRange { service, addr }))
+    }
+
+    fn read_all(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
+        let keys = self.entries.keys().map(|key| {
+            let key = key.map_err(|error| map_error("read", self.name, error))?;
+            let SourceRange { service, addr } = key.data();
+            let bits = key.prefix_len().saturating_sub(u32::BITS);
+            let range = IpNet::new(addr.into(), bits as u8);
+            Ok(range.ok().map(|range| (service, range)))
+        });
+        keys.filter_map(Result::transpose).collect()
+    }
+
+    fn put(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        let key = Self::key(service, range).ok_or_else(|| wrong_family(self.name))?;
+        let result = self.entries.insert(&key, 1, 0);
+        result.map_err(|error| map_error("write", self.name, error))
+    }
+
+    fn delete(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        let key = Self::key(service, range).ok_or_else(|| wrong_family(self.name))?;
+        unless_gone(
+            self.entries
+                .remove(&key)
+                .map_err(|error| map_error("delete", self.name, error)),
+        )
+    }
+
+    fn fill(&self) -> Result<Fill, MapError> {
+        Ok(Fill {
+            map: self.name,
+            entries: self.read_all()?.len(),
+            max_entries: self.max_entries,
+        })
+    }
+}
+
+/// Deleting what is not there succeeds.
+fn unless_gone(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(error) if error.source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result,
     }
 }
 
@@ -176,15 +249,49 @@ fn map_error(operation: &'static str, map: &'static str, error: aya::maps::MapEr
     }
 }
 
+/// Names of the maps that each family has.
+struct FamilyNames {
+    services: &'static str,
+    slots: &'static str,
+    ranges: &'static str,
+    flows: &'static str,
+    young: &'static str,
+    affinity: &'static str,
+    sockets: &'static str,
+}
+
+const NAMES4: FamilyNames = FamilyNames {
+    services: names::SERVICES4,
+    slots: names::SLOTS4,
+    ranges: names::RANGES4,
+    flows: names::FLOWS4,
+    young: names::YOUNG4,
+    affinity: names::AFFINITY4,
+    sockets: names::SOCKETS4,
+};
+
+const NAMES6: FamilyNames = FamilyNames {
+    services: names::SERVICES6,
+    slots: names::SLOTS6,
+    ranges: names::RANGES6,
+    flows: names::FLOWS6,
+    young: names::YOUNG6,
+    affinity: names::AFFINITY6,
+    sockets: names::SOCKETS6,
+};
+
 /// The maps that each family has.
 struct FamilyMaps<A: MapAddr>
 where
     Slot<A>: Pod,
+    SourceRange<A>: Pod,
 {
     services: Hash<ServiceKey<A>, ServiceEntry>,
     slots: Table<Slot<A>>,
+    ranges: Ranges<A>,
     flows: Hash<Tuple<A>, FlowEntry<A>>,
     young: Hash<Tuple<A>, FlowEntry<A>>,
+    affinities: Hash<AffinityKey<A>, Affinity>,
     sockets: Hash<SocketKey<A>, SocketEntry<A>>,
 }
 
@@ -192,23 +299,37 @@ impl<A: MapAddr> FamilyMaps<A>
 where
     ServiceKey<A>: Pod,
     Slot<A>: Pod,
+    SourceRange<A>: Pod,
     Tuple<A>: Pod,
     FlowEntry<A>: Pod,
+    AffinityKey<A>: Pod,
     SocketKey<A>: Pod,
     SocketEntry<A>: Pod,
 {
-    /// Names in the order services, slots, flows, young flows, sockets.
-    fn open(
-        pins: &Pins,
-        [services, slots, flows, young, sockets]: [&'static str; 5],
-    ) -> Result<Self, LoadError> {
+    fn open(pins: &Pins, names: &FamilyNames) -> Result<Self, LoadError> {
         Ok(Self {
-            services: Hash::open(pins, services)?,
-            slots: Table::open(pins, slots)?,
-            flows: Hash::open(pins, flows)?,
-            young: Hash::open(pins, young)?,
-            sockets: Hash::open(pins, sockets)?,
+            services: Hash::open(pins, names.services)?,
+            slots: Table::open(pins, names.slots)?,
+            ranges: Ranges::open(pins, names.ranges)?,
+            flows: Hash::open(pins, names.flows)?,
+            young: Hash::open(pins, names.young)?,
+            affinities: Hash::open(pins, names.affinity)?,
+            sockets: Hash::open(pins, names.sockets)?,
         })
+    }
+
+    /// How full the maps are; of an array, which always has all its entries,
+    /// those in use are counted.
+    fn fill(&self) -> Result<[Fill; 7], MapError> {
+        Ok([
+            self.services.fill()?,
+            self.slots_fill()?,
+            self.ranges.fill()?,
+            self.flows.fill()?,
+            self.young.fill()?,
+            self.affinities.fill()?,
+            self.sockets.fill()?,
+        ])
     }
 
     fn services(&self) -> Result<impl Iterator<Item = (FrontendKey, ServiceEntry)>, MapError> {
@@ -258,13 +379,17 @@ where
 
     /// The slots that frontends hold; those of one Service may share them.
     fn slots_fill(&self) -> Result<Fill, MapError> {
-        let ranges: BTreeMap<u32, u32> = self
-            .services()?
-            .map(|(_, entry)| {
-                let parked = u32::from(entry.parked);
-                (entry.first_slot, entry.slot_count.saturating_add(parked))
-            })
-            .collect();
+        let mut ranges = BTreeMap::<u32, u32>::new();
+        for (_, entry) in self.services()? {
+            let outer = entry.slot_count.saturating_add(entry.parked.into());
+            for (first, count) in [
+                (entry.first_slot, outer),
+                (entry.inner_first_slot, entry.inner_slot_count),
+            ] {
+                let longest = ranges.entry(first).or_default();
+                *longest = count.max(*longest);
+            }
+        }
         Ok(Fill {
             map: self.slots.name,
             entries: ranges.values().map(|count| *count as usize).sum(),
@@ -298,6 +423,20 @@ fn frontend_key<A: MapAddr>(key: &ServiceKey<A>) -> FrontendKey {
         port: key.port.get(),
         protocol: key.protocol,
     }
+}
+
+/// `None` for one without a mask.
+fn network<A: MapAddr>(network: Network<A>) -> Option<IpNet> {
+    let network = IpNet::with_netmask(network.addr.into(), network.mask.into());
+    network.ok().filter(|network| network.prefix_len() != 0)
+}
+
+/// `None` for a network of the other family.
+fn map_network<A: MapAddr>(network: IpNet) -> Option<Network<A>> {
+    Some(Network {
+        addr: A::from_ip(network.network())?,
+        mask: A::from_ip(network.netmask())?,
+    })
 }
 
 /// A translated connection or exchange, as its client's direction shows it.
@@ -395,13 +534,9 @@ impl KernelMaps {
     ///
     /// [`LoadError::Map`] names the map that is missing or of another shape.
     pub fn open(pins: &Pins) -> Result<Self, LoadError> {
-        use names::{
-            FLOWS4, FLOWS6, SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6, YOUNG4,
-            YOUNG6,
-        };
         Ok(Self {
-            v4: FamilyMaps::open(pins, [SERVICES4, SLOTS4, FLOWS4, YOUNG4, SOCKETS4])?,
-            v6: FamilyMaps::open(pins, [SERVICES6, SLOTS6, FLOWS6, YOUNG6, SOCKETS6])?,
+            v4: FamilyMaps::open(pins, &NAMES4)?,
+            v6: FamilyMaps::open(pins, &NAMES6)?,
             backends: Table::open(pins, names::BACKENDS)?,
             metas: Hash::open(pins, names::META)?,
             config: Table::open(pins, names::CONFIG)?,
@@ -431,18 +566,10 @@ impl KernelMaps {
         Ok(self.v4.sockets()?.chain(self.v6.sockets()?).collect())
     }
 
-    /// How full the maps are. An array always has all its entries; of it, those
-    /// in use are counted.
+    /// How full the maps are.
     pub fn fill(&self) -> Result<Vec<Fill>, MapError> {
-        let Self {
-            v4,
-            v6,
-            backends,
-            metas,
-            config: _,
-        } = self;
         let backends = Fill {
-            map: backends.name,
+            map: self.backends.name,
             entries: self
                 .backends()?
                 .values()
@@ -450,20 +577,11 @@ impl KernelMaps {
                 .count(),
             max_entries: self.backend_capacity(),
         };
-        Ok(vec![
-            v4.services.fill()?,
-            v6.services.fill()?,
-            v4.slots_fill()?,
-            v6.slots_fill()?,
-            backends,
-            metas.fill()?,
-            v4.flows.fill()?,
-            v6.flows.fill()?,
-            v4.young.fill()?,
-            v6.young.fill()?,
-            v4.sockets.fill()?,
-            v6.sockets.fill()?,
-        ])
+        let mut fill = vec![backends, self.metas.fill()?];
+        fill.extend(self.v4.fill()?);
+        fill.extend(self.v6.fill()?);
+        fill.sort_by_key(|fill| names::MAPS.iter().position(|map| *map == fill.map));
+        Ok(fill)
     }
 }
 
@@ -604,6 +722,45 @@ impl Maps for KernelMaps {
 
     fn delete_meta(&mut self, service: u32) -> Result<(), MapError> {
         self.metas.delete(&service)
+    }
+
+    fn ranges(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
+        let mut ranges = self.v4.ranges.read_all()?;
+        ranges.extend(self.v6.ranges.read_all()?);
+        Ok(ranges)
+    }
+
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        match range {
+            IpNet::V4(_) => self.v4.ranges.put(service, range),
+            IpNet::V6(_) => self.v6.ranges.put(service, range),
+        }
+    }
+
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        match range {
+            IpNet::V4(_) => self.v4.ranges.delete(service, range),
+            IpNet::V6(_) => self.v6.ranges.delete(service, range),
+        }
+    }
+
+    fn cluster_network(&self, family: Family) -> Result<Option<IpNet>, MapError> {
+        let config = self.config()?;
+        Ok(match family {
+            Family::V4 => network(config.cluster_net4),
+            Family::V6 => network(config.cluster_net6),
+        })
+    }
+
+    fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError> {
+        let mut config = self.config()?;
+        if let Some(network) = map_network(network) {
+            config.cluster_net4 = network;
+        }
+        if let Some(network) = map_network(network) {
+            config.cluster_net6 = network;
+        }
+        self.set_config(&config)
     }
 }
 

@@ -188,6 +188,9 @@ fn wanted_entries(sizes: &MapSizes, name: &str) -> Option<u32> {
         names::BACKENDS => Some(sizes.map_backends),
         names::META => Some(sizes.map_service_ports),
         names::FLOWS4 | names::FLOWS6 => Some(sizes.map_flows),
+        names::YOUNG4 | names::YOUNG6 => Some(sizes.map_young_flows),
+        names::AFFINITY4 | names::AFFINITY6 => Some(sizes.map_affinity),
+        names::RANGES4 | names::RANGES6 => Some(sizes.map_source_ranges),
         names::SOCKETS4 | names::SOCKETS6 => Some(sizes.map_sockets),
         _ => None,
     }
@@ -262,11 +265,14 @@ mod tests {
             map_backends: 3,
             map_service_ports: 4,
             map_flows: 5,
-            map_sockets: 6,
+            map_young_flows: 6,
+            map_affinity: 7,
+            map_source_ranges: 8,
+            map_sockets: 9,
         };
         let wanted = names::MAPS.map(|name| wanted_entries(&sizes, name));
         let wanted: Vec<u32> = wanted.into_iter().flatten().collect();
-        assert_eq!(wanted, [1, 1, 2, 2, 3, 4, 5, 5, 6, 6]);
+        assert_eq!(wanted, [1, 1, 2, 2, 3, 4, 8, 8, 5, 5, 6, 6, 7, 7, 9, 9]);
     }
 
     #[test]

@@ -1,8 +1,12 @@
 //! Maps in memory, for tests: they count writes, fail on demand, and know what
 //! a reader of the kernel's maps would see after every single write.
 
-use std::{collections::BTreeMap, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
+use ipnet::IpNet;
 use lb_common::{
     names,
     service::{ServiceEntry, ServiceMeta, is_living},
@@ -17,6 +21,8 @@ pub struct Content {
     pub slots: BTreeMap<(Family, u32), SlotValue>,
     pub backends: BTreeMap<u32, u32>,
     pub metas: BTreeMap<u32, ServiceMeta>,
+    pub ranges: BTreeSet<(u32, IpNet)>,
+    pub networks: BTreeMap<Family, IpNet>,
 }
 
 /// What is called before a write, with its number from 1; an error makes the
@@ -53,14 +59,29 @@ impl Default for MemoryMaps {
 }
 
 impl Content {
-    /// Where a frontend's new flows go, as a program would find it: the
-    /// addresses in its slots, in order.
+    /// Where new flows of clients outside go, as a program would find it: what
+    /// is in the frontend's slots, in order.
     ///
     /// # Errors
     ///
     /// A sentence, if a program would meet a slot that was never written or a
     /// backend that does not live.
     pub fn resolve(&self, key: &FrontendKey) -> Result<Vec<SlotValue>, String> {
+        let entry = self.entry(key)?;
+        self.slots(key, entry.first_slot, entry.slot_count)
+    }
+
+    /// As [`Self::resolve`], for clients on this node.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::resolve`].
+    pub fn resolve_inside(&self, key: &FrontendKey) -> Result<Vec<SlotValue>, String> {
+        let entry = self.entry(key)?;
+        self.slots(key, entry.inner_first_slot, entry.inner_slot_count)
+    }
+
+    fn entry(&self, key: &FrontendKey) -> Result<&ServiceEntry, String> {
         let entry = self
             .services
             .get(key)
@@ -68,10 +89,12 @@ impl Content {
         if !self.metas.contains_key(&entry.service) {
             return Err(format!("{key}: Service {} has no name", entry.service));
         }
-        let family = Family::of(key.addr);
-        let range = entry.first_slot..entry.first_slot + entry.slot_count;
-        let slots = range.map(|index| {
-            let slot = self.slots.get(&(family, index)).copied();
+        Ok(entry)
+    }
+
+    fn slots(&self, key: &FrontendKey, first: u32, count: u32) -> Result<Vec<SlotValue>, String> {
+        let slots = (first..first + count).map(|index| {
+            let slot = self.slots.get(&(Family::of(key.addr), index)).copied();
             let slot = slot.ok_or_else(|| format!("{key}: slot {index} was never written"))?;
             let generation = self.backends.get(&slot.backend.id);
             if generation != Some(&slot.backend.generation) || !is_living(slot.backend.generation) {
@@ -117,6 +140,13 @@ const fn slots(family: Family) -> &'static str {
     match family {
         Family::V4 => names::SLOTS4,
         Family::V6 => names::SLOTS6,
+    }
+}
+
+const fn ranges(family: Family) -> &'static str {
+    match family {
+        Family::V4 => names::RANGES4,
+        Family::V6 => names::RANGES6,
     }
 }
 
@@ -198,6 +228,32 @@ impl Maps for MemoryMaps {
     fn delete_meta(&mut self, service: u32) -> Result<(), MapError> {
         self.write("delete", names::META, |content| {
             content.metas.remove(&service);
+        })
+    }
+
+    fn ranges(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
+        Ok(self.content.ranges.clone())
+    }
+
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        self.write("write", ranges(Family::of(range.addr())), |content| {
+            content.ranges.insert((service, range));
+        })
+    }
+
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        self.write("delete", ranges(Family::of(range.addr())), |content| {
+            content.ranges.remove(&(service, range));
+        })
+    }
+
+    fn cluster_network(&self, family: Family) -> Result<Option<IpNet>, MapError> {
+        Ok(self.content.networks.get(&family).copied())
+    }
+
+    fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError> {
+        self.write("write", names::CONFIG, |content| {
+            content.networks.insert(Family::of(network.addr()), network);
         })
     }
 }

@@ -16,11 +16,12 @@ pub mod pins;
 mod sys;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::{IpAddr, SocketAddr},
 };
 
+use ipnet::IpNet;
 use lb_common::service::{BackendRef, ServiceEntry, ServiceMeta};
 
 /// IPv4 or IPv6; each has frontends and slots of its own.
@@ -50,8 +51,19 @@ pub struct FrontendKey {
     pub protocol: u8,
 }
 
+impl FrontendKey {
+    /// Key of what is said of an address itself, whatever the port.
+    pub const fn of_address(addr: IpAddr) -> Self {
+        Self {
+            addr,
+            port: 0,
+            protocol: 0,
+        }
+    }
+}
+
 /// What stands in one slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotValue {
     pub addr: SocketAddr,
     /// The backend runs on this node.
@@ -107,13 +119,29 @@ pub trait Maps {
     fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError>;
     /// Deleting what is not there succeeds.
     fn delete_meta(&mut self, service: u32) -> Result<(), MapError>;
+
+    /// The networks that may use marked frontends, by Service port.
+    fn ranges(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError>;
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError>;
+    /// Deleting what is not there succeeds.
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError>;
+
+    /// The network in which the ports of a `ClusterIP` that nobody has are
+    /// refused.
+    fn cluster_network(&self, family: Family) -> Result<Option<IpNet>, MapError>;
+    /// Sets it for the network's own family.
+    fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError>;
 }
 
 impl fmt::Display for FrontendKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Self::of_address(self.addr) {
+            return write!(f, "{}", self.addr);
+        }
         let protocol = match self.protocol {
             lb_common::flow::TCP => "TCP",
             lb_common::flow::UDP => "UDP",
+            lb_common::flow::SCTP => "SCTP",
             _ => "?",
         };
         write!(f, "{}/{protocol}", SocketAddr::new(self.addr, self.port))

@@ -4,16 +4,20 @@
 //! `newBaseServiceInfo`, `addEndpoints`). Besides, what the API server would
 //! have refused is refused here, since a manifest has not been there.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
+use ipnet::IpNet;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use lb_common::service::NAME_LEN;
 
 use crate::{
     datapath::Family,
     model::{
-        Endpoint, EndpointPort, EndpointSlice, Hints, Kind, NamespacedName, Node, Object,
-        ObjectRef, Policy, Protocol, Service, ServicePort,
+        Algorithm, Endpoint, EndpointPort, EndpointSlice, Hints, Kind, NamespacedName, Node,
+        Object, ObjectRef, Policy, Protocol, Service, ServicePort,
     },
 };
 
@@ -22,6 +26,12 @@ const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// klb's own: `random` or `maglev`, whatever `--algorithm` says.
+const ALGORITHM_ANNOTATION: &str = "klb/algorithm";
+
+/// What the API server fills in (`timeoutSeconds`).
+const DEFAULT_AFFINITY: i32 = 10_800;
+const MAX_AFFINITY: i32 = 86_400;
 
 /// What is wrong with an object, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,19 +98,11 @@ impl Context {
             .map_err(|_not_an_ip| self.error(field, format!("{value:?} is not an IP address")))
     }
 
-    /// `None` for a protocol that klb leaves out, after saying so.
-    fn protocol(
-        &mut self,
-        field: &str,
-        value: Option<&str>,
-    ) -> Result<Option<Protocol>, ObjectError> {
+    fn protocol(&self, field: &str, value: Option<&str>) -> Result<Protocol, ObjectError> {
         match value.unwrap_or("TCP") {
-            "TCP" => Ok(Some(Protocol::Tcp)),
-            "UDP" => Ok(Some(Protocol::Udp)),
-            "SCTP" => {
-                self.warn(field, "SCTP is not supported yet; the port is left out");
-                Ok(None)
-            }
+            "TCP" => Ok(Protocol::Tcp),
+            "UDP" => Ok(Protocol::Udp),
+            "SCTP" => Ok(Protocol::Sctp),
             other => Err(self.error(field, format!("{other:?} is not TCP, UDP or SCTP"))),
         }
     }
@@ -133,13 +135,17 @@ pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted,
         return Ok(context.done(None));
     }
     let cluster_ips = cluster_ips(&context, spec)?;
-    let ports = service_ports(&mut context, spec)?;
+    let ports = service_ports(&context, spec)?;
+    let annotations = service.metadata.annotations.as_ref();
     let created = service.metadata.creation_timestamp.as_ref();
     let mut result = Service {
         id: context.object.id.clone(),
         created: created.map_or(i64::MAX, |time| time.0.as_second()),
         external_ips: external_ips(&context, spec)?,
         load_balancer_ips: load_balancer_ips(&context, service)?,
+        source_ranges: source_ranges(&context, spec)?,
+        affinity: affinity(&context, spec)?,
+        algorithm: annotations.and_then(|annotations| algorithm(&mut context, annotations)),
         internal_policy: policy(
             &context,
             "spec.internalTrafficPolicy",
@@ -207,7 +213,7 @@ fn cluster_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAddr
 }
 
 fn service_ports(
-    context: &mut Context,
+    context: &Context,
     spec: &core::ServiceSpec,
 ) -> Result<Vec<ServicePort>, ObjectError> {
     let specs = spec.ports.as_deref().unwrap_or_default();
@@ -228,7 +234,6 @@ fn service_ports(
             Some(port) => Some(context.port(&field("nodePort"), port)?),
         };
         let protocol = context.protocol(&field("protocol"), spec.protocol.as_deref())?;
-        let Some(protocol) = protocol else { continue };
         for other in &ports {
             if other.name == name {
                 return Err(context.error(field("name"), format!("{name:?} occurs twice")));
@@ -275,6 +280,57 @@ fn load_balancer_ips(
     Ok(ips)
 }
 
+fn source_ranges(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpNet>, ObjectError> {
+    let texts = spec.load_balancer_source_ranges.iter().flatten();
+    let ranges = texts.enumerate().map(|(index, text)| {
+        // The API server lets blanks through.
+        let range = text.trim().parse::<IpNet>();
+        range.map(|range| range.trunc()).map_err(|_not_a_network| {
+            context.error(
+                format!("spec.loadBalancerSourceRanges[{index}]"),
+                format!("{text:?} is not a network"),
+            )
+        })
+    });
+    ranges.collect()
+}
+
+fn affinity(context: &Context, spec: &core::ServiceSpec) -> Result<Option<u32>, ObjectError> {
+    match spec.session_affinity.as_deref() {
+        None | Some("None" | "") => return Ok(None),
+        Some("ClientIP") => {}
+        Some(other) => {
+            let message = format!("{other:?} is not ClientIP or None");
+            return Err(context.error("spec.sessionAffinity", message));
+        }
+    }
+    let config = spec.session_affinity_config.as_ref();
+    let client_ip = config.and_then(|config| config.client_ip.as_ref());
+    let seconds = client_ip.and_then(|client_ip| client_ip.timeout_seconds);
+    let seconds = seconds.unwrap_or(DEFAULT_AFFINITY);
+    if !(1..=MAX_AFFINITY).contains(&seconds) {
+        return Err(context.error(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            format!("{seconds} is not between 1 and {MAX_AFFINITY}"),
+        ));
+    }
+    Ok(Some(seconds.cast_unsigned()))
+}
+
+fn algorithm(context: &mut Context, annotations: &BTreeMap<String, String>) -> Option<Algorithm> {
+    match annotations.get(ALGORITHM_ANNOTATION)?.as_str() {
+        "random" => Some(Algorithm::Random),
+        "maglev" => Some(Algorithm::Maglev),
+        other => {
+            context.warn(
+                format!("metadata.annotations[{ALGORITHM_ANNOTATION}]"),
+                format!("{other:?} is not random or maglev; it is left out"),
+            );
+            None
+        }
+    }
+}
+
 fn policy(context: &Context, field: &str, value: Option<&str>) -> Result<Policy, ObjectError> {
     match value {
         None | Some("Cluster" | "") => Ok(Policy::Cluster),
@@ -292,7 +348,7 @@ pub fn endpoint_slice(
     id: NamespacedName,
     slice: &discovery::EndpointSlice,
 ) -> Result<Converted, ObjectError> {
-    let mut context = Context::new(Kind::EndpointSlice, id);
+    let context = Context::new(Kind::EndpointSlice, id);
     let labels = slice.metadata.labels.as_ref();
     let label = |name| labels.and_then(|labels| labels.get(name));
     let family = match slice.address_type.as_str() {
@@ -309,7 +365,7 @@ pub fn endpoint_slice(
     else {
         return Ok(context.done(None));
     };
-    let ports = endpoint_ports(&mut context, slice)?;
+    let ports = endpoint_ports(&context, slice)?;
     let endpoints = endpoints(&context, slice, family)?;
     let result = EndpointSlice {
         id: context.object.id.clone(),
@@ -322,7 +378,7 @@ pub fn endpoint_slice(
 }
 
 fn endpoint_ports(
-    context: &mut Context,
+    context: &Context,
     slice: &discovery::EndpointSlice,
 ) -> Result<Vec<EndpointPort>, ObjectError> {
     let mut ports = Vec::new();
@@ -335,7 +391,6 @@ fn endpoint_ports(
         };
         let number = context.port(&field("port"), number)?;
         let protocol = context.protocol(&field("protocol"), port.protocol.as_deref())?;
-        let Some(protocol) = protocol else { continue };
         ports.push(EndpointPort {
             name: port.name.clone().unwrap_or_default(),
             protocol,

@@ -12,6 +12,7 @@ fn node() -> NodeFacts {
         addresses: ["192.168.50.1", "fd00:50::1"]
             .map(|addr| IpAddr::from_str(addr).expect("an address"))
             .into(),
+        settings: Settings::default(),
     }
 }
 
@@ -22,6 +23,9 @@ fn service() -> Service {
         cluster_ips: vec![ip("10.96.0.1")],
         external_ips: Vec::new(),
         load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        affinity: None,
+        algorithm: None,
         internal_policy: Policy::Cluster,
         external_policy: Policy::Cluster,
         ports: vec![ServicePort {
@@ -81,21 +85,40 @@ fn slice(name: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
     }
 }
 
-/// Last octets of the backends of the one frontend of a kind.
-fn backends(plan: &ServicePlan, kind: FrontendKind) -> (Verdict, Vec<u8>) {
-    let frontends = plan.ports.iter().flat_map(|port| &port.frontends);
-    let frontend = frontends
-        .into_iter()
+/// The one frontend of a kind.
+fn frontend(plan: &ServicePlan, kind: FrontendKind) -> &FrontendPlan {
+    let mut frontends = plan.ports.iter().flat_map(|port| &port.frontends);
+    frontends
         .find(|frontend| frontend.kind == kind)
-        .unwrap_or_else(|| panic!("no frontend of kind {kind:?}"));
+        .unwrap_or_else(|| panic!("no frontend of kind {kind:?}"))
+}
+
+fn last_octets(backends: &[Backend]) -> Vec<u8> {
     let last_octet = |backend: &Backend| match backend.addr.ip() {
         IpAddr::V4(addr) => addr.octets()[3],
         IpAddr::V6(addr) => addr.octets()[15],
     };
-    (
-        frontend.verdict,
-        frontend.backends.iter().map(last_octet).collect(),
-    )
+    backends.iter().map(last_octet).collect()
+}
+
+/// What clients outside get of the one frontend of a kind, by last octets.
+fn backends(plan: &ServicePlan, kind: FrontendKind) -> (Verdict, Vec<u8>) {
+    let frontend = frontend(plan, kind);
+    (frontend.verdict, last_octets(&frontend.backends))
+}
+
+/// As [`backends`], for clients on this node.
+fn inner_backends(plan: &ServicePlan, kind: FrontendKind) -> Vec<u8> {
+    let frontend = frontend(plan, kind);
+    last_octets(frontend.inner.as_ref().unwrap_or(&frontend.backends))
+}
+
+/// The endpoints of a slice, from letters; see [`endpoint`].
+fn endpoints(letters: &[&str]) -> Vec<Endpoint> {
+    let numbered = (1..).zip(letters);
+    numbered
+        .map(|(n, letters)| endpoint(&format!("10.244.0.{n}"), letters))
+        .collect()
 }
 
 #[test]
@@ -344,9 +367,13 @@ fn frontends_of_every_kind_and_family() {
             "ExternalIp 198.51.100.1:80/TCP → 10.244.0.5:3000",
             "LoadBalancer 203.0.113.1:80/TCP → 10.244.0.5:3000",
             "NodePort 192.168.50.1:30080/TCP → 10.244.0.5:3000",
+            "Address 10.96.0.1 → 10.244.0.5:3000",
+            "Address 203.0.113.1 → 10.244.0.5:3000",
             "ClusterIp [fd00:10:96::1]:80/TCP → [fd00:10:244::5]:3000",
             "LoadBalancer [2001:db8::1]:80/TCP → [fd00:10:244::5]:3000",
             "NodePort [fd00:50::1]:30080/TCP → [fd00:10:244::5]:3000",
+            "Address fd00:10:96::1 → [fd00:10:244::5]:3000",
+            "Address 2001:db8::1 → [fd00:10:244::5]:3000",
         ]
     );
 }
@@ -412,7 +439,198 @@ fn an_address_of_two_kinds_is_one_frontend() {
         [
             "10.96.0.1:80/TCP",
             "203.0.113.7:80/TCP",
-            "192.168.50.1:80/TCP"
+            "192.168.50.1:80/TCP",
+            "10.96.0.1",
+            "203.0.113.7",
         ]
     );
+}
+
+#[test]
+fn a_local_policy_for_those_outside_does_not_bind_those_inside() {
+    use Policy::{Cluster, Local};
+    type Row = (
+        &'static str,
+        Policy,
+        &'static [&'static str],
+        &'static [u8],
+        &'static [u8],
+    );
+    let rows: [Row; 6] = [
+        ("Cluster", Cluster, &["rs", "rs @b"], &[1, 2], &[1, 2]),
+        ("Local", Local, &["rs", "rs @b"], &[1], &[1, 2]),
+        ("none here", Local, &["rs @b"], &[], &[1]),
+        ("none anywhere", Local, &["s"], &[], &[]),
+        ("here only draining", Local, &["st", "rs @b"], &[1], &[2]),
+        (
+            "hints for another node's zone",
+            Local,
+            &["rs zone=zone-b", "rs @b zone=zone-a"],
+            &[1],
+            &[2],
+        ),
+    ];
+    for (name, external, letters, outer, inner) in rows {
+        let mut service = service();
+        service.external_policy = external;
+        service.external_ips = vec![ip("198.51.100.1")];
+        service.load_balancer_ips = vec![ip("203.0.113.1")];
+        service.ports[0].node_port = Some(30080);
+        let plan = plan(&service, &[&slice("a", endpoints(letters))], &node());
+        for kind in [
+            FrontendKind::NodePort,
+            FrontendKind::LoadBalancer,
+            FrontendKind::ExternalIp,
+        ] {
+            assert_eq!(backends(&plan, kind).1, outer, "{name}, {kind:?}");
+            assert_eq!(inner_backends(&plan, kind), inner, "{name}, {kind:?}");
+        }
+        assert_eq!(
+            inner_backends(&plan, FrontendKind::ClusterIp),
+            inner,
+            "{name}"
+        );
+    }
+    // A policy for those inside binds them.
+    let mut service = service();
+    service.internal_policy = Local;
+    let plan = plan(
+        &service,
+        &[&slice("a", endpoints(&["rs", "rs @b"]))],
+        &node(),
+    );
+    assert_eq!(inner_backends(&plan, FrontendKind::ClusterIp), [1]);
+}
+
+/// Flags of what is said of an address, and whether it has endpoints.
+fn address(plan: &ServicePlan, addr: &str) -> Option<(u8, bool)> {
+    let mut frontends = plan.ports.iter().flat_map(|port| &port.frontends);
+    let frontend = frontends.find(|frontend| frontend.key == FrontendKey::of_address(ip(addr)))?;
+    assert_eq!(frontend.kind, FrontendKind::Address);
+    Some((frontend.flags, !frontend.backends.is_empty()))
+}
+
+#[test]
+fn addresses_refuse_other_ports_and_answer_pings() {
+    const BOTH: u8 = FRONTEND_REFUSE | FRONTEND_ECHO;
+    let mut service = service();
+    // The last one is the node's own, which answers for itself.
+    service.load_balancer_ips = vec![ip("203.0.113.1"), ip("192.168.50.1")];
+    let slices = [slice("a", endpoints(&["rs"]))];
+    for (ping, cluster_ip, balancer) in [
+        (Ping::LoadBalancer, FRONTEND_REFUSE, Some(FRONTEND_ECHO)),
+        (Ping::All, BOTH, Some(FRONTEND_ECHO)),
+        (Ping::Off, FRONTEND_REFUSE, None),
+    ] {
+        let mut node = node();
+        node.settings.ping = ping;
+        for (slices, leads) in [(&slices.each_ref()[..], true), (&[], false)] {
+            let plan = plan(&service, slices, &node);
+            let with = |flags| (flags, leads);
+            assert_eq!(
+                address(&plan, "10.96.0.1"),
+                Some(with(cluster_ip)),
+                "{ping:?}"
+            );
+            assert_eq!(
+                address(&plan, "203.0.113.1"),
+                balancer.map(with),
+                "{ping:?}"
+            );
+            assert_eq!(address(&plan, "192.168.50.1"), None, "{ping:?}");
+        }
+    }
+}
+
+#[test]
+fn a_port_that_leads_somewhere_speaks_for_the_address() {
+    let mut service = service();
+    for name in ["metrics", "admin"] {
+        service.ports.push(ServicePort {
+            name: name.to_owned(),
+            port: service.ports[0].port + 1,
+            ..service.ports[0].clone()
+        });
+    }
+    service.ports[2].port += 1;
+    let mut slice = slice("a", endpoints(&["rs"]));
+    slice.ports[0].name = "metrics".to_owned();
+    let plan = plan(&service, &[&slice], &node());
+    let speakers: Vec<_> = plan
+        .ports
+        .iter()
+        .map(|port| {
+            let mut kinds = port.frontends.iter().map(|frontend| frontend.kind);
+            kinds.any(|kind| kind == FrontendKind::Address)
+        })
+        .collect();
+    assert_eq!(speakers, [false, true, false]);
+}
+
+#[test]
+fn source_ranges_are_for_load_balancers_of_their_family() {
+    let rows: [(&[&str], &[&str], bool, bool); 6] = [
+        (&[], &[], false, false),
+        (&["10.0.0.0/8"], &["10.0.0.0/8"], true, false),
+        (
+            &["10.0.0.0/8", "2001:db8:9::/48"],
+            &["10.0.0.0/8", "2001:db8:9::/48"],
+            true,
+            true,
+        ),
+        (&["10.0.0.0/8", "0.0.0.0/0"], &[], false, false),
+        (&["10.0.0.0/8", "::/0"], &["10.0.0.0/8"], true, false),
+        // The node may, so the address itself may.
+        (
+            &["192.168.0.0/16"],
+            &["192.168.0.0/16", "203.0.113.1/32"],
+            true,
+            false,
+        ),
+    ];
+    let mut service = service();
+    service.cluster_ips.push(ip("fd00:10:96::1"));
+    service.load_balancer_ips = vec![ip("203.0.113.1"), ip("2001:db8::1")];
+    service.external_ips = vec![ip("198.51.100.1")];
+    service.ports[0].node_port = Some(30080);
+    for (ranges, sources, restricts_v4, restricts_v6) in rows {
+        let network = |text: &&str| text.parse::<IpNet>().expect("a network");
+        service.source_ranges = ranges.iter().map(network).collect();
+        let plan = plan(&service, &[], &node());
+        let port = &plan.ports[0];
+        assert_eq!(
+            port.sources,
+            sources.iter().map(network).collect(),
+            "{ranges:?}"
+        );
+        for frontend in &port.frontends {
+            let restricted = frontend.flags & FRONTEND_SOURCE_RANGES != 0;
+            let of_family = match Family::of(frontend.key.addr) {
+                Family::V4 => restricts_v4,
+                Family::V6 => restricts_v6,
+            };
+            let expected = of_family && frontend.kind == FrontendKind::LoadBalancer;
+            assert_eq!(restricted, expected, "{ranges:?}: {}", frontend.key);
+        }
+    }
+}
+
+#[test]
+fn affinity_goes_before_the_algorithm_and_the_service_before_the_agent() {
+    use Algorithm::{Maglev, Random};
+    for (affinity, own, agents, expected) in [
+        (None, None, Random, Choice::Random),
+        (None, None, Maglev, Choice::Maglev(7)),
+        (None, Some(Random), Maglev, Choice::Random),
+        (None, Some(Maglev), Random, Choice::Maglev(7)),
+        (Some(60), Some(Maglev), Maglev, Choice::Affinity(60)),
+    ] {
+        let mut service = service();
+        (service.affinity, service.algorithm) = (affinity, own);
+        let mut node = node();
+        node.settings.algorithm = agents;
+        node.settings.maglev_table = 7;
+        let plan = plan(&service, &[], &node);
+        assert_eq!(plan.ports[0].choice, expected);
+    }
 }

@@ -3,11 +3,17 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use lb_common::service::{FrontendKind, is_living};
+use lb_common::service::{
+    FRONTEND_DROP, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES, FrontendKind, is_living,
+};
 use proptest::prelude::*;
 
 use super::*;
-use crate::datapath::memory::{Content, MemoryMaps};
+use crate::{
+    datapath::memory::{Content, MemoryMaps},
+    model::Policy,
+    plan::{Backend, Choice, Verdict},
+};
 
 fn name(text: &str) -> NamespacedName {
     NamespacedName::new("default", text)
@@ -40,6 +46,8 @@ fn frontend(n: u8, backends: &[u8]) -> FrontendPlan {
             Verdict::Forward
         },
         backends: backends.iter().copied().map(backend).collect(),
+        inner: None,
+        flags: 0,
     }
 }
 
@@ -54,6 +62,8 @@ fn service(service: &str, frontends: Vec<FrontendPlan>) -> ServicePlan {
                 port: 80,
                 node_port: None,
             },
+            choice: Choice::Random,
+            sources: BTreeSet::new(),
             alive: frontends.iter().flat_map(|f| f.backends.clone()).collect(),
             frontends,
         }],
@@ -67,16 +77,27 @@ fn gone(service: &str) -> ServicePlan {
     }
 }
 
-/// What a program would find for a frontend, by last octets.
+/// Last octets of backends, in order.
+fn octets(slots: &[SlotValue]) -> Vec<u8> {
+    let addresses: BTreeSet<_> = slots.iter().map(|slot| slot.addr.ip()).collect();
+    addresses.into_iter().map(last_octet).collect()
+}
+
+fn last_octet(addr: IpAddr) -> u8 {
+    match addr {
+        IpAddr::V4(addr) => addr.octets()[3],
+        IpAddr::V6(_) => unreachable!("these tests speak IPv4"),
+    }
+}
+
+/// What a program would find for a client outside, by last octets.
 fn found(content: &Content, n: u8) -> Vec<u8> {
-    let slots = content
-        .resolve(&key(n))
-        .unwrap_or_else(|error| panic!("{error}"));
-    let octet = |slot: &SlotValue| match slot.addr.ip() {
-        std::net::IpAddr::V4(addr) => addr.octets()[3],
-        std::net::IpAddr::V6(_) => unreachable!("these tests speak IPv4"),
-    };
-    slots.iter().map(octet).collect()
+    octets(&content.resolve(&key(n)).expect("a whole range"))
+}
+
+/// As [`found`], for a client on this node.
+fn found_inside(content: &Content, n: u8) -> Vec<u8> {
+    octets(&content.resolve_inside(&key(n)).expect("a whole range"))
 }
 
 fn reconciler() -> Reconciler<MemoryMaps> {
@@ -115,8 +136,10 @@ fn only_what_changed_is_written() {
         metas,
         backends,
         slots: _,
+        ranges,
+        networks: _,
     } = &r.maps.content;
-    assert!(services.is_empty() && metas.is_empty());
+    assert!(services.is_empty() && metas.is_empty() && ranges.is_empty());
     assert!(!backends.values().any(|generation| is_living(*generation)));
 }
 
@@ -354,29 +377,304 @@ fn services_are_told_apart_by_more_than_their_number() {
     assert_eq!(lives.len(), 2, "one pod is another backend of each Service");
 }
 
-/// A Service's frontends with their backends, by number.
-type Frontends = Vec<(u8, Vec<u8>)>;
+#[test]
+fn clients_inside_get_a_range_of_their_own_where_theirs_differs() {
+    let mut r = reconciler();
+    let mut web = service("web", vec![frontend(1, &[1, 2]), frontend(2, &[2])]);
+    web.ports[0].frontends[1].inner = Some(vec![backend(1), backend(2)]);
+    // Two backends, three slots, of which the first two are for those inside of
+    // the second frontend, too; a name, two entries.
+    assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 9);
+    assert_eq!(found(&r.maps.content, 2), [2]);
+    assert_eq!(found_inside(&r.maps.content, 2), [1, 2]);
+    let (one, two) = (
+        r.maps.content.services[&key(1)],
+        r.maps.content.services[&key(2)],
+    );
+    assert_eq!(two.inner_first_slot, one.first_slot);
+    assert_eq!(two.parked, 1, "the one that is for those inside only");
+    let mut r = restarted(r);
+    assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 0);
+    // None on this node any more.
+    web.ports[0].frontends[1].backends.clear();
+    web.ports[0].frontends[1].verdict = Verdict::Drop;
+    apply(&mut r, &[web]);
+    assert_eq!(found(&r.maps.content, 2), [0; 0]);
+    assert_eq!(found_inside(&r.maps.content, 2), [1, 2]);
+    let entry = r.maps.content.services[&key(2)];
+    assert_eq!(entry.flags, FRONTEND_DROP);
+}
 
-/// Every set of backends that a frontend may have.
-type Legal = BTreeMap<FrontendKey, BTreeSet<Vec<u8>>>;
+#[test]
+fn a_range_of_those_inside_only_is_kept_and_taken_over() {
+    let mut r = reconciler();
+    let mut web = service("web", vec![frontend(1, &[1])]);
+    web.ports[0].frontends[0].inner = Some(vec![backend(2), backend(3)]);
+    apply(&mut r, std::slice::from_ref(&web));
+    assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 0);
+    let mut r = restarted(r);
+    assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 0);
+    assert_eq!(found_inside(&r.maps.content, 1), [2, 3]);
+    // Another Service does not get its slots.
+    let later = Instant::now() + GRACE * 2;
+    let other = service("other", vec![frontend(2, &[7, 8, 9])]);
+    assert!(r.apply(&[other], later).failed.is_empty());
+    assert_eq!(found_inside(&r.maps.content, 1), [2, 3]);
+}
+
+#[test]
+fn slots_are_in_the_order_of_ids() {
+    let mut r = reconciler();
+    apply(&mut r, &[service("web", vec![frontend(1, &[5, 6])])]);
+    apply(&mut r, &[service("web", vec![frontend(1, &[1, 5, 6, 7])])]);
+    let slots = r.maps.content.resolve(&key(1)).expect("a whole range");
+    assert!(slots.is_sorted_by_key(|slot| slot.backend.id), "{slots:?}");
+    assert_eq!(last_octet(slots[0].addr.ip()), 5);
+}
+
+#[test]
+fn the_way_to_choose_is_in_the_entry() {
+    for (choice, flags, affinity, slots) in [
+        (Choice::Random, 0, 0, 2),
+        (Choice::Affinity(60), 0, 60, 2),
+        (Choice::Maglev(7), FRONTEND_MAGLEV, 0, 7),
+    ] {
+        let mut r = reconciler();
+        let mut web = service("web", vec![frontend(1, &[1, 2])]);
+        web.ports[0].choice = choice;
+        web.ports[0].alive.insert(backend(3));
+        apply(&mut r, std::slice::from_ref(&web));
+        let entry = r.maps.content.services[&key(1)];
+        assert_eq!((entry.flags, entry.affinity), (flags, affinity));
+        assert_eq!((entry.slot_count, entry.parked), (slots, 1), "{choice:?}");
+        assert_eq!(found(&r.maps.content, 1), [1, 2]);
+        let mut r = restarted(r);
+        assert_eq!(apply(&mut r, &[web]), 0, "{choice:?}");
+    }
+}
+
+fn network(text: &str) -> IpNet {
+    text.parse().expect("a network")
+}
+
+/// A Service whose one frontend is for some clients only.
+fn restricted(sources: &[&str]) -> ServicePlan {
+    let mut web = service("web", vec![frontend(1, &[1])]);
+    web.ports[0].sources = sources.iter().copied().map(network).collect();
+    if !sources.is_empty() {
+        web.ports[0].frontends[0].flags = FRONTEND_SOURCE_RANGES;
+    }
+    web
+}
+
+#[test]
+fn who_may_come_is_there_before_the_frontend_asks_and_goes_after_it() {
+    let mut r = reconciler();
+    r.maps.observer = Some(Box::new(|content| {
+        let entries = content.services.values();
+        for entry in entries.filter(|entry| entry.flags & FRONTEND_SOURCE_RANGES != 0) {
+            let mut ranges = content.ranges.iter();
+            assert!(ranges.any(|(service, _)| *service == entry.service));
+        }
+    }));
+    let ranges = |r: &Reconciler<MemoryMaps>| -> Vec<String> {
+        let ranges = r.maps.content.ranges.iter();
+        ranges.map(|(_, range)| range.to_string()).collect()
+    };
+    apply(&mut r, &[restricted(&["10.0.0.0/8", "fd00::/8"])]);
+    assert_eq!(ranges(&r), ["10.0.0.0/8", "fd00::/8"]);
+    let mut r = restarted(r);
+    assert_eq!(apply(&mut r, &[restricted(&["10.0.0.0/8", "fd00::/8"])]), 0);
+    apply(&mut r, &[restricted(&["10.0.0.0/8", "192.168.0.0/16"])]);
+    assert_eq!(ranges(&r), ["10.0.0.0/8", "192.168.0.0/16"]);
+    apply(&mut r, &[restricted(&[])]);
+    assert_eq!(ranges(&r), [""; 0]);
+    apply(&mut r, &[restricted(&["10.0.0.0/8"])]);
+    apply(&mut r, &[gone("web")]);
+    assert_eq!(ranges(&r), [""; 0]);
+}
+
+#[test]
+fn ranges_of_nobody_are_removed_and_never_become_somebodys() {
+    let mut r = reconciler();
+    r.maps.content.ranges.insert((1, network("0.0.0.0/0")));
+    let mut r = restarted(r);
+    r.maps.observer = Some(Box::new(|content| {
+        let mut owners = content.services.values();
+        assert!(!owners.any(|entry| entry.service == 1));
+    }));
+    apply(&mut r, &[restricted(&["10.0.0.0/8"])]);
+    assert_eq!(r.maps.content.ranges.len(), 1);
+}
+
+/// What is said of a frontend's address.
+fn address(n: u8) -> FrontendPlan {
+    FrontendPlan {
+        key: FrontendKey::of_address(key(n).addr),
+        kind: FrontendKind::Address,
+        flags: FRONTEND_REFUSE,
+        ..frontend(n, &[])
+    }
+}
+
+#[test]
+fn the_cluster_network_grows_before_the_address_and_shrinks_at_a_restart() {
+    let mut r = reconciler();
+    r.maps.observer = Some(Box::new(|content| {
+        for (key, entry) in &content.services {
+            let network = content.networks.get(&Family::V4);
+            let holds = network.is_some_and(|network| network.contains(&key.addr));
+            assert!(holds || entry.flags & FRONTEND_REFUSE == 0, "{key}");
+        }
+    }));
+    let network = |r: &Reconciler<MemoryMaps>| r.maps.content.networks[&Family::V4].to_string();
+    let plan = |name, n| service(name, vec![frontend(n, &[1]), address(n)]);
+    apply(&mut r, &[plan("a", 1)]);
+    assert_eq!(network(&r), "10.96.0.1/32");
+    apply(&mut r, &[plan("b", 2), plan("c", 200)]);
+    assert_eq!(network(&r), "10.96.0.0/24");
+    apply(&mut r, &[gone("c")]);
+    assert_eq!(network(&r), "10.96.0.0/24");
+    let mut r = restarted(r);
+    apply(&mut r, &[plan("a", 1), plan("b", 2)]);
+    assert_eq!(network(&r), "10.96.0.0/30");
+}
+
+#[test]
+fn an_address_changes_its_speaker_without_a_gap() {
+    let mut r = reconciler();
+    let mut web = service("web", vec![frontend(1, &[1]), address(1)]);
+    let mut second = web.ports[0].clone();
+    second.port.name = "metrics".to_owned();
+    second.frontends = vec![frontend(2, &[2])];
+    web.ports.push(second);
+    apply(&mut r, std::slice::from_ref(&web));
+    r.maps.observer = Some(Box::new(|content| {
+        assert!(content.services.contains_key(&address(1).key));
+    }));
+    let speaker = web.ports[0].frontends.pop().expect("the address");
+    web.ports[1].frontends.push(speaker);
+    apply(&mut r, std::slice::from_ref(&web));
+    let entries = &r.maps.content.services;
+    assert_eq!(entries[&address(1).key].service, entries[&key(2)].service);
+}
+
+/// What a Service of a random history gets.
+#[derive(Clone, Debug)]
+struct Wish {
+    frontends: BTreeMap<u8, FrontendWish>,
+    choice: Choice,
+    /// Backends that answer, besides those that are led to.
+    parked: BTreeSet<u8>,
+    sources: BTreeSet<u8>,
+}
+
+/// Backends, by number.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct FrontendWish {
+    outer: Vec<u8>,
+    inner: Option<Vec<u8>>,
+}
+
+impl FrontendWish {
+    /// What a program finds, for clients outside and inside.
+    fn leads(&self) -> Leads {
+        let inner = self.inner.as_ref().unwrap_or(&self.outer);
+        (self.outer.clone(), inner.clone())
+    }
+}
+
+impl Wish {
+    /// Numbers of all backends that live.
+    fn living(&self) -> BTreeSet<u8> {
+        if self.frontends.is_empty() {
+            return BTreeSet::new();
+        }
+        let led_to = self.frontends.values().flat_map(|frontend| {
+            let (outer, inner) = frontend.leads();
+            outer.into_iter().chain(inner)
+        });
+        led_to.chain(self.parked.iter().copied()).collect()
+    }
+
+    fn sources(&self) -> BTreeSet<IpNet> {
+        let sources = self.sources.iter().filter(|_| !self.frontends.is_empty());
+        sources
+            .map(|n| network(&format!("10.{n}.0.0/16")))
+            .collect()
+    }
+
+    /// Frontends of a Service are its own: three for each number. The first
+    /// comes with its address, the second is for some clients only.
+    fn plan(&self, number: u8) -> ServicePlan {
+        let service_name = format!("s{number}");
+        if self.frontends.is_empty() {
+            return gone(&service_name);
+        }
+        let mut frontends = Vec::new();
+        for (n, wish) in &self.frontends {
+            let mut plan = frontend(number * 3 + n, &wish.outer);
+            let inner = wish.inner.as_ref();
+            plan.inner = inner.map(|inner| inner.iter().copied().map(backend).collect());
+            if *n == 1 && !self.sources.is_empty() {
+                plan.flags = FRONTEND_SOURCE_RANGES;
+            }
+            frontends.push(plan);
+            if *n == 0 {
+                frontends.push(address(number * 3));
+            }
+        }
+        let mut plan = service(&service_name, frontends);
+        let port = &mut plan.ports[0];
+        port.choice = self.choice;
+        port.sources = self.sources();
+        port.alive.extend(self.parked.iter().copied().map(backend));
+        plan
+    }
+}
+
+/// What clients outside and inside get of a frontend.
+type Leads = (Vec<u8>, Vec<u8>);
 
 /// One step of a random history.
 #[derive(Clone, Debug)]
 enum Step {
-    /// These Services, by number, get these frontends and backends.
-    Apply(Vec<(u8, Frontends)>),
+    /// These Services, by number, are to be so.
+    Apply(BTreeMap<u8, Wish>),
     Restart,
     /// The write after so many fails.
     FailAfter(u64),
 }
 
+fn frontend_wish() -> impl Strategy<Value = FrontendWish> {
+    let backends =
+        || prop::collection::btree_set(1u8..12, 0..6).prop_map(|set| set.into_iter().collect());
+    (backends(), prop::option::of(backends()))
+        .prop_map(|(outer, inner)| FrontendWish { outer, inner })
+}
+
+fn wish() -> impl Strategy<Value = Wish> {
+    let choice = prop_oneof![
+        Just(Choice::Random),
+        Just(Choice::Affinity(60)),
+        Just(Choice::Maglev(7)),
+    ];
+    (
+        prop::collection::btree_map(0u8..3, frontend_wish(), 0..3),
+        choice,
+        prop::collection::btree_set(1u8..12, 0..4),
+        prop::collection::btree_set(0u8..4, 0..3),
+    )
+        .prop_map(|(frontends, choice, parked, sources)| Wish {
+            frontends,
+            choice,
+            parked,
+            sources,
+        })
+}
+
 fn step() -> impl Strategy<Value = Step> {
-    let backends = prop::collection::btree_set(1u8..12, 0..6)
-        .prop_map(|set| set.into_iter().collect::<Vec<_>>());
-    let frontends = prop::collection::btree_map(0u8..3, backends, 0..3)
-        .prop_map(|map| map.into_iter().collect::<Vec<_>>());
-    let services = prop::collection::btree_map(0u8..4, frontends, 1..4)
-        .prop_map(|map| map.into_iter().collect::<Vec<_>>());
+    let services = prop::collection::btree_map(0u8..4, wish(), 1..4);
     prop_oneof![
         6 => services.prop_map(Step::Apply),
         1 => Just(Step::Restart),
@@ -384,43 +682,88 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Frontends of a Service are its own: three for each number.
-fn random_plan(number: u8, frontends: &[(u8, Vec<u8>)]) -> ServicePlan {
-    let service_name = format!("s{number}");
-    if frontends.is_empty() {
-        return gone(&service_name);
+/// Everything that frontends may lead to, and who may come, by any wish so far.
+#[derive(Debug, Default)]
+struct Legal {
+    leads: BTreeMap<FrontendKey, BTreeSet<Leads>>,
+    sources: BTreeMap<FrontendKey, BTreeSet<BTreeSet<IpNet>>>,
+}
+
+impl Legal {
+    fn allow(&mut self, number: u8, wish: &Wish) {
+        for (n, frontend) in &wish.frontends {
+            let key = key(number * 3 + n);
+            let leads = self.leads.entry(key).or_default();
+            leads.insert(frontend.leads());
+            let sources = self.sources.entry(key).or_default();
+            sources.insert(wish.sources());
+        }
     }
-    let frontends = frontends
-        .iter()
-        .map(|(n, backends)| frontend(number * 3 + n, backends))
-        .collect();
-    service(&service_name, frontends)
+
+    /// What must hold after every single write.
+    fn check(&self, content: &Content) {
+        for (key, entry) in &content.services {
+            if entry.kind == FrontendKind::Address as u8 {
+                let network = content.networks.get(&Family::V4);
+                assert!(network.is_some_and(|network| network.contains(&key.addr)));
+                continue;
+            }
+            let outer = content.resolve(key).expect("a whole range");
+            let inner = content.resolve_inside(key).expect("a whole range");
+            if entry.flags & FRONTEND_MAGLEV == 0 {
+                for slots in [&outer, &inner] {
+                    assert!(slots.is_sorted_by_key(|slot| slot.backend.id));
+                }
+            }
+            let leads = (octets(&outer), octets(&inner));
+            assert!(self.leads[key].contains(&leads), "{key} leads to {leads:?}");
+            if entry.flags & FRONTEND_SOURCE_RANGES != 0 {
+                let ranges = content.ranges.iter();
+                let present: BTreeSet<_> = ranges
+                    .filter(|(service, _)| *service == entry.service)
+                    .map(|(_, range)| *range)
+                    .collect();
+                let mut whole = self.sources[key]
+                    .iter()
+                    .filter(|sources| !sources.is_empty());
+                assert!(whole.any(|sources| present.is_superset(sources)), "{key}");
+            }
+        }
+    }
+}
+
+/// Fails one write, after so many as the countdown says.
+fn fail_once(countdown: &Arc<Mutex<Option<u64>>>) -> io::Result<()> {
+    let mut left = countdown.lock().expect("not poisoned");
+    let now = left.as_ref().is_some_and(|left| *left == 0);
+    *left = left.and_then(|left| left.checked_sub(1));
+    if now {
+        return Err(io::Error::from_raw_os_error(libc::EIO));
+    }
+    Ok(())
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever happens, the maps end up as the plans say, and after every
-    /// single write each frontend that is there leads to a whole set of living
-    /// backends: one that some plan gave it.
+    /// single write each frontend that is there leads to whole sets of living
+    /// backends, for the clients of some plan: one that some plan gave it.
     #[test]
     fn every_history_ends_as_planned(steps in prop::collection::vec(step(), 1..25)) {
         let mut r = reconciler();
         let mut now = Instant::now();
-        let mut wanted: BTreeMap<u8, Frontends> = BTreeMap::new();
-        // Every set of backends that a frontend may have at the moment.
+        let mut wanted: BTreeMap<u8, Wish> = BTreeMap::new();
         let legal: Arc<Mutex<Legal>> = Arc::default();
         let fail_in = Arc::new(Mutex::new(None::<u64>));
         for step in steps {
             now += GRACE;
+            let is_restart = matches!(step, Step::Restart);
             match step {
                 Step::Apply(services) => {
-                    for (number, frontends) in services {
-                        let mut legal = legal.lock().expect("not poisoned");
-                        for (n, backends) in &frontends {
-                            legal.entry(key(number * 3 + n)).or_default().insert(backends.clone());
-                        }
-                        wanted.insert(number, frontends);
+                    for (number, wish) in services {
+                        legal.lock().expect("not poisoned").allow(number, &wish);
+                        wanted.insert(number, wish);
                     }
                 }
                 Step::Restart => r = restarted(r),
@@ -428,54 +771,49 @@ proptest! {
             }
             let legal = Arc::clone(&legal);
             r.maps.observer = Some(Box::new(move |content| {
-                let legal = legal.lock().expect("not poisoned");
-                for entry in content.services.keys() {
-                    let slots = content.resolve(entry).unwrap_or_else(|error| panic!("{error}"));
-                    let octets: Vec<u8> = slots.iter().map(|slot| match slot.addr.ip() {
-                        std::net::IpAddr::V4(addr) => addr.octets()[3],
-                        std::net::IpAddr::V6(_) => unreachable!("IPv4 only"),
-                    }).collect();
-                    assert!(legal[entry].contains(&octets), "{entry} leads to {octets:?}");
-                }
+                legal.lock().expect("not poisoned").check(content);
             }));
             let countdown = Arc::clone(&fail_in);
-            r.maps.fault = Some(Box::new(move |_write| {
-                let mut left = countdown.lock().expect("not poisoned");
-                match *left {
-                    Some(0) => {
-                        *left = None;
-                        Err(io::Error::from_raw_os_error(libc::EIO))
-                    }
-                    Some(count) => {
-                        *left = Some(count - 1);
-                        Ok(())
-                    }
-                    None => Ok(()),
-                }
-            }));
-            let plans: Vec<_> = wanted.iter().map(|(n, f)| random_plan(*n, f)).collect();
+            r.maps.fault = Some(Box::new(move |_write| fail_once(&countdown)));
+            let plans: Vec<_> = wanted.iter().map(|(number, wish)| wish.plan(*number)).collect();
+            let before = r.maps.content.clone();
             let report = r.apply(&plans, now);
+            if is_restart {
+                // The network may shrink.
+                let networks = r.maps.content.networks.clone();
+                prop_assert_eq!(&r.maps.content, &Content { networks, ..before });
+            }
             if !report.failed.is_empty() {
                 // One fault, one failure; the next try succeeds.
                 let report = r.apply(&plans, now);
                 prop_assert!(report.failed.is_empty(), "{:?}", report.failed);
             }
-            let mut expected = BTreeMap::new();
-            for (number, frontends) in &wanted {
-                for (n, backends) in frontends {
-                    expected.insert(key(number * 3 + n), backends.clone());
-                }
-            }
-            let actual: BTreeMap<_, _> = r.maps.content.services.keys().map(|entry| {
-                let std::net::IpAddr::V4(addr) = entry.addr else { unreachable!("IPv4 only") };
-                (*entry, found(&r.maps.content, addr.octets()[3]))
-            }).collect();
-            prop_assert_eq!(actual, expected);
-            let living = r.maps.content.backends.values().filter(|g| is_living(**g)).count();
-            let wanted_lives: usize = wanted.values().map(|frontends| {
-                frontends.iter().flat_map(|(_, backends)| backends).collect::<BTreeSet<_>>().len()
-            }).sum();
-            prop_assert_eq!(living, wanted_lives, "no life is lost or left");
+            check_outcome(&r.maps.content, &wanted);
         }
     }
+}
+
+/// What must hold after a batch.
+fn check_outcome(content: &Content, wanted: &BTreeMap<u8, Wish>) {
+    let mut expected = BTreeMap::new();
+    let mut sources = 0;
+    for (number, wish) in wanted {
+        for (n, frontend) in &wish.frontends {
+            expected.insert(key(number * 3 + n), frontend.leads());
+        }
+        sources += wish.sources().len();
+    }
+    let keys = content.services.keys().filter(|key| key.port != 0);
+    let actual: BTreeMap<_, _> = keys
+        .map(|key| {
+            let n = last_octet(key.addr);
+            (*key, (found(content, n), found_inside(content, n)))
+        })
+        .collect();
+    assert_eq!(actual, expected);
+    let living = content.backends.values();
+    let living = living.filter(|generation| is_living(**generation)).count();
+    let wanted_lives: usize = wanted.values().map(|wish| wish.living().len()).sum();
+    assert_eq!(living, wanted_lives, "no life is lost or left");
+    assert_eq!(content.ranges.len(), sources, "no range is lost or left");
 }

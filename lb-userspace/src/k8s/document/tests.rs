@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     datapath::Family,
-    model::{Policy, Protocol},
+    model::{Algorithm, Policy, Protocol},
 };
 
 const SERVICE: &str = "
@@ -209,16 +209,47 @@ fn errors_name_the_object_and_the_field() {
         ),
     ];
     for (text, from, to, field) in rows {
-        let error = read(&edited(text, from, to)).expect_err(to);
-        assert_eq!(
-            error.field.as_deref(),
-            Some(field),
-            "{to}: {}",
-            error.message
-        );
-        let object = error.object.expect("known by name").to_string();
-        assert!(object == "Service shop/web" || object == "EndpointSlice shop/web-1");
+        assert_error(&edited(text, from, to), field);
     }
+}
+
+#[test]
+fn what_nobody_can_promise_is_an_error() {
+    for (fields, field) in [
+        ("sessionAffinity: Cookie", "spec.sessionAffinity"),
+        (
+            "sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 0}}",
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+        ),
+        (
+            "sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 86401}}",
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+        ),
+        (
+            "loadBalancerSourceRanges: [10.0.0.0/8, 10.0.0.0/33]",
+            "spec.loadBalancerSourceRanges[1]",
+        ),
+        (
+            "loadBalancerSourceRanges: [10.0.0.1]",
+            "spec.loadBalancerSourceRanges[0]",
+        ),
+    ] {
+        let text = edited(SERVICE, "spec:", &format!("spec:\n  {fields}"));
+        assert_error(&text, field);
+    }
+}
+
+/// The text has an error, in this field.
+fn assert_error(text: &str, field: &str) {
+    let error = read(text).expect_err(text);
+    assert_eq!(
+        error.field.as_deref(),
+        Some(field),
+        "{}\n{text}",
+        error.message
+    );
+    let object = error.object.expect("known by name").to_string();
+    assert!(object == "Service shop/web" || object == "EndpointSlice shop/web-1");
 }
 
 #[test]
@@ -245,15 +276,61 @@ fn without_a_name_the_error_says_what_is_missing() {
 }
 
 #[test]
-fn sctp_is_left_out_and_said() {
-    let document = read(&edited(SERVICE, "protocol: UDP", "protocol: SCTP")).expect("a document");
-    let [Object::Service(service)] = &document.objects[..] else {
-        panic!("{document:?}");
+fn sctp_is_a_protocol_like_the_others() {
+    let service = read_service(&edited(SERVICE, "protocol: UDP", "protocol: SCTP"));
+    assert_eq!(service.ports[1].protocol, Protocol::Sctp);
+}
+
+#[test]
+fn a_client_keeps_its_backend_for_as_long_as_it_says() {
+    for (affinity, config, seconds) in [
+        ("None", "", None),
+        ("ClientIP", "", Some(10_800)),
+        ("ClientIP", "clientIP: {timeoutSeconds: 1}", Some(1)),
+        (
+            "ClientIP",
+            "clientIP: {timeoutSeconds: 86400}",
+            Some(86_400),
+        ),
+        // Without the affinity the time has no meaning.
+        ("None", "clientIP: {timeoutSeconds: 5}", None),
+    ] {
+        let fields =
+            format!("spec:\n  sessionAffinity: {affinity}\n  sessionAffinityConfig: {{{config}}}");
+        let service = read_service(&edited(SERVICE, "spec:", &fields));
+        assert_eq!(service.affinity, seconds, "{fields}");
+    }
+}
+
+#[test]
+fn who_may_use_a_load_balancer_is_read_with_blanks_and_host_bits() {
+    let text = edited(
+        SERVICE,
+        "spec:",
+        "spec:\n  loadBalancerSourceRanges: [' 10.0.0.1/8 ', 'fd00::/8']",
+    );
+    let ranges = read_service(&text).source_ranges;
+    assert_eq!(
+        ranges.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["10.0.0.0/8", "fd00::/8"]
+    );
+}
+
+#[test]
+fn a_service_chooses_its_algorithm_and_a_typing_error_is_said() {
+    let annotated = |value| {
+        let annotation = format!("namespace: shop, annotations: {{klb/algorithm: {value}}}}}");
+        edited(SERVICE, "namespace: shop}", &annotation)
     };
-    assert_eq!(service.ports.len(), 1);
+    assert_eq!(read_service(SERVICE).algorithm, None);
+    let maglev = read_service(&annotated("maglev"));
+    assert_eq!(maglev.algorithm, Some(Algorithm::Maglev));
+    let random = read_service(&annotated("random"));
+    assert_eq!(random.algorithm, Some(Algorithm::Random));
+    let document = read(&annotated("magelv")).expect("a document");
     assert_eq!(
         document.warnings[0].field.as_deref(),
-        Some("spec.ports[1].protocol")
+        Some("metadata.annotations[klb/algorithm]")
     );
 }
 

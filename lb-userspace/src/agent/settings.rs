@@ -1,0 +1,112 @@
+//! The settings that the programs go by.
+
+use std::{fs::File, io::Read as _, net::IpAddr};
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use lb_common::node::{CONFIG_LOOPBACK_NODE_PORTS, Config};
+
+use crate::args::AgentArgs;
+
+/// What the flags say. The rest stays as an earlier run left it.
+///
+/// # Errors
+///
+/// If the kernel has no randomness to give.
+pub(super) fn config(args: &AgentArgs, earlier: Config) -> anyhow::Result<Config> {
+    let mut flags = 0;
+    if serves_loopback(&args.devices.nodeport_addresses) {
+        flags |= CONFIG_LOOPBACK_NODE_PORTS;
+    }
+    Ok(Config {
+        first_port: args.masquerade_ports.first(),
+        port_count: args.masquerade_ports.count(),
+        flags,
+        secret: match earlier.secret {
+            0 => random().context("reading /dev/urandom")?,
+            secret => secret,
+        },
+        timeouts: args.timeouts.by_state(),
+        ..earlier
+    })
+}
+
+/// Whether `NodePort`s answer on loopback addresses: unless the operator named
+/// networks, and none of them holds one.
+fn serves_loopback(networks: &[IpNet]) -> bool {
+    let loopback = [
+        IpAddr::from([127, 0, 0, 1]),
+        IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1_u16]),
+    ];
+    let mut named = networks.iter();
+    networks.is_empty() || named.any(|network| loopback.iter().any(|ip| network.contains(ip)))
+}
+
+/// A number other than 0.
+fn random() -> std::io::Result<u32> {
+    let mut bytes = [0; 4];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u32::from_ne_bytes(bytes) | 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use lb_common::{Addr4, flow::State, node::Network};
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn config_of(flags: &[&str], earlier: Config) -> Config {
+        let line = ["klb", "agent", "--node-name", "n"].iter().chain(flags);
+        match Cli::try_parse_from(line).expect("valid").command {
+            Command::Agent(args) => config(&args, earlier).expect("settings"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn flags_replace_and_the_rest_is_kept() {
+        let first = config_of(&[], Config::default());
+        assert_ne!(first.secret, 0);
+        assert_eq!(first.timeouts, State::TIMEOUTS);
+        let network = Network {
+            addr: Addr4 {
+                octets: [10, 96, 0, 0],
+            },
+            mask: Addr4 {
+                octets: [255, 255, 0, 0],
+            },
+        };
+        let earlier = Config {
+            cluster_net4: network,
+            ..first
+        };
+        let second = config_of(
+            &["--masquerade-ports", "40000-40009", "--timeout-udp", "5s"],
+            earlier,
+        );
+        assert_eq!((second.first_port, second.port_count), (40_000, 10));
+        assert_eq!(State::Unreplied.timeout(&second.timeouts), 5);
+        assert_eq!(
+            (second.secret, second.cluster_net4),
+            (first.secret, network)
+        );
+    }
+
+    #[test]
+    fn loopback_answers_unless_other_networks_are_named() {
+        for (networks, served) in [
+            (&[][..], true),
+            (&["10.0.0.0/8"], false),
+            (&["10.0.0.0/8", "127.0.0.0/8"], true),
+            (&["::1/128"], true),
+        ] {
+            let networks: Vec<IpNet> = networks
+                .iter()
+                .map(|network| network.parse().expect("a network"))
+                .collect();
+            assert_eq!(serves_loopback(&networks), served, "{networks:?}");
+        }
+    }
+}
