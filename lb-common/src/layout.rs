@@ -66,5 +66,5 @@ layout!(FragmentKey<Addr4>, 16, align 4, [4, 4, 4, 1, 1, 2]);
 layout!(FragmentKey<Addr6>, 40, align 4, [16, 16, 4, 1, 1, 2]);
 layout!(EarlyKey<Addr4>, 20, align 4, [16, 4]);
 layout!(EarlyKey<Addr6>, 44, align 4, [40, 4]);
-layout!(Early, 2048, align 4, [4, 2044]);
+layout!(Early, 2052, align 4, [4, 2048]);
 layout!(FragmentPorts, 4, align 2, [2, 2]);

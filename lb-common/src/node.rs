@@ -106,7 +106,7 @@ pub struct EarlyKey<A> {
 pub const EARLY_PLACES: u32 = 4;
 
 /// The longest frame that is kept, in bytes.
-pub const EARLY_BYTES: usize = 2044;
+pub const EARLY_BYTES: usize = 2048;
 
 /// A frame that came too early.
 #[repr(C)]

@@ -1,7 +1,10 @@
 //! A packet at a hook, XDP or TC: bounds-checked reading, and writing that
 //! keeps the checksums true.
 
-use core::ffi::{c_long, c_void};
+use core::{
+    ffi::{c_long, c_void},
+    hint::black_box,
+};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -298,6 +301,18 @@ impl Packet for XdpContext {
     }
 }
 
+/// The length of a frame that is kept, in a form in which every verifier sees
+/// that it is neither 0 nor too much: before 6.8 it learns nothing from a
+/// comparison with 0, and the compiler removes what it knows to be true.
+#[inline(always)]
+fn early_length(length: u32) -> Result<u32, Refused> {
+    const MASK: u32 = EARLY_BYTES as u32 - 1;
+    if length == 0 || length > EARLY_BYTES as u32 {
+        return Err(Refused);
+    }
+    Ok((black_box(length.wrapping_sub(1)) & MASK) + 1)
+}
+
 impl Packet for TcContext {
     const CHECKSUM_MAY_BE_UNFINISHED: bool = false;
     const LEAVES_RARE_TO_TC: bool = false;
@@ -391,10 +406,7 @@ impl Packet for TcContext {
 
     #[inline(always)]
     fn save(&self, to: &mut [u8; EARLY_BYTES]) -> Result<u32, Refused> {
-        let length = self.len();
-        if length == 0 || length > EARLY_BYTES as u32 {
-            return Err(Refused);
-        }
+        let length = early_length(self.len())?;
         // SAFETY: the context is the kernel's, and `length` bytes fit.
         let result =
             unsafe { bpf_skb_load_bytes(self.context(), 0, to.as_mut_ptr().cast(), length) };
@@ -428,10 +440,8 @@ impl Packet for TcContext {
 
     #[inline(always)]
     fn replace(&self, by: &[u8; EARLY_BYTES], length: u32) -> Result<(), Refused> {
+        let length = early_length(length)?;
         self.cut(length as usize)?;
-        if length == 0 || length > EARLY_BYTES as u32 {
-            return Err(Refused);
-        }
         let flags = u64::from(BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
         // SAFETY: the context is the kernel's, and `length` bytes are there.
         let stored =

@@ -63,7 +63,7 @@ pub struct AgentArgs {
     #[command(flatten)]
     pub paths: Paths,
 
-    /// Where translated packets go: up the stack, through netfilter and policies
+    /// Where translated packets go
     #[arg(long, value_enum, default_value_t = Routing::Kernel)]
     pub routing: Routing,
     /// How a backend is chosen for a new flow; the annotation `klb/algorithm` of a Service goes before
@@ -299,8 +299,9 @@ fn entries() -> clap::builder::RangedI64ValueParser<u32> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Routing {
+    /// Up the stack, through netfilter and policies
     Kernel,
-    #[value(hide = true)]
+    /// Straight to the next hop's device: faster, and past the node's netfilter
     Bypass,
 }
 
@@ -410,7 +411,6 @@ impl AgentArgs {
         let unsupported = [
             (self.kubeconfig.is_some(), "--kubeconfig"),
             (self.config.is_some(), "--config"),
-            (self.routing == Routing::Bypass, "--routing bypass"),
             (self.hooks.socket_lb == SocketLb::Host, "--socket-lb host"),
         ];
         for (given, flag) in unsupported {
@@ -491,7 +491,6 @@ mod tests {
         for (flags, named) in [
             (&["--kubeconfig", "f"][..], "--kubeconfig"),
             (&["--config", "f"], "--config"),
-            (&["--routing", "bypass"], "--routing bypass"),
             (&["--socket-lb", "host"], "--socket-lb host"),
             (&[], "--manifests"),
         ] {

@@ -4,9 +4,9 @@ use std::{fs::File, io::Read as _, net::IpAddr};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use lb_common::node::{CONFIG_LOOPBACK_NODE_PORTS, Config};
+use lb_common::node::{CONFIG_BYPASS, CONFIG_LOOPBACK_NODE_PORTS, Config};
 
-use crate::args::AgentArgs;
+use crate::args::{AgentArgs, Routing};
 
 /// What the flags say. The rest stays as an earlier run left it.
 ///
@@ -17,6 +17,9 @@ pub(super) fn config(args: &AgentArgs, earlier: Config) -> anyhow::Result<Config
     let mut flags = 0;
     if serves_loopback(&args.devices.nodeport_addresses) {
         flags |= CONFIG_LOOPBACK_NODE_PORTS;
+    }
+    if args.routing == Routing::Bypass {
+        flags |= CONFIG_BYPASS;
     }
     Ok(Config {
         first_port: args.masquerade_ports.first(),

@@ -96,7 +96,7 @@ fn exit_statuses_tell_failure_from_wrong_usage() {
     assert_eq!(said.status.code(), Some(2), "{said:?}");
     let said = world
         .agent
-        .klb(&["agent", "--node-name", "x", "--routing", "bypass"]);
+        .klb(&["agent", "--node-name", "x", "--kubeconfig", "f"]);
     assert_eq!(said.status.code(), Some(2), "{said:?}");
 }
 

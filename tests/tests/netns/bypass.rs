@@ -9,8 +9,12 @@ use lb_common::{
     node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, Device},
 };
 use lb_tests::{
+    agent::Hooks,
     packet::{Packet, flags, read},
     program::{Backend, Datapath, NODE4, NODE6, TC_GO_ON, TC_REDIRECT, XDP_PASS, XDP_REDIRECT},
+    topology::{Family, Host},
+    traffic::Protocol,
+    world::Frontend,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -272,4 +276,66 @@ fn xdp_leaves_pods_to_the_stack() {
             assert_eq!(hops(&world, &outcome.frame), 64);
         }
     });
+}
+
+/// Datagrams that the node's stack has forwarded, of both families.
+fn forwarded(node: &Host) -> u64 {
+    node.place.netns().within(|| {
+        let read = |name: &str| {
+            std::fs::read_to_string(format!("/proc/thread-self/net/{name}"))
+                .expect("the kernel counts")
+        };
+        let snmp = read("snmp");
+        let mut lines = snmp.lines().filter(|line| line.starts_with("Ip: "));
+        let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+        let place = names
+            .split(' ')
+            .position(|name| name == "ForwDatagrams")
+            .expect("a column");
+        let v4: u64 = values
+            .split(' ')
+            .nth(place)
+            .and_then(|value| value.parse().ok())
+            .expect("a number");
+        let snmp6 = read("snmp6");
+        let v6: u64 = snmp6
+            .lines()
+            .find_map(|line| line.strip_prefix("Ip6OutForwDatagrams"))
+            .and_then(|value| value.trim().parse().ok())
+            .expect("a number");
+        v4 + v6
+    })
+}
+
+/// Real connections, through a node whose stack sees next to nothing of them.
+#[test]
+fn connections_go_past_the_stack() {
+    for hooks in [Hooks::TC, Hooks::CLSACT, Hooks::XDP] {
+        let mut world = crate::stopped_world(hooks);
+        world.agent.flags.push("--routing=bypass".to_owned());
+        world.agent.start();
+        for family in Family::ALL {
+            for (frontend, client) in [
+                (Frontend::NodePort, &world.cluster.outside),
+                (Frontend::ClusterIp, &world.cluster.client.host),
+            ] {
+                let request = world.request(frontend, family, Protocol::Tcp);
+                // The first packets find out the neighbours.
+                for size in [1, 300_000] {
+                    let before = forwarded(&world.cluster.node);
+                    let answer = client.ask(&request.clone().size(size));
+                    let answer = answer.unwrap_or_else(|failure| panic!("{hooks:?}: {failure}"));
+                    assert_eq!(answer.from, world.frontend(frontend, family, Protocol::Tcp));
+                    assert_eq!(answer.seen.ip(), client.addresses.ip(family));
+                    let passed = forwarded(&world.cluster.node) - before;
+                    // XDP leaves packets to pods to the stack.
+                    if size > 1 && hooks != Hooks::XDP {
+                        assert!(passed < 20, "{hooks:?} {family}: {passed} packets");
+                    }
+                }
+                let request = world.request(frontend, family, Protocol::Udp);
+                client.ask(&request.size(1300)).expect("an answer");
+            }
+        }
+    }
 }

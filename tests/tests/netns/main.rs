@@ -28,3 +28,8 @@ fn world_with_offloads(hooks: Hooks, offloads: bool) -> World {
     world.agent.start();
     world
 }
+
+/// A world whose agent does not run yet.
+fn stopped_world(hooks: Hooks) -> World {
+    World::new(env!("CARGO_BIN_EXE_klb-traffic"), hooks)
+}
