@@ -85,10 +85,11 @@ mod tests {
             cluster_net4: network,
             ..first
         };
-        let second = config_of(
-            &["--masquerade-ports", "40000-40009", "--timeout-udp", "5s"],
-            earlier,
-        );
+        let flags = "--masquerade-ports 40000-40009 --timeout-udp 5s --routing bypass";
+        let flags: Vec<_> = flags.split(' ').collect();
+        let second = config_of(&flags, earlier);
+        assert_eq!(second.flags & CONFIG_BYPASS, CONFIG_BYPASS);
+        assert_eq!(config_of(&[], second).flags & CONFIG_BYPASS, 0);
         assert_eq!((second.first_port, second.port_count), (40_000, 10));
         assert_eq!(State::Unreplied.timeout(&second.timeouts), 5);
         assert_eq!(

@@ -5,7 +5,11 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::service::{FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FrontendKind, ServiceEntry};
+use ipnet::IpNet;
+use lb_common::service::{
+    FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES, FrontendKind,
+    ServiceEntry,
+};
 use serde::Serialize;
 
 use super::{Names, PortId, open_pins, print, protocol_name, table::Table};
@@ -84,6 +88,11 @@ struct ServiceRow {
     service: PortId,
     port: u16,
     protocol: String,
+    /// How a backend is chosen for a new flow.
+    algorithm: &'static str,
+    /// Seconds for which a client keeps its backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    affinity_seconds: Option<u32>,
     frontends: Vec<FrontendRow>,
 }
 
@@ -98,6 +107,9 @@ struct FrontendRow {
     /// For clients on this node, where theirs are others.
     #[serde(skip_serializing_if = "Option::is_none")]
     inner_backends: Option<BTreeSet<Endpoint>>,
+    /// Which clients may come, where not all may.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_ranges: Option<Vec<IpNet>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -167,7 +179,8 @@ impl Ranges {
 fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
     let names = Names::read(maps)?;
     let mut ranges = Ranges::default();
-    let mut frontends = BTreeMap::<u32, Vec<FrontendRow>>::new();
+    let sources = maps.ranges()?;
+    let mut services = BTreeMap::<u32, (ServiceEntry, Vec<FrontendRow>)>::new();
     for (key, entry) in maps.services()? {
         // What is said of an address itself is no frontend.
         if entry.kind == FrontendKind::Address as u8 {
@@ -175,21 +188,32 @@ fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
         }
         let backends = endpoints(ranges.outer(maps, key, &entry)?);
         let inner = endpoints(ranges.inner(maps, key, &entry)?);
-        frontends
-            .entry(entry.service)
-            .or_default()
-            .push(frontend_row(key, &entry, backends, inner));
-    }
-    let rows = frontends.into_iter().map(|(service, mut frontends)| {
-        frontends.sort();
-        let meta = names.metas.get(&service);
-        ServiceRow {
-            service: names.port(service),
-            port: meta.map_or(0, |meta| meta.port.get()),
-            protocol: meta.map_or_else(String::new, |meta| protocol_name(meta.protocol)),
-            frontends,
+        let mut row = frontend_row(key, &entry, backends, inner);
+        if entry.flags & FRONTEND_SOURCE_RANGES != 0 {
+            row.source_ranges = Some(sources_of(&sources, key, &entry));
         }
-    });
+        let service = services.entry(entry.service);
+        let (_, frontends) = service.or_insert_with(|| (entry, Vec::new()));
+        frontends.push(row);
+    }
+    let rows = services
+        .into_iter()
+        .map(|(service, (entry, mut frontends))| {
+            frontends.sort();
+            let meta = names.metas.get(&service);
+            ServiceRow {
+                service: names.port(service),
+                port: meta.map_or(0, |meta| meta.port.get()),
+                protocol: meta.map_or_else(String::new, |meta| protocol_name(meta.protocol)),
+                algorithm: if entry.flags & FRONTEND_MAGLEV == 0 {
+                    "random"
+                } else {
+                    "maglev"
+                },
+                affinity_seconds: (entry.affinity > 0).then_some(entry.affinity),
+                frontends,
+            }
+        });
     let mut rows: Vec<ServiceRow> = rows.collect();
     rows.sort_by(|a, b| (&a.service, a.port, &a.protocol).cmp(&(&b.service, b.port, &b.protocol)));
     Ok(rows)
@@ -197,6 +221,20 @@ fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
 
 fn endpoints(slots: &[SlotValue]) -> BTreeSet<Endpoint> {
     slots.iter().map(|slot| slot.addr.into()).collect()
+}
+
+/// Those of the frontend's family.
+fn sources_of(
+    sources: &BTreeSet<(u32, IpNet)>,
+    key: FrontendKey,
+    entry: &ServiceEntry,
+) -> Vec<IpNet> {
+    let sources = sources.iter();
+    sources
+        .filter(|(service, _)| *service == entry.service)
+        .map(|(_, range)| *range)
+        .filter(|range| Family::of(range.addr()) == Family::of(key.addr))
+        .collect()
 }
 
 fn frontend_row(
@@ -215,6 +253,7 @@ fn frontend_row(
             "Local"
         },
         verdict: verdict(entry),
+        source_ranges: None,
         inner_backends: (inner != backends).then_some(inner),
         backends,
     }
@@ -556,7 +595,7 @@ mod tests {
                 "203.0.113.1",
                 80,
                 FrontendKind::LoadBalancer,
-                FRONTEND_LOCAL_POLICY | FRONTEND_DROP,
+                FRONTEND_LOCAL_POLICY | FRONTEND_DROP | FRONTEND_SOURCE_RANGES,
                 0,
                 1,
             ),
@@ -573,11 +612,16 @@ mod tests {
                 inner_first_slot: 4,
                 inner_slot_count,
                 service: 7,
+                affinity: 60,
                 kind: kind as u8,
                 flags,
                 ..ServiceEntry::default()
             };
             maps.put_service(key, &entry).expect("written");
+        }
+        for (service, range) in [(7, "192.0.2.0/24"), (7, "fd00::/8"), (8, "10.0.0.0/8")] {
+            let range = range.parse().expect("a network");
+            maps.put_range(service, range).expect("written");
         }
         maps
     }
@@ -595,6 +639,7 @@ mod tests {
             "kind": "LoadBalancer", "address": "203.0.113.1", "port": 80,
             "policy": "Local", "verdict": "drop", "backends": [],
             "inner_backends": [{"address": "10.244.0.6", "port": 3000}],
+            "source_ranges": ["192.0.2.0/24"],
         });
         let frontend = |kind, address, port, policy, verdict, backends| {
             json!({
@@ -610,6 +655,8 @@ mod tests {
                 "port_name": "http",
                 "port": 80,
                 "protocol": "TCP",
+                "algorithm": "random",
+                "affinity_seconds": 60,
                 "frontends": [
                     frontend("ClusterIP", "10.96.0.1", 80, "Cluster", "forward", backends.clone()),
                     frontend("ExternalIP", "198.51.100.1", 80, "Cluster", "reject", json!([])),
@@ -654,6 +701,7 @@ mod tests {
             verdict: "forward",
             backends: (1..=6).map(endpoint).collect(),
             inner_backends: None,
+            source_ranges: None,
         };
         assert_eq!(
             backend_summary(&frontend),

@@ -1,10 +1,13 @@
 //! `klb status`: whether all is well, on one page.
 
+mod settings;
+
 use std::fmt::Write as _;
 
-use lb_common::{names, reason::Effect};
+use lb_common::{Reason, flow::SCTP, names, reason::Effect};
 use serde::Serialize;
 
+use self::settings::Settings;
 use super::{
     get::{DeviceRow, device_table, devices},
     open_pins, print,
@@ -13,6 +16,7 @@ use super::{
 use crate::{
     args::StatusArgs,
     datapath::{
+        Maps as _,
         features::Features,
         inspect,
         kernel::{Counter, Counters, Fill, KernelMaps},
@@ -22,6 +26,29 @@ use crate::{
 
 /// From this share on, in percent, a map is worth a warning.
 const NEARLY_FULL: usize = 90;
+
+/// Reasons that no healthy node counts.
+const ALARMING: [Reason; 5] = [
+    Reason::FlowTableFull,
+    Reason::RewriteFailed,
+    Reason::BadSlot,
+    Reason::MasqueradeExhausted,
+    Reason::AnswerLimit,
+];
+
+/// Maps that give up their oldest entries for new ones.
+const EVICTING: [&str; 10] = [
+    names::FLOWS4,
+    names::FLOWS6,
+    names::YOUNG4,
+    names::YOUNG6,
+    names::AFFINITY4,
+    names::AFFINITY6,
+    names::FRAGMENTS4,
+    names::FRAGMENTS6,
+    names::SOCKETS4,
+    names::SOCKETS6,
+];
 
 /// Everything that `klb status` shows.
 #[derive(Debug, Serialize)]
@@ -33,10 +60,13 @@ struct Status {
     kernel: Kernel,
     /// Names of the socket hooks that are attached.
     sockets: Vec<String>,
+    settings: Settings,
     devices: Vec<DeviceRow>,
     maps: Vec<MapRow>,
     /// Those above zero.
     counters: Vec<CounterRow>,
+    /// What does not work here, or works otherwise than one may think.
+    limits: Vec<&'static str>,
     warnings: Vec<String>,
 }
 
@@ -95,11 +125,15 @@ fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status
             features: Features::probe(),
         },
         sockets: inspect::sockets(pins),
+        settings: Settings::read(maps)?,
         devices: devices(pins)?,
         maps: maps.fill()?.into_iter().map(MapRow::from).collect(),
         counters: counters.map(CounterRow::from).collect(),
+        limits: Vec::new(),
         warnings: Vec::new(),
     };
+    let uses_sctp = maps.metas()?.values().any(|meta| meta.protocol == SCTP);
+    status.limits = limits(&status, uses_sctp);
     status.warnings = warnings(&status);
     Ok(status)
 }
@@ -139,8 +173,7 @@ impl MapRow {
 
     /// Whether a full map gives up its oldest entries for new ones.
     fn evicts(&self) -> bool {
-        use names::{FLOWS4, FLOWS6, SOCKETS4, SOCKETS6};
-        [FLOWS4, FLOWS6, SOCKETS4, SOCKETS6].contains(&self.name)
+        EVICTING.contains(&self.name)
     }
 }
 
@@ -148,6 +181,33 @@ fn kernel_release() -> String {
     nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default()
+}
+
+/// What this kernel, these settings and these Services cannot have.
+fn limits(status: &Status, uses_sctp: bool) -> Vec<&'static str> {
+    let sockets_are_served = !status.sockets.is_empty();
+    [
+        (
+            uses_sctp,
+            "SCTP of the node's own processes is not translated: the kernel has no hook for it",
+        ),
+        (
+            status.settings.routing == "bypass",
+            "routing is bypass: translated packets do not pass the node's netfilter",
+        ),
+        (
+            sockets_are_served && status.kernel.features.set_retval == Some(false),
+            "this kernel lets no hook choose an error (it came with 5.18): \
+             a Service without endpoints refuses by ICMP, not at connect()",
+        ),
+        (
+            !sockets_are_served,
+            "sockets are not served: processes of the node itself do not reach Services by klb",
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(holds, limit)| holds.then_some(limit))
+    .collect()
 }
 
 fn warnings(status: &Status) -> Vec<String> {
@@ -178,7 +238,7 @@ fn warnings(status: &Status) -> Vec<String> {
         ));
     }
     for counter in &status.counters {
-        if ["flow_table_full", "rewrite_failed", "bad_slot"].contains(&counter.reason) {
+        if ALARMING.map(Reason::name).contains(&counter.reason) {
             warnings.push(format!(
                 "{} at {}: {} times",
                 counter.reason, counter.hook, counter.count
@@ -219,6 +279,7 @@ fn page(status: &Status) -> String {
     ] {
         line(&mut page, &format!("{label:<9} {text}"));
     }
+    section(&mut page, "settings", 1, &status.settings.table());
     section(
         &mut page,
         "devices",
@@ -237,18 +298,17 @@ fn page(status: &Status) -> String {
         status.counters.len(),
         &counter_table(&status.counters),
     );
-    line(
-        &mut page,
-        if status.warnings.is_empty() {
-            "\nwarnings  none"
-        } else {
-            "\nwarnings"
-        },
-    );
-    for warning in &status.warnings {
-        line(&mut page, &format!("  {warning}"));
-    }
+    sentences(&mut page, "limits", &status.limits);
+    sentences(&mut page, "warnings", &status.warnings);
     page
+}
+
+fn sentences(page: &mut String, title: &str, sentences: &[impl AsRef<str>]) {
+    let empty = if sentences.is_empty() { "  none" } else { "" };
+    line(page, &format!("\n{title}{empty}"));
+    for sentence in sentences {
+        line(page, &format!("  {}", sentence.as_ref()));
+    }
 }
 
 fn features(features: Features) -> String {
@@ -304,6 +364,8 @@ fn counter_table(counters: &[CounterRow]) -> Table {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::node::Config;
+
     use super::*;
 
     fn status() -> Status {
@@ -326,6 +388,7 @@ mod tests {
                 .iter()
                 .map(ToString::to_string)
                 .collect(),
+            settings: Settings::new(&Config::default(), Vec::new()),
             devices: Vec::new(),
             maps: vec![MapRow {
                 name: names::SERVICES4,
@@ -333,8 +396,41 @@ mod tests {
                 max_entries: 100,
             }],
             counters: Vec::new(),
+            limits: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+
+    #[test]
+    fn limits_are_said_where_they_matter() {
+        let mut status = status();
+        assert_eq!(limits(&status, false), [""; 0]);
+        assert!(limits(&status, true)[0].starts_with("SCTP"));
+        status.kernel.features.set_retval = Some(false);
+        assert!(limits(&status, false)[0].contains("5.18"));
+        status.sockets.clear();
+        status.settings.routing = "bypass";
+        let [bypass, sockets] = limits(&status, false)[..] else {
+            panic!("{:?}", limits(&status, false));
+        };
+        assert!(bypass.contains("netfilter") && sockets.contains("sockets"));
+    }
+
+    #[test]
+    fn a_map_that_evicts_is_full_and_well() {
+        let mut status = status();
+        status.maps.extend(EVICTING.map(|name| MapRow {
+            name,
+            entries: 100,
+            max_entries: 100,
+        }));
+        assert_eq!(warnings(&status), [""; 0]);
+        status.maps.push(MapRow {
+            name: names::RANGES4,
+            entries: 100,
+            max_entries: 100,
+        });
+        assert!(warnings(&status)[0].contains("klb_range4 is 100% full"));
     }
 
     #[test]
@@ -361,13 +457,15 @@ mod tests {
             tc_egress: None,
             xdp: None,
         });
-        status.counters.push(CounterRow {
-            hook: "xdp",
-            reason: "bad_slot",
-            effect: "refuse",
-            count: 4,
-            description: "",
-        });
+        for reason in ["bad_slot", "masquerade_exhausted", "answer_limit"] {
+            status.counters.push(CounterRow {
+                hook: "xdp",
+                reason,
+                effect: "refuse",
+                count: 4,
+                description: "",
+            });
+        }
         let warnings = warnings(&status).join("\n");
         for part in [
             "no agent",
@@ -375,6 +473,8 @@ mod tests {
             "klb_svc4 is 95% full",
             "eth0",
             "bad_slot at xdp: 4",
+            "masquerade_exhausted at xdp: 4",
+            "answer_limit at xdp: 4",
         ] {
             assert!(warnings.contains(part), "{part} in {warnings}");
         }

@@ -844,6 +844,21 @@ mod tests {
     }
 
     #[test]
+    fn networks_survive_their_map() {
+        for text in ["10.96.0.0/12", "10.96.0.1/32", "fd00:10:96::/112"] {
+            let expected: IpNet = text.parse().expect("a network");
+            let (v4, v6) = (
+                map_network::<Addr4>(expected),
+                map_network::<Addr6>(expected),
+            );
+            assert!(v4.is_some() != v6.is_some(), "of one family");
+            let found = v4.and_then(network).or(v6.and_then(network));
+            assert_eq!(found, Some(expected));
+        }
+        assert_eq!(network(Network::<Addr4>::default()), None);
+    }
+
+    #[test]
     fn a_full_map_is_recognised_behind_ayas_errors() {
         let error = |number| {
             let io_error = io::Error::from_raw_os_error(number);

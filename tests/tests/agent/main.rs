@@ -6,6 +6,7 @@ mod commands;
 mod dumps;
 mod isolation;
 mod manifests;
+mod policies;
 mod restarts;
 mod rollout;
 
