@@ -50,6 +50,8 @@ pub struct Opening<A> {
     pub entry: FlowEntry<A>,
     pub peer_key: Tuple<A>,
     pub peer: FlowEntry<A>,
+    /// Why a packet is translated that goes past the stack.
+    pub reason: Reason,
     /// By which device the packet will leave.
     pub route: FibLookup,
 }
