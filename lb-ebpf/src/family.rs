@@ -5,7 +5,7 @@ use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, btf_maps::lpm_trie::Key};
 use lb_common::{
     Addr4, Addr6, Address, Reason,
     checksum::{Delta, pseudo_header},
-    node::{Config, Device, Network},
+    node::{Config, Device, Netns, Network},
     service::{BackendRef, ServiceEntry, ServiceKey, Slot, SourceRange},
 };
 
@@ -92,6 +92,12 @@ pub trait Family {
 
     /// The address that packets get which are masqueraded at the device.
     fn device_address(device: &Device) -> Self::Addr;
+    /// The pod's address.
+    fn netns_address(netns: &Netns) -> Self::Addr;
+    /// An address that no host has, for a network namespace without a known one.
+    fn stand_in(cookie: [u32; 2]) -> Self::Addr;
+    /// 127.0.0.1 or its like.
+    fn is_loopback(addr: &Self::Addr) -> bool;
     /// The network that holds every `ClusterIP`.
     fn cluster_network(config: &Config) -> &Network<Self::Addr>;
     /// The number of the family in socket addresses.
@@ -241,6 +247,21 @@ impl Family for V4 {
         device.addr4
     }
     #[inline(always)]
+    fn netns_address(netns: &Netns) -> Addr4 {
+        netns.addr4
+    }
+    /// In 0.0.0.0/8, "this network" (RFC 1122, 3.2.1.3).
+    #[inline(always)]
+    fn stand_in([low, _]: [u32; 2]) -> Addr4 {
+        Addr4 {
+            octets: (low & 0x00ff_ffff).to_be_bytes(),
+        }
+    }
+    #[inline(always)]
+    fn is_loopback(addr: &Addr4) -> bool {
+        u32::from_be_bytes(addr.octets) == 0x7f00_0001
+    }
+    #[inline(always)]
     fn cluster_network(config: &Config) -> &Network<Addr4> {
         &config.cluster_net4
     }
@@ -345,6 +366,20 @@ impl Family for V6 {
     #[inline(always)]
     fn device_address(device: &Device) -> Addr6 {
         device.addr6
+    }
+    #[inline(always)]
+    fn netns_address(netns: &Netns) -> Addr6 {
+        netns.addr6
+    }
+    /// In ::/64, which holds nothing but special addresses (RFC 4291, 2.5).
+    #[inline(always)]
+    fn stand_in([low, high]: [u32; 2]) -> Addr6 {
+        Addr6::from_words([0, 0, high.to_be(), low.to_be()])
+    }
+    #[inline(always)]
+    fn is_loopback(addr: &Addr6) -> bool {
+        let [w0, w1, w2, w3] = addr.words();
+        w0 | w1 | w2 == 0 && w3 == 1_u32.to_be()
     }
     #[inline(always)]
     fn cluster_network(config: &Config) -> &Network<Addr6> {

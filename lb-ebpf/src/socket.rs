@@ -9,18 +9,25 @@
 use aya_ebpf::{
     EbpfContext as _, Global,
     bindings::{BPF_ANY, bpf_sock_addr},
-    helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie},
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie},
     programs::SockAddrContext,
 };
 use lb_common::{
     Addr4, Addr6, Address as _, Port, Reason,
     flow::UDP,
-    service::{ServiceKey, Slot},
+    node::{CONFIG_HOST_SOCKETS_ONLY, CONFIG_LOOPBACK_NODE_PORTS, NETNS_OPTED_OUT},
+    service::{
+        AffinityKey, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind, ServiceEntry,
+        ServiceKey, Slot,
+    },
     socket::{SOCKET_FORWARD, SOCKET_REVERSE, SocketEntry, SocketKey},
 };
 
 use crate::{
+    clock, config,
     family::{Family, V4, V6, is_alive},
+    maps::NETNS,
+    open::device,
     select::{self, Window},
 };
 
@@ -282,12 +289,9 @@ fn assign<C: Call>(call: &C) -> Reason {
 #[inline(always)]
 fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::Addr>, Reason> {
     let forward = call.key(SOCKET_FORWARD);
-    let frontend = ServiceKey::new(forward.addr, forward.port, forward.protocol);
-    let service = C::Family::service(&frontend).ok_or(Reason::NotService)?;
-    let window = Window::of(service, true)?;
-    // SAFETY: the helper takes nothing and may be called from every program.
-    let random = unsafe { bpf_get_prandom_u32() };
-    let slot = select::slot::<C::Family>(service, window, random)?;
+    let service = frontend::<C>(&forward)?;
+    let caller = Caller::<C::Family>::of(call)?;
+    let slot = choose::<C::Family>(service, &caller)?;
     let reverse = SocketKey {
         addr: slot.addr,
         port: slot.port,
@@ -301,6 +305,149 @@ fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::
         note::<C>(&forward, &reverse, slot, service.service)?;
     }
     note::<C>(&reverse, &forward, slot, service.service).map(|()| slot)
+}
+
+/// The frontend that the address in the call is.
+#[inline(always)]
+fn frontend<C: Call>(
+    key: &SocketKey<<C::Family as Family>::Addr>,
+) -> Result<&'static ServiceEntry, Reason> {
+    let exact = ServiceKey::new(key.addr, key.port, key.protocol);
+    if let Some(service) = C::Family::service(&exact) {
+        return Ok(service);
+    }
+    let config = config::get().ok_or(Reason::NotService)?;
+    if key.addr.is_in(C::Family::cluster_network(config)) {
+        let address = ServiceKey::new(key.addr, Port::default(), 0);
+        return match C::Family::service(&address) {
+            Some(entry) if entry.flags & FRONTEND_REFUSE != 0 => Err(Reason::NoSuchPort),
+            _ => Err(Reason::NotService),
+        };
+    }
+    if config.flags & CONFIG_LOOPBACK_NODE_PORTS != 0 && C::Family::is_loopback(&key.addr) {
+        return node_port_on_loopback::<C>(key);
+    }
+    Err(Reason::NotService)
+}
+
+/// A `NodePort` is also at the loopback address of the node: it is looked up as
+/// if the process had named the node's own.
+#[inline(always)]
+fn node_port_on_loopback<C: Call>(
+    key: &SocketKey<<C::Family as Family>::Addr>,
+) -> Result<&'static ServiceEntry, Reason> {
+    let node = C::Family::device_address(device(0).ok_or(Reason::NotService)?);
+    let here = ServiceKey::new(node, key.port, key.protocol);
+    C::Family::service(&here)
+        .filter(|service| service.kind == FrontendKind::NodePort as u8)
+        .ok_or(Reason::NotService)
+}
+
+/// Who makes the call.
+struct Caller<F: Family> {
+    /// The address that its packets will have, or one that stands for its
+    /// network namespace; no host has either.
+    addr: F::Addr,
+    /// `addr` is an address.
+    is_known: bool,
+}
+
+impl<F: Family> Caller<F> {
+    /// # Errors
+    /// If calls from there are not served, or if the address is the loopback of
+    /// another namespace than the node's.
+    #[inline(always)]
+    fn of<C: Call<Family = F>>(call: &C) -> Result<Self, Reason> {
+        let cookie = netns_cookie(call.context());
+        let config = config::get().ok_or(Reason::NotService)?;
+        if cookie == config.host_netns {
+            return Ok(Self::host(cookie));
+        }
+        if F::is_loopback(&call.addr()) {
+            return Err(Reason::NotService);
+        }
+        if config.flags & CONFIG_HOST_SOCKETS_ONLY != 0 {
+            return Err(Reason::SocketNotServed);
+        }
+        // SAFETY: only the agent writes this map. It is not preallocated, so an
+        // update brings an entry of its own and the old one stays as it is.
+        let Some(pod) = (unsafe { NETNS.get(&cookie) }) else {
+            return Ok(Self::unknown(cookie));
+        };
+        if pod.flags & NETNS_OPTED_OUT != 0 {
+            return Err(Reason::SocketNotServed);
+        }
+        Ok(Self::with(F::netns_address(pod), cookie))
+    }
+
+    #[inline(always)]
+    fn host(cookie: [u32; 2]) -> Self {
+        match device(0) {
+            Some(node) => Self::with(F::device_address(node), cookie),
+            None => Self::unknown(cookie),
+        }
+    }
+
+    #[inline(always)]
+    fn with(addr: F::Addr, cookie: [u32; 2]) -> Self {
+        if addr.is_zero() {
+            return Self::unknown(cookie);
+        }
+        Self {
+            addr,
+            is_known: true,
+        }
+    }
+
+    #[inline(always)]
+    fn unknown(cookie: [u32; 2]) -> Self {
+        Self {
+            addr: F::stand_in(cookie),
+            is_known: false,
+        }
+    }
+}
+
+/// The kernel's name for the socket's network namespace, low word first.
+#[inline(always)]
+fn netns_cookie(context: *mut bpf_sock_addr) -> [u32; 2] {
+    // SAFETY: the context is the kernel's.
+    let cookie = unsafe { bpf_get_netns_cookie(context.cast()) };
+    [cookie as u32, (cookie >> 32) as u32]
+}
+
+/// The slot for a caller, which counts as inside.
+#[inline(always)]
+fn choose<F: Family>(
+    service: &ServiceEntry,
+    caller: &Caller<F>,
+) -> Result<&'static Slot<F::Addr>, Reason> {
+    if service.flags & FRONTEND_SOURCE_RANGES != 0 {
+        if !caller.is_known {
+            // Its packets have an address, and are looked at.
+            return Err(Reason::SocketNotServed);
+        }
+        if !F::is_in_source_ranges(service.service, &caller.addr) {
+            return Err(Reason::SourceRange);
+        }
+    }
+    let window = Window::of(service, true)?;
+    // SAFETY: the helper takes nothing and may be called from every program.
+    let random = unsafe { bpf_get_prandom_u32() };
+    if service.affinity == 0 {
+        return select::slot::<F>(service, window, random);
+    }
+    let now = clock::seconds();
+    let client = AffinityKey {
+        client: caller.addr,
+        service: service.service,
+    };
+    let slot = match select::kept::<F>(&client, window, service.affinity, now) {
+        Some(slot) => slot,
+        None => select::slot::<F>(service, window, random)?,
+    };
+    select::keep::<F>(&client, slot.backend, now);
+    Ok(slot)
 }
 
 /// Writes the entry for `key`, which leads to the address in `to`.

@@ -322,9 +322,11 @@ pub enum TcChoice {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SocketLb {
+    /// Of the node and of pods
     All,
-    #[value(hide = true)]
+    /// Of the node only; those of pods are left to TC
     Host,
+    /// Of nobody
     Off,
 }
 
@@ -411,7 +413,6 @@ impl AgentArgs {
         let unsupported = [
             (self.kubeconfig.is_some(), "--kubeconfig"),
             (self.config.is_some(), "--config"),
-            (self.hooks.socket_lb == SocketLb::Host, "--socket-lb host"),
         ];
         for (given, flag) in unsupported {
             if given {
@@ -491,7 +492,6 @@ mod tests {
         for (flags, named) in [
             (&["--kubeconfig", "f"][..], "--kubeconfig"),
             (&["--config", "f"], "--config"),
-            (&["--socket-lb", "host"], "--socket-lb host"),
             (&[], "--manifests"),
         ] {
             let args = agent(flags).expect("understood");

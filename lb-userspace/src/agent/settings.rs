@@ -1,12 +1,19 @@
 //! The settings that the programs go by.
 
-use std::{fs::File, io::Read as _, net::IpAddr};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
+    os::fd::AsRawFd as _,
+};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use ipnet::IpNet;
-use lb_common::node::{CONFIG_BYPASS, CONFIG_LOOPBACK_NODE_PORTS, Config};
+use lb_common::node::{
+    CONFIG_BYPASS, CONFIG_HOST_SOCKETS_ONLY, CONFIG_LOOPBACK_NODE_PORTS, Config,
+};
 
-use crate::args::{AgentArgs, Routing};
+use crate::args::{AgentArgs, Routing, SocketLb};
 
 /// What the flags say. The rest stays as an earlier run left it.
 ///
@@ -21,10 +28,19 @@ pub(super) fn config(args: &AgentArgs, earlier: Config) -> anyhow::Result<Config
     if args.routing == Routing::Bypass {
         flags |= CONFIG_BYPASS;
     }
+    if args.hooks.socket_lb == SocketLb::Host {
+        flags |= CONFIG_HOST_SOCKETS_ONLY;
+    }
+    let netns = netns_cookie();
+    if let (SocketLb::Host, Err(error)) = (args.hooks.socket_lb, &netns) {
+        bail!("--socket-lb host: the kernel does not tell network namespaces apart: {error}");
+    }
     Ok(Config {
         first_port: args.masquerade_ports.first(),
         port_count: args.masquerade_ports.count(),
         flags,
+        // Without it (before 5.14) no process counts as the node's.
+        host_netns: netns.unwrap_or_default(),
         secret: match earlier.secret {
             0 => random().context("reading /dev/urandom")?,
             secret => secret,
@@ -45,8 +61,32 @@ fn serves_loopback(networks: &[IpNet]) -> bool {
     networks.is_empty() || named.any(|network| loopback.iter().any(|ip| network.contains(ip)))
 }
 
+/// The cookie of the agent's network namespace, which is the node's: low word
+/// first, as the programs compare it.
+fn netns_cookie() -> io::Result<[u32; 2]> {
+    /// `SO_NETNS_COOKIE` (Linux 5.14), which the libc crate does not have.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut cookie = 0_u64;
+    let mut size = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and number and size live through the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut size,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok([cookie as u32, (cookie >> 32) as u32])
+}
+
 /// A number other than 0.
-fn random() -> std::io::Result<u32> {
+fn random() -> io::Result<u32> {
     let mut bytes = [0; 4];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(u32::from_ne_bytes(bytes) | 1)
