@@ -26,7 +26,7 @@ use self::control::Control;
 use crate::{
     args::{AgentArgs, HookArgs, LogFormat, SocketLb, TcChoice, XdpChoice},
     datapath::{
-        attach::{Hooks, TcMode},
+        attach::{self, Hooks, TcMode},
         cgroup,
         features::Features,
         kernel::{Counters, DeviceTable, KernelMaps},
@@ -36,6 +36,7 @@ use crate::{
     devices::{Rules, Watcher},
     health,
     metrics::Metrics,
+    sysctl::{self, Reservation},
 };
 
 /// Runs until a signal ends it. The datapath goes on without it.
@@ -61,6 +62,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let signals = Signals::listen()?;
     let _lock = Lock::take(&args.paths.state_dir)?;
     let pins = Pins::new(&args.paths.bpffs);
+    reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
 
@@ -93,6 +95,18 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Keeps the masquerade ports from the node's processes, which goes before the
+/// first use of one.
+fn reserve_ports(args: &AgentArgs) {
+    let ports = args.masquerade_ports.ports();
+    if let Err(error) = Reservation::new(&args.paths.state_dir).make(ports.clone()) {
+        warn!(%error, "the masquerade ports are not reserved");
+    }
+    for complaint in sysctl::complaints(&ports) {
+        warn!("{complaint}");
+    }
+}
+
 /// Opens the maps, loads the programs, and attaches those that are not bound to
 /// a device.
 fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, KernelMaps)> {
@@ -122,7 +136,7 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     let mut hooks = Hooks::new(ebpf, pins.clone(), tc, xdp)?;
     match cgroup {
         Some(path) => hooks.attach_sockets(&path)?,
-        None => hooks.detach_sockets().context("detaching from sockets")?,
+        None => attach::detach_sockets(pins).context("detaching from sockets")?,
     }
     Ok((hooks, maps))
 }

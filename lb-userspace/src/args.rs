@@ -1,6 +1,6 @@
 //! The command line: what is understood, its defaults, and what is refused.
 
-use std::{net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
@@ -118,6 +118,10 @@ pub struct PortRange {
 impl PortRange {
     pub const fn first(self) -> u16 {
         self.first
+    }
+
+    pub const fn ports(self) -> RangeInclusive<u16> {
+        self.first..=self.last
     }
 
     /// Number of ports.
@@ -390,6 +394,13 @@ pub struct CleanupArgs {
     /// Go on although an agent runs; it will go wrong until it is restarted
     #[arg(long)]
     pub force: bool,
+    /// First leave new connections to whoever comes behind klb, and wait until those of klb's
+    /// have ended
+    #[arg(long, conflicts_with = "force")]
+    pub drain: bool,
+    /// How long to wait for them
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = seconds, requires = "drain")]
+    pub timeout: u32,
     #[command(flatten)]
     pub paths: Paths,
 }

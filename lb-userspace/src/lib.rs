@@ -17,3 +17,4 @@ pub mod netlink;
 pub mod plan;
 pub mod reconcile;
 pub mod slots;
+pub mod sysctl;

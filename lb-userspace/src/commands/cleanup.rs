@@ -1,15 +1,26 @@
 //! `klb cleanup`: leaves the kernel as if klb had never run.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
+use lb_common::{
+    flow::State,
+    node::{Config, Network},
+};
 
 use crate::{
     args::CleanupArgs,
     datapath::{
-        attach,
+        MapError, Maps as _, attach,
+        kernel::{Flow, KernelMaps},
         pins::{Lock, Pins},
     },
+    sysctl::Reservation,
 };
 
 /// Runs `klb cleanup`. Running it again does nothing.
@@ -24,10 +35,16 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
         let lock = Lock::take(&args.paths.state_dir);
         Some(lock.context("stop the agent first, or give --force")?)
     };
+    if args.drain && pins.root().exists() {
+        drain(&pins, Duration::from_secs(args.timeout.into())).context("draining")?;
+    }
     let devices = attach::detach_everything(&pins).context("detaching")?;
     let removed = pins
         .remove_all()
         .with_context(|| format!("removing {}", pins.root().display()))?;
+    Reservation::new(&args.paths.state_dir)
+        .release()
+        .context("giving the masquerade ports back")?;
     remove_state(&args.paths.state_dir)
         .with_context(|| format!("removing {}", args.paths.state_dir.display()))?;
     drop(lock);
@@ -39,6 +56,57 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Hands new connections over to whoever comes behind klb, kube-proxy say, and
+/// waits until klb's own have ended.
+///
+/// Only those of TCP and SCTP are waited for, which would break otherwise: a
+/// datagram is translated by who is there when it comes.
+fn drain(pins: &Pins, limit: Duration) -> anyhow::Result<()> {
+    const PAUSE: Duration = Duration::from_millis(200);
+    attach::detach_sockets(pins)?;
+    let mut maps = KernelMaps::open(pins)?;
+    remove_frontends(&mut maps)?;
+    let started = Instant::now();
+    let mut shown = None;
+    loop {
+        let left = maps.flows()?.iter().filter(|flow| holds_up(flow)).count();
+        if left == 0 {
+            return Ok(());
+        }
+        if started.elapsed() >= limit {
+            eprintln!("klb: the time is over; connections that break now: {left}");
+            return Ok(());
+        }
+        if shown.replace(left) != Some(left) {
+            eprintln!("klb: connections left: {left}");
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// No packet begins a flow any more, nor is one refused.
+fn remove_frontends(maps: &mut KernelMaps) -> Result<(), MapError> {
+    let config = Config {
+        cluster_net4: Network::default(),
+        cluster_net6: Network::default(),
+        ..maps.config()?
+    };
+    maps.set_config(&config)?;
+    let frontends = maps.services()?.into_keys();
+    frontends
+        .into_iter()
+        .try_for_each(|frontend| maps.delete_service(frontend))
+}
+
+/// Whether the two ends of a flow have still something to say, by a protocol
+/// that needs every segment to be translated in the same way.
+fn holds_up(flow: &Flow) -> bool {
+    matches!(
+        flow.state,
+        State::Opening | State::Established | State::HalfClosed
+    )
 }
 
 /// Removes the lock's file, and the folder if nothing else is in it.

@@ -22,6 +22,7 @@ use crate::{
         kernel::{Counter, Counters, Fill, KernelMaps},
         pins::{Lock, Pins},
     },
+    sysctl,
 };
 
 /// From this share on, in percent, a map is worth a warning.
@@ -135,6 +136,9 @@ fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status
     let uses_sctp = maps.metas()?.values().any(|meta| meta.protocol == SCTP);
     status.limits = limits(&status, uses_sctp);
     status.warnings = warnings(&status);
+    status
+        .warnings
+        .extend(sysctl::complaints(&sysctl::ports(&maps.config()?)));
     Ok(status)
 }
 

@@ -125,12 +125,6 @@ impl Hooks {
         pin_link(&self.pins, pin, link, Target::Cgroup(cgroup.id))
     }
 
-    /// Takes the socket programs off, of whichever run.
-    pub fn detach_sockets(&self) -> io::Result<()> {
-        let mut programs = names::SOCKET_PROGRAMS.into_iter();
-        programs.try_for_each(|name| self.pins.remove_link(LinkPin::Socket(name)))
-    }
-
     /// Makes the programs be on these devices, and on no others.
     ///
     /// Returns what failed; the next call tries it again.
@@ -404,10 +398,14 @@ pub fn detach_everything(pins: &Pins) -> io::Result<usize> {
     for index in &devices {
         detach(pins, &netlink, &owner, *index)?;
     }
-    for name in names::SOCKET_PROGRAMS {
-        pins.remove_link(LinkPin::Socket(name))?;
-    }
+    detach_sockets(pins)?;
     Ok(devices.len())
+}
+
+/// Takes the socket programs off, of whichever run.
+pub fn detach_sockets(pins: &Pins) -> io::Result<()> {
+    let mut programs = names::SOCKET_PROGRAMS.into_iter();
+    programs.try_for_each(|name| pins.remove_link(LinkPin::Socket(name)))
 }
 
 /// Takes all programs off a device, or forgets one that has gone. Ingress goes

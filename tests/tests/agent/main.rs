@@ -7,6 +7,7 @@ mod dumps;
 mod isolation;
 mod manifests;
 mod policies;
+mod reserved_ports;
 mod restarts;
 mod rollout;
 
