@@ -34,6 +34,7 @@ pub(crate) const NETWORK: &[Need] = &[
     program("iproute2", "ip"),
     program("ethtool", "ethtool"),
     program("bpftool", "bpftool"),
+    program("nftables", "nft"),
 ];
 
 /// For the kernel matrix.

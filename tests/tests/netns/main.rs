@@ -9,6 +9,7 @@ mod policies;
 mod ports;
 mod reveal;
 mod strangers;
+mod takeover;
 mod wire;
 
 use lb_tests::{agent::Hooks, topology::Options, world::World};
