@@ -129,7 +129,7 @@ pub mod size {
     /// Flow entries of one family; a flow has two.
     pub const FLOWS: usize = 262_144;
     /// Flow entries of one family that no answer has confirmed yet.
-    pub const YOUNG: usize = 65_536;
+    pub const YOUNG: usize = 131_072;
     /// Clients of one family with session affinity, by Service port.
     pub const AFFINITY: usize = 65_536;
     /// Networks of one family in `loadBalancerSourceRanges`.

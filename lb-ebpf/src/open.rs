@@ -2,9 +2,12 @@
 
 use core::ptr;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup};
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup},
+    helpers::bpf_get_prandom_u32,
+};
 use lb_common::{
-    Address, Reason,
+    Address, Port, Reason,
     flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple},
     node::{CONFIG_BYPASS, DEVICE_POD, Device},
     service::{
@@ -24,9 +27,13 @@ use crate::{
     select::{self, Window},
 };
 
-/// How often another backend is tried when the one chosen already has a flow
-/// with this client's address and port.
+/// How often it is tried to open a flow when the backend chosen already has one
+/// with this client's address and port: a client uses one port towards several
+/// frontends at once, and two of them may lead to one backend.
 const ATTEMPTS: u32 = 4;
+/// How often of these with the client's own port, in the hope that another
+/// backend is chosen; then the client gets another port.
+const OWN_PORT_ATTEMPTS: u32 = 2;
 
 /// The kernel's `EEXIST`.
 const EEXIST: i32 = 17;
@@ -129,22 +136,26 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
         service: work.service.service,
     };
     let timeout = work.service.affinity;
-    let mut kept = None;
-    if timeout != 0 {
-        kept = select::kept::<F>(&affinity, window, timeout, work.now);
-    }
+    let kept = if timeout == 0 {
+        None
+    } else {
+        select::kept::<F>(&affinity, window, timeout, work.now)
+    };
     let hash = select::hash(&work.parsed.tuple);
     for attempt in 0..ATTEMPTS {
-        let slot = match kept.take() {
+        let slot = match kept {
             Some(slot) => slot,
-            None => {
-                match select::slot::<F>(&work.service, window, hash.wrapping_add(attempt << 29)) {
-                    Ok(slot) => slot,
-                    Err(reason) => return reason,
-                }
-            }
+            None => match select::slot::<F>(&work.service, window, hash) {
+                Ok(slot) => slot,
+                Err(reason) => return reason,
+            },
         };
-        let reason = try_open::<P, F>(slot, work);
+        let port = if attempt < OWN_PORT_ATTEMPTS {
+            work.parsed.tuple.src_port
+        } else {
+            any_port()
+        };
+        let reason = try_open::<P, F>(slot, port, work);
         if reason == Reason::TupleConflict {
             continue;
         }
@@ -154,6 +165,16 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
         return reason;
     }
     Reason::TupleConflict
+}
+
+/// A port for a client whose own is taken: none of the well-known ones.
+#[inline(always)]
+fn any_port() -> Port {
+    const FIRST: u16 = 1024;
+    // SAFETY: the helper takes nothing and may be called from every program.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let ports = u32::from(u16::MAX - FIRST);
+    Port::from(FIRST.wrapping_add(((random >> 16).wrapping_mul(ports) >> 16) as u16))
 }
 
 /// What the agent has noted about a device.
@@ -166,14 +187,18 @@ pub fn device(ifindex: u32) -> Option<&'static Device> {
 
 /// Opens a flow with one backend.
 #[inline(never)]
-fn try_open<P: Packet, F: Family>(slot: &Slot<F::Addr>, work: &mut Opening<F::Addr>) -> Reason {
+fn try_open<P: Packet, F: Family>(
+    slot: &Slot<F::Addr>,
+    port: Port,
+    work: &mut Opening<F::Addr>,
+) -> Reason {
     let masquerades = must_masquerade(work, slot);
     if P::LEAVES_RARE_TO_TC && masquerades && !config::has(CONFIG_BYPASS) {
         return Reason::RemoteBackend;
     }
     work.key = work.parsed.tuple;
     work.entry.src = work.key.src;
-    work.entry.src_port = work.key.src_port;
+    work.entry.src_port = port;
     work.entry.dst = slot.addr;
     work.entry.dst_port = slot.port;
     work.entry.backend = slot.backend;

@@ -38,6 +38,8 @@ enum Command {
         #[arg(value_enum)]
         level: Option<test::Selection>,
     },
+    /// Print who answers whom over which hook: the table that the tests check
+    Matrix,
     /// Check the formatting, and deny every warning of compiler, clippy and rustdoc
     Lint,
     /// Install what the other commands need, and do nothing else
@@ -64,6 +66,10 @@ fn run(command: &Command) -> Result<()> {
             demo::run(*keep)
         }
         Command::Test { level } => test::run(*level),
+        Command::Matrix => {
+            print!("{}", include_str!("../../docs/matrix.md"));
+            Ok(())
+        }
         Command::Lint => lint::run(),
         Command::Setup => setup::everything(),
     }

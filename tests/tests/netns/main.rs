@@ -5,6 +5,7 @@ mod combinations;
 mod devices;
 mod kit;
 mod masquerade;
+mod matrix;
 mod policies;
 mod ports;
 mod reveal;

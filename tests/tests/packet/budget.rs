@@ -50,6 +50,33 @@ fn programs_stay_within_their_budget() {
 }
 
 #[test]
+fn the_page_says_the_budget() {
+    const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
+    let separated = |number: u32| -> String {
+        let digits = number.to_string();
+        let head = digits.len() % 3;
+        let mut groups: Vec<&str> = Vec::new();
+        if head > 0 {
+            groups.push(&digits[..head]);
+        }
+        groups.extend(
+            (head..digits.len())
+                .step_by(3)
+                .map(|at| &digits[at..at + 3]),
+        );
+        groups.join(",")
+    };
+    for (name, translated, verified) in BUDGET {
+        let row = format!(
+            "| {name} | {} | {} |",
+            separated(translated),
+            separated(verified)
+        );
+        assert!(PAGE.contains(&row), "the page should say {row}");
+    }
+}
+
+#[test]
 fn the_object_has_every_map_with_types_that_can_be_printed() {
     let ebpf = load();
     let maps: BTreeSet<_> = ebpf
