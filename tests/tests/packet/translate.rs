@@ -8,7 +8,7 @@ use lb_tests::{
     program::{Backend, Datapath},
 };
 
-use crate::world::{World, dropped, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
+use crate::world::{World, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
 
 /// The hooks at which a client's packet comes in.
 const ENTRIES: [Hook; 2] = [Hook::TcIngress, Hook::Xdp];
