@@ -88,6 +88,9 @@ pub const MAPS: [&str; 28] = [
 ];
 
 pub const XDP: &str = "klb_xdp";
+/// XDP for packets of several buffers too; loaded for native mode where the
+/// kernel can.
+pub const XDP_FRAGS: &str = "klb_xdp_frags";
 pub const TC_INGRESS: &str = "klb_tc_in";
 pub const TC_EGRESS: &str = "klb_tc_out";
 pub const CONNECT4: &str = "klb_connect4";
@@ -114,6 +117,8 @@ pub const SOCKET_PROGRAMS: [&str; 8] = [
 /// Global (`u8`): 1 if the kernel has `bpf_set_retval` (5.18), by which a
 /// socket hook chooses the error that the caller sees.
 pub const HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
+/// Global (`u8`): 1 if the kernel gives XDP packets of several buffers (5.18).
+pub const HAS_XDP_FRAGS: &str = "HAS_XDP_FRAGS";
 
 /// Default number of entries of each map, in the order of [`MAPS`] where they
 /// can be chosen; the object declares these.
@@ -152,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_kernel_keeps_every_name_whole() {
-        let programs = [XDP, TC_INGRESS, TC_EGRESS];
+        let programs = [XDP, XDP_FRAGS, TC_INGRESS, TC_EGRESS];
         for name in MAPS.iter().chain(&SOCKET_PROGRAMS).chain(&programs) {
             assert!(name.len() <= 15 && name.starts_with("klb_"), "{name}");
         }

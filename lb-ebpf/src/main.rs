@@ -62,6 +62,14 @@ pub fn klb_xdp(ctx: XdpContext) -> u32 {
     verdict::xdp(edge::enter(&ctx))
 }
 
+/// The same on kernels that let XDP have packets of several buffers (5.18):
+/// without that no driver takes a program at an MTU of 9000. All headers are in
+/// the first buffer.
+#[xdp(frags)]
+pub fn klb_xdp_frags(ctx: XdpContext) -> u32 {
+    verdict::xdp(edge::enter(&ctx))
+}
+
 /// From a client into the node.
 #[classifier]
 pub fn klb_tc_in(ctx: TcContext) -> i32 {

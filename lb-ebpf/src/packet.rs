@@ -7,14 +7,14 @@ use core::{
 };
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext as _, Global,
     bindings::{
         BPF_F_INGRESS, BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
         BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode, xdp_action::XDP_REDIRECT,
     },
     helpers::{
         bpf_clone_redirect, bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail,
-        bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_xdp_get_buff_len,
     },
     programs::{TcContext, XdpContext},
 };
@@ -29,6 +29,9 @@ const EINVAL: c_long = 22;
 /// header checksum to balance the sum that the device reported (Linux 6.16,
 /// commit ead7f9b8de65; older kernels refuse the flag).
 const BPF_F_IPV6: u64 = 1 << 7;
+
+#[unsafe(no_mangle)]
+static HAS_XDP_FRAGS: Global<u8> = Global::new(0);
 
 /// The mark of a frame that is only there to carry another one ("klbf"). It is
 /// set for the way from the device's ingress into its ingress, and nobody else
@@ -68,9 +71,9 @@ pub trait Packet {
     /// Where the packet comes in, as flows note it.
     fn edge(&self) -> u32;
 
-    /// Length of the whole frame in bytes, also of what [`Self::data_end`]
-    /// leaves out.
-    fn length(&self) -> usize;
+    /// Whether the whole frame has `length` bytes, those included that
+    /// [`Self::data_end`] leaves out.
+    fn reaches(&self, length: usize) -> bool;
 
     /// Tries to make the first `length` bytes readable. Pointers taken before
     /// are void.
@@ -194,8 +197,15 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn length(&self) -> usize {
-        Self::data_end(self) - Self::data(self)
+    fn reaches(&self, length: usize) -> bool {
+        let whole = if HAS_XDP_FRAGS.load() == 0 {
+            Self::data_end(self) - Self::data(self)
+        } else {
+            // SAFETY: the context is the kernel's, and the loader sets the
+            // constant only where the helper exists.
+            unsafe { bpf_xdp_get_buff_len(self.ctx) as usize }
+        };
+        whole >= length
     }
 
     #[inline(always)]
@@ -344,8 +354,8 @@ impl Packet for TcContext {
     }
 
     #[inline(always)]
-    fn length(&self) -> usize {
-        self.len() as usize
+    fn reaches(&self, length: usize) -> bool {
+        self.len() as usize >= length
     }
 
     #[inline(always)]

@@ -173,7 +173,7 @@ pub fn read<P: Packet, T: Copy>(packet: &P, offset: usize) -> Result<T, Reason> 
     if let Some(value) = packet.read(offset) {
         return Ok(value);
     }
-    if packet.length() < offset + size_of::<T>() {
+    if !packet.reaches(offset + size_of::<T>()) {
         return Err(Reason::Truncated);
     }
     packet.make_readable(offset + size_of::<T>());
@@ -340,7 +340,7 @@ fn walk_extensions<P: Packet>(packet: &P, protocol: u32) -> u64 {
 /// whole packet and its own.
 #[inline(always)]
 fn payload_length<P: Packet>(packet: &P, claimed: usize, header: usize) -> Result<u16, Reason> {
-    if packet.length() < L3 + claimed {
+    if !packet.reaches(L3 + claimed) {
         return Err(Reason::Truncated);
     }
     if claimed < header {

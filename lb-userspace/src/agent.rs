@@ -30,7 +30,7 @@ use crate::{
         cgroup,
         features::Features,
         kernel::{Counters, DeviceTable, KernelMaps},
-        load::{load_maps, load_programs, prepare_pins, require_object},
+        load::{load_maps, load_programs, load_xdp, prepare_pins, require_object},
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
@@ -126,13 +126,13 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     let config = settings::config(args, maps.config()?)?;
     maps.set_config(&config)?;
     let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];
-    if xdp != XdpChoice::Off {
-        programs.push(names::XDP);
-    }
     if cgroup.is_some() {
         programs.extend(names::SOCKET_PROGRAMS);
     }
     load_programs(&mut ebpf, &programs)?;
+    if xdp != XdpChoice::Off {
+        load_xdp(&mut ebpf, xdp != XdpChoice::Generic)?;
+    }
     let mut hooks = Hooks::new(ebpf, pins.clone(), tc, xdp)?;
     match cgroup {
         Some(path) => hooks.attach_sockets(&path)?,
@@ -241,6 +241,7 @@ mod tests {
         Features {
             tcx,
             set_retval: None,
+            xdp_frags: None,
         }
     }
 

@@ -763,13 +763,15 @@ pub struct Cost {
     pub verified: Option<u32>,
 }
 
-/// Loads every program of the object and tells what each costs.
+/// Loads every program of the object and tells what each costs; but not the
+/// second form of the XDP program, which is the same code with a flag.
 ///
 /// # Panics
 /// If the kernel refuses one.
 pub fn costs() -> BTreeMap<String, Cost> {
     let mut ebpf = load();
     ebpf.programs_mut()
+        .filter(|(name, _)| *name != names::XDP_FRAGS)
         .map(|(name, program)| {
             match program {
                 Program::Xdp(program) => program.load(),

@@ -205,6 +205,12 @@ fn limits(status: &Status, uses_sctp: bool) -> Vec<&'static str> {
              a Service without endpoints refuses by ICMP, not at connect()",
         ),
         (
+            status.devices.iter().any(|device| device.xdp.is_some())
+                && status.kernel.features.xdp_frags == Some(false),
+            "this kernel gives XDP no packets of several buffers (it came with 5.18): \
+             with jumbo frames XDP is not native",
+        ),
+        (
             !sockets_are_served,
             "sockets are not served: processes of the node itself do not reach Services by klb",
         ),
@@ -321,8 +327,17 @@ fn features(features: Features) -> String {
         Some(false) => format!("{name} no"),
         None => format!("{name} unknown"),
     };
-    let Features { tcx, set_retval } = features;
-    [word("tcx", tcx), word("bpf_set_retval", set_retval)].join(", ")
+    let Features {
+        tcx,
+        set_retval,
+        xdp_frags,
+    } = features;
+    [
+        word("tcx", tcx),
+        word("bpf_set_retval", set_retval),
+        word("xdp.frags", xdp_frags),
+    ]
+    .join(", ")
 }
 
 fn line(page: &mut String, text: &str) {
@@ -386,6 +401,7 @@ mod tests {
                 features: Features {
                     tcx: Some(false),
                     set_retval: Some(true),
+                    xdp_frags: Some(true),
                 },
             },
             sockets: names::SOCKET_PROGRAMS
@@ -412,6 +428,19 @@ mod tests {
         assert!(limits(&status, true)[0].starts_with("SCTP"));
         status.kernel.features.set_retval = Some(false);
         assert!(limits(&status, false)[0].contains("5.18"));
+        status.kernel.features.set_retval = Some(true);
+        status.kernel.features.xdp_frags = Some(false);
+        assert_eq!(limits(&status, false), [""; 0], "without XDP");
+        status.devices.push(DeviceRow {
+            name: Some("eth0".to_owned()),
+            index: 2,
+            role: None,
+            tc_ingress: Some("tcx"),
+            tc_egress: Some("tcx"),
+            xdp: Some("generic"),
+        });
+        assert!(limits(&status, false)[0].contains("jumbo"));
+        status.devices.clear();
         status.sockets.clear();
         status.settings.routing = "bypass";
         let [bypass, sockets] = limits(&status, false)[..] else {

@@ -25,6 +25,7 @@ use tracing::{debug, info, warn};
 use super::{
     cgroup::Cgroup,
     clsact::{self, Owner},
+    load::{LoadError, load_xdp},
     pins::{DeviceHook, LinkPin, Mark, Pins, ROLE_MARKS},
     sys::{self, Target},
 };
@@ -54,6 +55,8 @@ enum Cause {
     NoLink,
     #[error(transparent)]
     Io(#[from] io::Error),
+    #[error(transparent)]
+    Load(#[from] Box<LoadError>),
     #[error(transparent)]
     Program(#[from] ProgramError),
     #[error(transparent)]
@@ -350,7 +353,7 @@ impl Hooks {
             .find(|link| link.index == index)
             .and_then(|link| link.xdp);
         if current.is_some_and(|xdp| xdp.native == matches!(mode, XdpMode::Driver)) {
-            let program: &mut Xdp = program(&mut self.ebpf, names::XDP)?;
+            let program = xdp_program(&mut self.ebpf, mode)?;
             if take_over(&self.pins, pin, Target::Device(index), program.fd()?)? {
                 return Ok(true);
             }
@@ -360,7 +363,7 @@ impl Hooks {
     }
 
     fn attach_xdp_as(&mut self, index: u32, mode: XdpMode) -> Result<(), Cause> {
-        let program: &mut Xdp = program(&mut self.ebpf, names::XDP)?;
+        let program = xdp_program(&mut self.ebpf, mode)?;
         let id = program.attach_to_if_index(index, mode)?;
         let link = match FdLink::try_from(program.take_link(id)?) {
             // aya fell back to an attachment that ends with the agent.
@@ -465,6 +468,12 @@ where
 {
     let program = ebpf.program_mut(name).ok_or(Cause::NoProgram)?;
     Ok(program.try_into()?)
+}
+
+/// The form of the XDP program for a mode.
+fn xdp_program(ebpf: &mut Ebpf, mode: XdpMode) -> Result<&mut Xdp, Cause> {
+    let name = load_xdp(ebpf, matches!(mode, XdpMode::Driver)).map_err(Box::new)?;
+    program(ebpf, name)
 }
 
 /// Replaces the program of a pinned link, if there is one and it is attached to

@@ -17,6 +17,9 @@ pub struct Features {
     /// `bpf_set_retval`: a socket hook may choose the error that the caller
     /// sees (5.18).
     pub set_retval: Option<bool>,
+    /// XDP for packets of several buffers (5.18), without which no driver takes
+    /// a program at an MTU of 9000. Known by the helper that came with it.
+    pub xdp_frags: Option<bool>,
 }
 
 impl Features {
@@ -29,6 +32,8 @@ impl Features {
                 BpfHelper::BPF_FUNC_set_retval,
             )
             .ok(),
+            xdp_frags: is_helper_supported(ProgramType::Xdp, BpfHelper::BPF_FUNC_xdp_get_buff_len)
+                .ok(),
         }
     }
 }

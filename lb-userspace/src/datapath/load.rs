@@ -148,9 +148,11 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
 pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
     raise_memlock_limit();
     let set_retval = u8::from(features.set_retval == Some(true));
+    let xdp_frags = u8::from(features.xdp_frags == Some(true));
     let paths = names::MAPS.map(|name| (name, pins.map(name)));
     let mut loader = EbpfLoader::new();
     loader.override_global(names::HAS_SET_RETVAL, &set_retval, true);
+    loader.override_global(names::HAS_XDP_FRAGS, &xdp_frags, true);
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
         if let Some(entries) = wanted_entries(sizes, name) {
@@ -169,6 +171,28 @@ pub fn load_programs(ebpf: &mut Ebpf, programs: &[&'static str]) -> Result<(), L
     programs
         .iter()
         .try_for_each(|name| load_program(ebpf, name))
+}
+
+/// Loads XDP for native or generic mode unless it is loaded; returns its name.
+///
+/// Native is for packets of several buffers too, where the kernel can. Generic
+/// must not be: the kernel would give it a copy that lacks the length of the
+/// Ethernet header (`mac_len`), and TC then begins to read behind that header.
+pub fn load_xdp(ebpf: &mut Ebpf, native: bool) -> Result<&'static str, LoadError> {
+    if native {
+        match load_once(ebpf, names::XDP_FRAGS) {
+            Ok(()) => return Ok(names::XDP_FRAGS),
+            Err(error) => debug!(%error, "no XDP for packets of several buffers"),
+        }
+    }
+    load_once(ebpf, names::XDP).map(|()| names::XDP)
+}
+
+fn load_once(ebpf: &mut Ebpf, name: &'static str) -> Result<(), LoadError> {
+    match ebpf.program(name) {
+        Some(Program::Xdp(program)) if program.fd().is_ok() => Ok(()),
+        _ => load_program(ebpf, name),
+    }
 }
 
 /// Before 5.11 the memory of maps counts against a limit that is 64 KiB by
