@@ -371,7 +371,7 @@ impl Family for V6 {
     fn netns_address(netns: &Netns) -> Addr6 {
         netns.addr6
     }
-    /// In ::/64, which holds nothing but special addresses (RFC 4291, 2.5).
+    /// In the first /64, which holds nothing but special addresses (RFC 4291, 2.5).
     #[inline(always)]
     fn stand_in([low, high]: [u32; 2]) -> Addr6 {
         Addr6::from_words([0, 0, high.to_be(), low.to_be()])
