@@ -1,7 +1,7 @@
 //! `--routing bypass`: what the route lookup knows goes straight to the next
 //! hop's device.
 
-use std::{net::SocketAddr, process::Command, thread};
+use std::net::SocketAddr;
 
 use lb_common::{
     Hook, Reason,
@@ -16,7 +16,8 @@ use lb_tests::{
     traffic::Protocol,
     world::Frontend,
 };
-use nix::sched::{CloneFlags, unshare};
+
+use crate::private::{in_private_namespace, ip};
 
 /// The addresses of one family and one protocol, by role.
 #[derive(Clone, Copy, Debug)]
@@ -84,8 +85,7 @@ const fn local(addr: SocketAddr) -> Backend {
 /// forwards: to the backends by a device `out0` whose neighbours are known, and
 /// to the client by `in0` whose neighbour is not.
 fn in_a_router(body: impl FnOnce() + Send + 'static) {
-    let thread = thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
+    in_private_namespace(|| {
         ip("link set lo up");
         for name in ["out0", "in0"] {
             ip(&format!("link add {name} type veth peer name {name}-peer"));
@@ -114,17 +114,6 @@ fn in_a_router(body: impl FnOnce() + Send + 'static) {
         }
         body();
     });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .status()
-        .expect("iproute2 is installed");
-    assert!(status.success(), "ip {arguments}: {status}");
 }
 
 fn serve(world: &World) -> Datapath {

@@ -9,6 +9,7 @@ mod masquerade;
 mod matrix;
 mod policies;
 mod ports;
+mod private;
 mod reveal;
 mod strangers;
 mod takeover;

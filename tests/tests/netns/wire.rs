@@ -1,11 +1,7 @@
 //! Frames that a test run refuses to make, over real devices: through a bridge
 //! whose ports have every packet hook, and out again byte for byte.
 
-use std::{
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use lb_common::{Hook, Reason};
 use lb_tests::{
@@ -14,29 +10,10 @@ use lb_tests::{
     program::{Backend, Datapath},
     wire::RawSocket,
 };
-use nix::sched::{CloneFlags, unshare};
+
+use crate::private::{in_private_namespace, ip};
 
 const DEADLINE: Duration = Duration::from_secs(5);
-
-/// Runs `body` in a network namespace without a name, which goes away with the
-/// thread that it lives in.
-fn in_private_namespace(body: impl FnOnce() + Send + 'static) {
-    let thread = thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
-        body();
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .status()
-        .expect("iproute2 is installed");
-    assert!(status.success(), "ip {arguments}: {status}");
-}
 
 /// `in0` ─ `in1`, bridge, `out1` ─ `out0`; a frame sent on `in0` arrives at
 /// `out0` through XDP and TC ingress of `in1` and TC egress of `out1`.
