@@ -39,7 +39,7 @@ pub struct Parsed<A> {
     /// counts them.
     pub l4_length: u16,
     pub fragment: Fragment,
-    /// The packet that a fragment is of, as [`FragmentKey::id`].
+    /// The packet that a fragment is of, as [`lb_common::node::FragmentKey::id`].
     pub id: u32,
     pub signals: Signals,
 }
