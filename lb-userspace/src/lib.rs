@@ -18,3 +18,4 @@ pub mod plan;
 pub mod reconcile;
 pub mod slots;
 pub mod sysctl;
+pub mod termination;

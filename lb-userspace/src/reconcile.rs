@@ -46,6 +46,8 @@ const SERVICE_IDS: u32 = 1 << 20;
 pub struct Reconciler<M> {
     maps: M,
     writes: u64,
+    /// A backend has gone in this batch.
+    ended: bool,
     /// What the service maps hold.
     entries: BTreeMap<FrontendKey, ServiceEntry>,
     ports: BTreeMap<PortId, PortState>,
@@ -112,6 +114,8 @@ struct Strays {
 pub struct Report {
     /// Map operations.
     pub writes: u64,
+    /// Backends have gone.
+    pub ended: bool,
     /// Services that are not as planned, and why. What they had, they keep.
     pub failed: Vec<(NamespacedName, MapError)>,
 }
@@ -150,6 +154,7 @@ impl<M: Maps> Reconciler<M> {
             tracing::warn!(%error, "what an earlier run left is still there");
         }
         report.writes = self.writes - before;
+        report.ended = std::mem::take(&mut self.ended);
         report
     }
 
@@ -458,6 +463,7 @@ impl<M: Maps> Reconciler<M> {
         let dead = backend.generation.wrapping_add(1);
         self.write(|maps| maps.put_backend(backend.id, dead))?;
         self.backend_ids.end(backend);
+        self.ended = true;
         Ok(())
     }
 

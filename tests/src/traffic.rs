@@ -148,12 +148,30 @@ impl Request {
     }
 
     fn datagram(&self) -> Result<Answer, Failure> {
-        let started = Instant::now();
+        self.over(&self.udp_socket()?)
+    }
+
+    /// A UDP socket, connected if it is to be.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn udp_socket(&self) -> Result<UdpSocket, Failure> {
         let socket = UdpSocket::from(self.socket(Type::DGRAM)?);
         socket.set_read_timeout(Some(self.limit()))?;
-        let payload = payload(self.size);
         if self.connected {
             socket.connect(self.destination())?;
+        }
+        Ok(socket)
+    }
+
+    /// Asks over a socket of [`Self::udp_socket`].
+    ///
+    /// # Errors
+    /// Why no answer came.
+    pub fn over(&self, socket: &UdpSocket) -> Result<Answer, Failure> {
+        let started = Instant::now();
+        let payload = payload(self.size);
+        if self.connected {
             socket.send(&payload)?;
         } else {
             socket.send_to(&payload, self.destination())?;

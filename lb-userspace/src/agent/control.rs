@@ -21,6 +21,7 @@ use crate::{
     model::{Concern, Event, NamespacedName},
     plan::ServicePlan,
     reconcile::{Reconciler, Report},
+    termination,
 };
 
 /// The desired state, and the maps that follow it.
@@ -170,8 +171,15 @@ impl Control {
             plans.push(plan);
         }
         // Writing ten thousand Services takes a while, and others have work too.
-        let Report { writes, failed } =
-            block_in_place(|| self.reconciler.apply(&plans, Instant::now()));
+        let report = block_in_place(|| self.reconciler.apply(&plans, Instant::now()));
+        let Report {
+            writes,
+            ended,
+            failed,
+        } = report;
+        if ended {
+            block_in_place(|| self.end_orphans());
+        }
         debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
         let mut outcome = Outcome::Complete;
         for (service, error) in failed {
@@ -183,6 +191,24 @@ impl Control {
             self.index.mark(service);
         }
         outcome
+    }
+
+    /// Ends the sockets that would go on sending to backends that have gone.
+    fn end_orphans(&self) {
+        let orphans = match self.reconciler.maps().orphans() {
+            Ok(orphans) => orphans,
+            Err(error) => {
+                warn!(error = %Chain(&error), "sockets of backends that have gone are not ended");
+                return;
+            }
+        };
+        match termination::terminate(&orphans) {
+            Ok(0) => {}
+            Ok(sockets) => info!(sockets, "ended, for their backends have gone"),
+            Err(error) => {
+                warn!(%error, "connected UDP sockets stay with backends that have gone");
+            }
+        }
     }
 
     /// Whether a Service keeps what an earlier run gave it: a description of it

@@ -18,12 +18,12 @@ use aya::{
 use ipnet::IpNet;
 use lb_common::{
     Addr4, Addr6, Address, Hook, Port, Reason,
-    flow::{FORWARD, FlowEntry, State, Timeouts, Tuple},
+    flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP},
     names,
     node::{Config, Device, Network},
     reason::counter_index,
     service::{
-        Affinity, AffinityKey, SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot,
+        Affinity, AffinityKey, BackendRef, SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot,
         SourceRange, is_living,
     },
     socket::{SOCKET_REVERSE, SocketEntry, SocketKey},
@@ -35,6 +35,7 @@ use super::{
     pins::Pins,
     sys,
 };
+use crate::termination::Orphan;
 
 /// A family's address as it stands in the maps.
 trait MapAddr: Address + Pod + Into<IpAddr> {
@@ -488,6 +489,8 @@ pub struct Socket {
     pub backend: SocketAddr,
     /// Service port, the key of the names.
     pub service: u32,
+    /// Which life of the backend it was given.
+    pub life: BackendRef,
 }
 
 /// From the entry that leads back from the backend, which TCP and UDP both
@@ -500,6 +503,7 @@ fn socket<A: MapAddr>(key: &SocketKey<A>, entry: &SocketEntry<A>) -> Option<Sock
         frontend: socket_addr(entry.addr, entry.port),
         backend: socket_addr(key.addr, key.port),
         service: entry.service,
+        life: entry.backend,
     })
 }
 
@@ -559,6 +563,21 @@ impl KernelMaps {
         let timeouts = self.config()?.timeouts;
         let v4 = self.v4.flows(now, timeouts)?;
         Ok(v4.chain(self.v6.flows(now, timeouts)?).collect())
+    }
+
+    /// UDP sockets that were given a backend which has gone.
+    pub fn orphans(&self) -> Result<Vec<Orphan>, MapError> {
+        let backends = self.backends()?;
+        let sockets = self.sockets()?.into_iter();
+        let orphans = sockets.filter(|socket| {
+            socket.protocol == UDP && backends.get(&socket.life.id) != Some(&socket.life.generation)
+        });
+        Ok(orphans
+            .map(|socket| Orphan {
+                cookie: socket.cookie,
+                backend: socket.backend,
+            })
+            .collect())
     }
 
     /// The translations that were made at sockets.

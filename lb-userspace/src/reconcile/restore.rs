@@ -30,6 +30,7 @@ impl<M: Maps> Reconciler<M> {
     pub fn restore(maps: M) -> Result<Self, MapError> {
         let mut this = Self {
             writes: 0,
+            ended: false,
             entries: maps.services()?,
             ports: BTreeMap::new(),
             service_ids: Numbers::new(SERVICE_IDS),

@@ -4,6 +4,7 @@
 
 use std::{
     io::{self, Read as _, Write as _},
+    net::UdpSocket,
     process::ExitCode,
     sync::{
         Arc,
@@ -14,7 +15,7 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use lb_tests::traffic::{Answer, Connection, Failure, Report, Request, now, serve};
+use lb_tests::traffic::{Answer, Connection, Failure, Protocol, Report, Request, now, serve};
 
 /// Servers and clients for klb's tests and demo
 #[derive(Parser)]
@@ -129,15 +130,36 @@ fn watch_stdin() -> Arc<AtomicBool> {
     ended
 }
 
-/// Asks over the connection in `held`; makes one where there is none.
-fn ask_held(request: &Request, held: &mut Option<Connection>) -> Result<Answer, Failure> {
+/// What is kept between two questions.
+enum Held {
+    Connection(Connection),
+    Socket(UdpSocket),
+}
+
+impl Held {
+    fn open(request: &Request) -> Result<Self, Failure> {
+        match request.protocol {
+            Protocol::Tcp => Connection::open(request).map(Self::Connection),
+            Protocol::Udp => request.udp_socket().map(Self::Socket),
+        }
+    }
+}
+
+/// Asks over the connection or socket in `held`; makes one where there is none.
+fn ask_held(request: &Request, held: &mut Option<Held>) -> Result<Answer, Failure> {
     let started = now();
-    let mut connection = match held.take() {
-        Some(connection) => connection,
-        None => Connection::open(request)?,
+    let mut kept = match held.take() {
+        Some(kept) => kept,
+        None => Held::open(request)?,
     };
-    let (name, seen) = connection.ask(request.size)?;
-    *held = Some(connection);
+    let (name, seen) = match &mut kept {
+        Held::Connection(connection) => connection.ask(request.size)?,
+        Held::Socket(socket) => {
+            let answer = request.over(socket)?;
+            (answer.name, answer.seen)
+        }
+    };
+    *held = Some(kept);
     Ok(Answer {
         name,
         from: request.to,

@@ -7,6 +7,7 @@ mod devices_frames;
 mod kit;
 mod masquerade;
 mod matrix;
+mod orphans;
 mod policies;
 mod ports;
 mod private;
