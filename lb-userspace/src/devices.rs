@@ -30,6 +30,10 @@ pub const DEFAULT_POD_DEVICES: [&str; 6] = ["veth*", "cali*", "lxc*", "eni*", "a
 /// these are no addresses of the node.
 const IPVS_DEVICE: &str = "kube-ipvs0";
 
+/// What is said of a device in [`Listing::unservable`].
+pub const UNSERVABLE: &str = "a device without Ethernet headers cannot be served: \
+     packets of Services that come or go by it are not translated";
+
 /// What a device is to the load balancer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
@@ -82,13 +86,15 @@ impl Rules {
     /// uplink and pod device is an uplink, which has more hooks.
     ///
     /// Without rules of the user's, uplinks are the devices with a default route
-    /// and all hardware that has an address: other nodes may be reached by any.
-    /// Tunnels with Ethernet headers are edges in any case.
+    /// and those with an address of the node that are hardware or stand for it:
+    /// other nodes may be reached by any. So a bond is an uplink and its members
+    /// are not, and no bridge of containers or virtual machines is. Tunnels with
+    /// Ethernet headers are edges in any case.
     pub fn select(&self, node: &Listing) -> BTreeMap<u32, Device> {
         let role = |link: &Link| {
             let uplink = if self.uplinks.is_empty() {
                 node.default_routes.contains(&link.index)
-                    || link.kind.is_none() && node.has_address(link.index)
+                    || is_hardware(link) && node.has_address(link.index)
             } else {
                 matches_any(&self.uplinks, &link.name)
             };
@@ -104,7 +110,7 @@ impl Rules {
         let edges = node
             .links
             .iter()
-            .filter(|link| !link.loopback && link.ethernet)
+            .filter(|link| is_servable(link))
             .filter_map(|link| {
                 let device = Device {
                     name: link.name.clone(),
@@ -115,16 +121,13 @@ impl Rules {
         edges.collect()
     }
 
-    /// The addresses on which `NodePort`s answer.
+    /// The addresses on which `NodePort`s answer: those of the node that are
+    /// reachable from elsewhere. A router's may well be on the loopback device.
     pub fn node_addresses(&self, node: &Listing) -> BTreeSet<IpAddr> {
-        let foreign: BTreeSet<u32> = node
-            .links
-            .iter()
-            .filter(|link| link.loopback || link.name == IPVS_DEVICE)
-            .map(|link| link.index)
-            .collect();
+        let ipvs = node.links.iter().find(|link| link.name == IPVS_DEVICE);
+        let ipvs = ipvs.map(|link| link.index);
         let usable = node.addresses.iter().filter(|address| {
-            address.global && is_in_use(address.flags) && !foreign.contains(&address.device)
+            address.global && is_in_use(address.flags) && Some(address.device) != ipvs
         });
         usable
             .map(|address| address.addr)
@@ -151,12 +154,22 @@ const fn is_in_use(flags: u32) -> bool {
 
 /// Kinds of tunnels whose inner frames have Ethernet headers.
 const OVERLAYS: [&str; 4] = ["vxlan", "geneve", "gretap", "ip6gretap"];
+/// Kinds of devices that stand for hardware.
+const AGGREGATES: [&str; 3] = ["bond", "team", "vlan"];
 /// Kinds of devices that are one end of a pair.
 const PAIRS: [&str; 2] = ["veth", "netkit"];
 
 fn is_one_of(link: &Link, kinds: &[&str]) -> bool {
     let kind = link.kind.as_deref();
     kind.is_some_and(|kind| kinds.contains(&kind))
+}
+
+fn is_hardware(link: &Link) -> bool {
+    link.kind.is_none() || is_one_of(link, &AGGREGATES)
+}
+
+fn is_servable(link: &Link) -> bool {
+    !link.loopback && link.ethernet
 }
 
 fn is_overlay(link: &Link) -> bool {
@@ -173,9 +186,28 @@ pub struct Listing {
 }
 
 impl Listing {
+    pub fn read(netlink: &Netlink) -> io::Result<Self> {
+        Ok(Self {
+            links: netlink.links()?,
+            addresses: netlink.addresses()?,
+            default_routes: netlink.default_routes()?,
+        })
+    }
+
     fn has_address(&self, device: u32) -> bool {
         let mut addresses = self.addresses.iter();
         addresses.any(|address| address.device == device && address.global)
+    }
+
+    /// The devices that the programs cannot be on although packets of Services
+    /// may come or go by them: their frames have no Ethernet headers.
+    pub fn unservable(&self) -> BTreeSet<String> {
+        let links = self.links.iter().filter(|link| {
+            !link.loopback
+                && !is_servable(link)
+                && (self.default_routes.contains(&link.index) || self.has_address(link.index))
+        });
+        links.map(|link| link.name.clone()).collect()
     }
 
     /// What the programs are to know of the devices, by index; 0 is the node,
@@ -216,6 +248,7 @@ impl Listing {
             address.global
                 && is_in_use(address.flags)
                 && address.flags & libc::IFA_F_SECONDARY == 0
+                && !is_link_local(address.addr)
                 && of(address.device)
         });
         for address in usable {
@@ -226,6 +259,14 @@ impl Listing {
             }
         }
         entry
+    }
+}
+
+/// Whether no router would carry an answer to this address.
+const fn is_link_local(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(addr) => addr.is_link_local(),
+        IpAddr::V6(addr) => addr.is_unicast_link_local(),
     }
 }
 
@@ -250,6 +291,8 @@ pub struct Edge {
     pub table: BTreeMap<u32, Entry>,
     /// On which `NodePort`s answer.
     pub addresses: BTreeSet<IpAddr>,
+    /// See [`Listing::unservable`].
+    pub unservable: BTreeSet<String>,
 }
 
 /// Follows the node's edge.
@@ -268,11 +311,7 @@ impl Watcher {
         let monitor = Monitor::open()?;
         let netlink = Netlink::open()?;
         Ok(Self {
-            node: Listing {
-                links: netlink.links()?,
-                addresses: netlink.addresses()?,
-                default_routes: netlink.default_routes()?,
-            },
+            node: Listing::read(&netlink)?,
             rules,
             netlink,
             monitor,
@@ -286,6 +325,7 @@ impl Watcher {
             table: self.node.device_table(&devices),
             devices,
             addresses: self.rules.node_addresses(&self.node),
+            unservable: self.node.unservable(),
         }
     }
 
@@ -409,6 +449,7 @@ mod tests {
     fn node_addresses_are_the_ones_that_answer() {
         let mut node = node(&["lo", "eth0", IPVS_DEVICE], &[]);
         node.addresses = vec![
+            address(1, "127.0.0.1", false, 0),
             address(1, "10.1.1.1", true, 0),
             address(2, "192.0.2.1", true, 0),
             address(2, "2001:db8::1", true, libc::IFA_F_PERMANENT),
@@ -435,20 +476,78 @@ mod tests {
         };
         assert_eq!(
             node_addresses(&[]),
-            ["192.0.2.1", "2001:db8::1", "2001:db8::5"]
+            ["10.1.1.1", "192.0.2.1", "2001:db8::1", "2001:db8::5"]
         );
         assert_eq!(node_addresses(&["192.0.2.0/24"]), ["192.0.2.1"]);
-        assert_eq!(node_addresses(&["10.0.0.0/8"]), [""; 0]);
+        assert_eq!(node_addresses(&["10.2.0.0/16"]), [""; 0]);
+    }
+
+    fn set_kinds(node: &mut Listing, kinds: &[Option<&str>]) {
+        for (link, kind) in node.links.iter_mut().zip(kinds) {
+            link.kind = kind.map(str::to_owned);
+            link.ethernet = !matches!(link.name.as_str(), "lo" | "wg0");
+        }
+    }
+
+    #[test]
+    fn a_bond_is_an_edge_and_what_it_is_made_of_is_not() {
+        let names = [
+            "lo", "eth0", "eth1", "bond0", "bond0.7", "docker0", "virbr0", "tap0",
+        ];
+        let mut node = node(&names, &[4]);
+        let (bridge, tun) = (Some("bridge"), Some("tun"));
+        let (bond, vlan) = (Some("bond"), Some("vlan"));
+        set_kinds(
+            &mut node,
+            &[None, None, None, bond, vlan, bridge, bridge, tun],
+        );
+        node.addresses = vec![
+            address(4, "10.1.0.1", true, 0),
+            address(5, "10.7.0.1", true, 0),
+            address(6, "172.17.0.1", true, 0),
+            address(7, "192.168.122.1", true, 0),
+            address(8, "10.8.0.1", true, 0),
+        ];
+        let devices = rules(&[], &[]).select(&node);
+        let expected = [("bond0", Role::Uplink), ("bond0.7", Role::Uplink)];
+        assert_eq!(roles(&devices), expected);
+    }
+
+    #[test]
+    fn devices_without_ethernet_headers_are_named_if_packets_may_go_by_them() {
+        let mut node = node(&["lo", "eth0", "wg0"], &[2]);
+        set_kinds(&mut node, &[None, None, Some("wireguard")]);
+        assert_eq!(node.unservable(), BTreeSet::new());
+        node.addresses = vec![
+            address(1, "10.9.0.1", true, 0),
+            address(3, "10.2.0.1", true, 0),
+        ];
+        assert_eq!(node.unservable(), BTreeSet::from(["wg0".to_owned()]));
+        assert_eq!(
+            roles(&rules(&["*"], &[]).select(&node)),
+            [("eth0", Role::Uplink)]
+        );
+    }
+
+    #[test]
+    fn nothing_is_masqueraded_by_an_address_that_no_answer_finds() {
+        let mut node = node(&["lo", "nodelocaldns", "eth0"], &[3]);
+        node.addresses = vec![
+            address(1, "10.9.0.1", true, 0),
+            address(2, "169.254.20.10", true, 0),
+        ];
+        let table = node.device_table(&BTreeMap::new());
+        let [10, 9, 0, 1] = table[&0].addr4.octets else {
+            panic!("{table:?}");
+        };
+        assert_eq!(table.get(&2), None);
     }
 
     #[test]
     fn hardware_with_an_address_and_tunnels_are_edges_without_a_rule() {
         let mut node = node(&["lo", "eth0", "eth1", "eth2", "flannel.1", "wg0"], &[2]);
         let kinds = [None, None, None, None, Some("vxlan"), Some("wireguard")];
-        for (link, kind) in node.links.iter_mut().zip(kinds) {
-            link.kind = kind.map(str::to_owned);
-            link.ethernet = !matches!(link.name.as_str(), "lo" | "wg0");
-        }
+        set_kinds(&mut node, &kinds);
         node.addresses = vec![
             address(3, "10.1.0.1", true, 0),
             address(4, "fe80::1", false, 0),

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::backoff::Backoff;
 use crate::{
     datapath::{attach::Hooks, kernel::DeviceTable},
-    devices::{Device, Role, Watcher},
+    devices::{self, Device, Role, Watcher},
     errors::Chain,
     netlink::Changes,
 };
@@ -35,9 +35,14 @@ pub(super) async fn follow(
 ) -> anyhow::Result<()> {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
     let mut uplinks = None;
+    let mut unservable = BTreeSet::new();
     loop {
         let edge = watcher.edge();
         log_uplinks(&mut uplinks, edge.devices.values());
+        for device in edge.unservable.difference(&unservable) {
+            warn!(device, "{}", devices::UNSERVABLE);
+        }
+        unservable.clone_from(&edge.unservable);
         reports.addresses.send_if_modified(|addresses| {
             let changed = *addresses != edge.addresses;
             *addresses = edge.addresses;

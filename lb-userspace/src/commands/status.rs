@@ -22,6 +22,7 @@ use crate::{
         kernel::{Counter, Counters, Fill, KernelMaps},
         pins::{Lock, Pins},
     },
+    devices::UNSERVABLE,
     sysctl,
 };
 
@@ -67,7 +68,7 @@ struct Status {
     /// Those above zero.
     counters: Vec<CounterRow>,
     /// What does not work here, or works otherwise than one may think.
-    limits: Vec<&'static str>,
+    limits: Vec<String>,
     warnings: Vec<String>,
 }
 
@@ -134,7 +135,12 @@ fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status
         warnings: Vec::new(),
     };
     let uses_sctp = maps.metas()?.values().any(|meta| meta.protocol == SCTP);
-    status.limits = limits(&status, uses_sctp);
+    let unservable = inspect::unservable_devices()?.into_iter();
+    status.limits = limits(&status, uses_sctp)
+        .into_iter()
+        .map(str::to_owned)
+        .chain(unservable.map(|device| format!("{device}: {UNSERVABLE}")))
+        .collect();
     status.warnings = warnings(&status);
     status
         .warnings

@@ -1,6 +1,6 @@
 //! What is attached where, found from pins, links and filters; needs no agent.
 
-use std::io;
+use std::{collections::BTreeSet, io};
 
 use lb_common::names;
 
@@ -10,7 +10,7 @@ use super::{
     sys::{self, Target},
 };
 use crate::{
-    devices::Role,
+    devices::{Listing, Role},
     netlink::{Link, Netlink},
 };
 
@@ -53,6 +53,11 @@ pub fn devices(pins: &Pins) -> io::Result<Vec<DeviceHooks>> {
         })
     });
     devices.collect()
+}
+
+/// The devices of this network namespace that klb cannot be on, though it should.
+pub fn unservable_devices() -> io::Result<BTreeSet<String>> {
+    Ok(Listing::read(&Netlink::open()?)?.unservable())
 }
 
 /// The socket hooks that are attached, by name.
