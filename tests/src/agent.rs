@@ -380,6 +380,7 @@ pub struct Running {
 
 #[derive(Clone, Debug, Deserialize)]
 pub struct Device {
+    pub index: u32,
     pub name: Option<String>,
     pub tc_ingress: Option<String>,
     pub tc_egress: Option<String>,

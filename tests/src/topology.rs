@@ -281,6 +281,12 @@ impl Cluster {
         Builder::plug(&self.node, pod);
     }
 
+    /// Connects the node with the host outside once more, after the link was
+    /// removed.
+    pub fn plug_uplink(&self) {
+        self.builder().plug_uplink(&self.node, &self.outside);
+    }
+
     /// Removes a pod as a kubelet does: processes, then namespace and device.
     ///
     /// # Panics
@@ -335,6 +341,11 @@ impl Builder<'_> {
 
     fn outside(&self, node: &Host) -> Host {
         let outside = self.host("outside", Addresses::OUTSIDE, None);
+        self.plug_uplink(node, &outside);
+        outside
+    }
+
+    fn plug_uplink(&self, node: &Host, outside: &Host) {
         let netns = outside.place.netns();
         let (here, there) = (Addresses::NODE, Addresses::OUTSIDE);
         node.place.netns().ip(&format!(
@@ -361,8 +372,7 @@ impl Builder<'_> {
             writeln!(commands, "route add {network} via {via}").expect("a string grows");
         }
         netns.ip(&commands);
-        self.set_offloads(node, UPLINK, &outside);
-        outside
+        self.set_offloads(node, UPLINK, outside);
     }
 
     fn pod(&self, node: &Host, name: &str, number: u8) -> Pod {

@@ -3,6 +3,7 @@
 mod bypass;
 mod combinations;
 mod devices;
+mod devices_addresses;
 mod devices_frames;
 mod kit;
 mod masquerade;
