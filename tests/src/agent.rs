@@ -382,6 +382,7 @@ pub struct Running {
 pub struct Device {
     pub index: u32,
     pub name: Option<String>,
+    pub role: Option<String>,
     pub tc_ingress: Option<String>,
     pub tc_egress: Option<String>,
     pub xdp: Option<String>,

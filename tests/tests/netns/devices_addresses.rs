@@ -107,3 +107,26 @@ fn addresses_answer_in_the_networks_that_were_named() {
     let answer = outside.ask(&request(&world, Addresses::NODE.v6.into(), Protocol::Tcp));
     assert_eq!(answer, Err(Failure::Refused));
 }
+
+/// What is masqueraded has the uplink's first address.
+#[test]
+fn masquerade_follows_the_addresses_of_devices() {
+    let world = crate::world(Hooks::TC);
+    crate::masquerade::only_remote(&world, "pod-2", 6);
+    let (old, new) = (Addresses::NODE.ip(Family::V4), parse("192.168.50.9"));
+    change(&world, &[format!("addr add {new}/24 dev {UPLINK}")]);
+    let source = || {
+        let answer = world
+            .cluster
+            .outside
+            .await_answer(&request(&world, new, Protocol::Tcp), BOUND);
+        answer.expect("an answer").seen.ip()
+    };
+    assert_eq!(source(), old);
+    let key = format!("net/ipv4/conf/{UPLINK}/promote_secondaries");
+    world.cluster.node.place.netns().sysctl(&key, "1");
+    change(&world, &[format!("addr del {old}/24 dev {UPLINK}")]);
+    wait::until("the other address to be used", BOUND, || {
+        (source() == new).then_some(())
+    });
+}

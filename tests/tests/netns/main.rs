@@ -5,6 +5,7 @@ mod combinations;
 mod devices;
 mod devices_addresses;
 mod devices_frames;
+mod devices_kinds;
 mod kit;
 mod masquerade;
 mod matrix;

@@ -12,7 +12,7 @@ use lb_tests::{
 
 /// Makes this pod the only endpoint, said to be on another node: packets to it
 /// go through the stack all the same, and out of its device.
-fn only_remote(world: &World, name: &str, number: u8) {
+pub(crate) fn only_remote(world: &World, name: &str, number: u8) {
     let manifest = endpoints(&world.service, &[(name, number)]).to_string();
     let elsewhere = manifest.replace(&format!("nodeName: {NODE}"), "nodeName: node-2");
     assert_ne!(manifest, elsewhere);
