@@ -176,8 +176,8 @@ pub fn load_programs(ebpf: &mut Ebpf, programs: &[&'static str]) -> Result<(), L
 /// Loads XDP for native or generic mode unless it is loaded; returns its name.
 ///
 /// Native is for packets of several buffers too, where the kernel can. Generic
-/// must not be: the kernel would give it a copy that lacks the length of the
-/// Ethernet header (`mac_len`), and TC then begins to read behind that header.
+/// must not be: the kernel would give it a copy of the packet (Linux 6.9, commit
+/// e6d5dbdd20aa) in which TC then takes the IP header for an Ethernet header.
 pub fn load_xdp(ebpf: &mut Ebpf, native: bool) -> Result<&'static str, LoadError> {
     if native {
         match load_once(ebpf, names::XDP_FRAGS) {
