@@ -14,10 +14,10 @@ const BUDGET: [(&str, u32, u32); 11] = [
     (names::XDP, 72_000, 400_000),
     (names::TC_INGRESS, 98_000, 450_000),
     (names::TC_EGRESS, 36_000, 170_000),
-    (names::CONNECT4, 4_900, 3_200),
-    (names::CONNECT6, 11_300, 9_500),
-    (names::SENDMSG4, 5_400, 3_300),
-    (names::SENDMSG6, 12_500, 9_700),
+    (names::CONNECT4, 4_900, 6_200),
+    (names::CONNECT6, 11_300, 30_000),
+    (names::SENDMSG4, 5_400, 6_400),
+    (names::SENDMSG6, 12_500, 30_000),
     (names::RECVMSG4, 520, 60),
     (names::RECVMSG6, 1_200, 120),
     (names::GETPEERNAME4, 520, 60),
@@ -34,19 +34,14 @@ fn programs_stay_within_their_budget() {
     }
     let named: BTreeSet<_> = BUDGET.iter().map(|(name, ..)| (*name).to_owned()).collect();
     assert_eq!(costs.keys().cloned().collect::<BTreeSet<_>>(), named);
+    let mut over = Vec::new();
     for (name, translated, verified) in BUDGET {
         let cost = &costs[name];
-        assert!(
-            cost.translated <= translated,
-            "{name}: {} bytes translated, the budget is {translated}",
-            cost.translated
-        );
-        let walked = cost.verified.unwrap_or(0);
-        assert!(
-            walked <= verified,
-            "{name}: {walked} instructions verified, the budget is {verified}"
-        );
+        if cost.translated > translated || cost.verified.unwrap_or(0) > verified {
+            over.push(format!("{name}: {cost:?}"));
+        }
     }
+    assert!(over.is_empty(), "over budget: {}", over.join("; "));
 }
 
 #[test]
