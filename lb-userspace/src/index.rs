@@ -12,6 +12,7 @@ use crate::{
     datapath::FrontendKey,
     model::{EndpointSlice, Kind, NamespacedName, Object, ObjectRef, Service},
     plan::{NodeFacts, ServicePlan, Settings, plan},
+    pods::Pods,
 };
 
 /// Everything that the sources told, and what of it is new.
@@ -27,6 +28,7 @@ pub struct Index {
     /// Service → what it claims.
     claimed: BTreeMap<NamespacedName, (Claim, BTreeSet<FrontendKey>)>,
     dirty: BTreeSet<NamespacedName>,
+    pods: Pods,
 }
 
 /// A Service's wish for a frontend. The least one has it: the oldest Service,
@@ -46,9 +48,11 @@ pub struct Conflict {
 
 impl Index {
     pub fn new(node_name: impl Into<String>, settings: Settings) -> Self {
+        let node_name = node_name.into();
         Self {
+            pods: Pods::new(&node_name),
             node: NodeFacts {
-                name: node_name.into(),
+                name: node_name,
                 settings,
                 ..NodeFacts::default()
             },
@@ -78,7 +82,14 @@ impl Index {
                     self.dirty.extend(self.services.keys().cloned());
                 }
             }
+            Object::Pod(pod) => self.pods.apply(pod),
+            Object::Namespace(namespace) => self.pods.apply_namespace(namespace),
         }
+    }
+
+    /// The addresses of this node's pods whose sockets are to be left alone.
+    pub fn opted_out(&self) -> BTreeSet<IpAddr> {
+        self.pods.opted_out()
     }
 
     /// Forgets an object. Forgetting what is not known changes nothing.
@@ -94,6 +105,8 @@ impl Index {
                     self.dirty.extend(self.services.keys().cloned());
                 }
             }
+            Kind::Pod => self.pods.delete(&object.id),
+            Kind::Namespace => self.pods.delete_namespace(&object.id.name),
         }
     }
 

@@ -185,12 +185,31 @@ pub struct Node {
     pub zone: Option<String>,
 }
 
+/// A pod that has addresses of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    pub id: NamespacedName,
+    pub node: String,
+    pub ips: Vec<IpAddr>,
+    /// Whether its sockets are served, if it says so.
+    pub socket_lb: Option<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    pub name: String,
+    /// As that of a [`Pod`], for those that say nothing.
+    pub socket_lb: Option<bool>,
+}
+
 /// Anything that a source brings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
     Service(Service),
     EndpointSlice(EndpointSlice),
     Node(Node),
+    Pod(Pod),
+    Namespace(Namespace),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -198,6 +217,15 @@ pub enum Kind {
     Service,
     EndpointSlice,
     Node,
+    Pod,
+    Namespace,
+}
+
+impl Kind {
+    /// Whether objects of this kind are in a namespace.
+    pub const fn is_namespaced(self) -> bool {
+        !matches!(self, Self::Node | Self::Namespace)
+    }
 }
 
 impl fmt::Display for Kind {
@@ -206,11 +234,13 @@ impl fmt::Display for Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
         })
     }
 }
 
-/// Names an object. A Node has the empty namespace.
+/// Names an object. One that is in no namespace has the empty one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectRef {
     pub kind: Kind,
@@ -219,8 +249,8 @@ pub struct ObjectRef {
 
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.kind == Kind::Node {
-            return write!(f, "Node {}", self.id.name);
+        if !self.kind.is_namespaced() {
+            return write!(f, "{} {}", self.kind, self.id.name);
         }
         write!(f, "{} {}", self.kind, self.id)
     }
@@ -232,6 +262,10 @@ impl Object {
             Self::Service(service) => (Kind::Service, service.id.clone()),
             Self::EndpointSlice(slice) => (Kind::EndpointSlice, slice.id.clone()),
             Self::Node(node) => (Kind::Node, NamespacedName::new("", &node.name)),
+            Self::Pod(pod) => (Kind::Pod, pod.id.clone()),
+            Self::Namespace(namespace) => {
+                (Kind::Namespace, NamespacedName::new("", &namespace.name))
+            }
         };
         ObjectRef { kind, id }
     }

@@ -16,8 +16,8 @@ use lb_common::service::NAME_LEN;
 use crate::{
     datapath::Family,
     model::{
-        Algorithm, Endpoint, EndpointPort, EndpointSlice, Hints, Kind, NamespacedName, Node,
-        Object, ObjectRef, Policy, Protocol, Service, ServicePort,
+        Algorithm, Endpoint, EndpointPort, EndpointSlice, Hints, Kind, Namespace, NamespacedName,
+        Node, Object, ObjectRef, Pod, Policy, Protocol, Service, ServicePort,
     },
 };
 
@@ -28,6 +28,8 @@ pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// klb's own: `random` or `maglev`, whatever `--algorithm` says.
 const ALGORITHM_ANNOTATION: &str = "klb/algorithm";
+/// On a Pod or a Namespace: "false" leaves sockets to the packet hooks.
+const SOCKET_LB_ANNOTATION: &str = "klb/socket-lb";
 
 /// What the API server fills in (`timeoutSeconds`).
 const DEFAULT_AFFINITY: i32 = 10_800;
@@ -454,4 +456,64 @@ pub fn node(name: String, node: &core::Node) -> Converted {
         })),
         warnings: Vec::new(),
     }
+}
+
+/// A Pod. One that has ended has no claim on its addresses any more, and one
+/// with those of the node is no business of its own.
+///
+/// # Errors
+///
+/// Names the field that the API server would have refused.
+pub fn pod(id: NamespacedName, pod: &core::Pod) -> Result<Converted, ObjectError> {
+    let mut context = Context::new(Kind::Pod, id);
+    let spec = pod.spec.as_ref();
+    let node = spec.and_then(|spec| spec.node_name.clone());
+    let on_host = spec.is_some_and(|spec| spec.host_network == Some(true));
+    let status = pod.status.as_ref();
+    let phase = status.and_then(|status| status.phase.as_deref());
+    let has_ended = matches!(phase, Some("Succeeded" | "Failed"));
+    let texts = status.and_then(|status| status.pod_ips.as_deref());
+    let ips = texts.unwrap_or_default().iter().enumerate();
+    let ips = ips
+        .map(|(index, ip)| context.ip(&format!("status.podIPs[{index}].ip"), &ip.ip))
+        .collect::<Result<Vec<_>, _>>()?;
+    let socket_lb = socket_lb(&mut context, pod.metadata.annotations.as_ref());
+    let Some(node) = node.filter(|_| !on_host && !has_ended && !ips.is_empty()) else {
+        return Ok(context.done(None));
+    };
+    let pod = Pod {
+        id: context.object.id.clone(),
+        node,
+        ips,
+        socket_lb,
+    };
+    Ok(context.done(Object::Pod(pod)))
+}
+
+/// A Namespace.
+pub fn namespace(id: NamespacedName, namespace: &core::Namespace) -> Converted {
+    let mut context = Context::new(Kind::Namespace, id);
+    let socket_lb = socket_lb(&mut context, namespace.metadata.annotations.as_ref());
+    let namespace = Namespace {
+        name: context.object.id.name.clone(),
+        socket_lb,
+    };
+    context.done(Object::Namespace(namespace))
+}
+
+/// What the annotation says; one that cannot be understood is left out, after
+/// saying so.
+fn socket_lb(
+    context: &mut Context,
+    annotations: Option<&BTreeMap<String, String>>,
+) -> Option<bool> {
+    let value = annotations?.get(SOCKET_LB_ANNOTATION)?;
+    let wanted = value.parse().ok();
+    if wanted.is_none() {
+        context.warn(
+            format!("metadata.annotations[{SOCKET_LB_ANNOTATION}]"),
+            format!("{value:?} is not true or false; it is left out"),
+        );
+    }
+    wanted
 }

@@ -5,7 +5,7 @@
 //! taken here.
 
 use k8s_openapi::api::{
-    core::v1::{Node, Service},
+    core::v1::{Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use serde::de::DeserializeOwned;
@@ -121,6 +121,8 @@ fn read_object(value: Value) -> Outcome {
         ("v1", "Service") => Kind::Service,
         ("discovery.k8s.io/v1", "EndpointSlice") => Kind::EndpointSlice,
         ("v1", "Node") => Kind::Node,
+        ("v1", "Pod") => Kind::Pod,
+        ("v1", "Namespace") => Kind::Namespace,
         (version, kind) if is_unknown_version(version, kind) => {
             let message = format!("{version:?} is no version of {kind} that klb knows");
             return Err(DocumentError::anonymous(Some("apiVersion"), message));
@@ -134,9 +136,10 @@ fn read_object(value: Value) -> Outcome {
         let message = format!("is missing in a {kind}");
         return Err(DocumentError::anonymous(Some("metadata.name"), message));
     };
-    let namespace = match kind {
-        Kind::Node => "",
-        _ => text("/metadata/namespace").unwrap_or("default"),
+    let namespace = if kind.is_namespaced() {
+        text("/metadata/namespace").unwrap_or("default")
+    } else {
+        ""
     };
     let id = NamespacedName::new(namespace, name);
     let concern = concern(kind, &id, &value);
@@ -163,7 +166,7 @@ fn concern(kind: Kind, id: &NamespacedName, value: &Value) -> Concern {
                     Concern::Service(NamespacedName::new(&id.namespace, name))
                 })
         }
-        Kind::Node => Concern::NoOne,
+        Kind::Node | Kind::Pod | Kind::Namespace => Concern::NoOne,
     }
 }
 
@@ -171,7 +174,7 @@ fn concern(kind: Kind, id: &NamespacedName, value: &Value) -> Concern {
 /// that is known. Other groups have kinds of these names too.
 fn is_unknown_version(version: &str, kind: &str) -> bool {
     match kind {
-        "Service" | "Node" => !version.contains('/'),
+        "Service" | "Node" | "Pod" | "Namespace" => !version.contains('/'),
         "EndpointSlice" => version.starts_with("discovery.k8s.io/"),
         _ => false,
     }
@@ -183,14 +186,17 @@ fn convert(
     value: Value,
     concern: &Concern,
 ) -> Result<Converted, Box<DocumentError>> {
-    let result = match kind {
-        Kind::Service => {
-            typed::<Service>(value, kind, &id).and_then(|service| convert::service(id, &service))
-        }
-        Kind::EndpointSlice => typed::<EndpointSlice>(value, kind, &id)
-            .and_then(|slice| convert::endpoint_slice(id, &slice)),
-        Kind::Node => typed::<Node>(value, kind, &id).map(|node| convert::node(id.name, &node)),
-    };
+    let result =
+        match kind {
+            Kind::Service => typed::<Service>(value, kind, &id)
+                .and_then(|service| convert::service(id, &service)),
+            Kind::EndpointSlice => typed::<EndpointSlice>(value, kind, &id)
+                .and_then(|slice| convert::endpoint_slice(id, &slice)),
+            Kind::Node => typed::<Node>(value, kind, &id).map(|node| convert::node(id.name, &node)),
+            Kind::Pod => typed::<Pod>(value, kind, &id).and_then(|pod| convert::pod(id, &pod)),
+            Kind::Namespace => typed::<Namespace>(value, kind, &id)
+                .map(|namespace| convert::namespace(id, &namespace)),
+        };
     result.map_err(|error| DocumentError::of(error, concern))
 }
 

@@ -381,3 +381,56 @@ fn a_list_is_its_items_and_one_broken_item_leaves_the_others() {
     assert_eq!(results.len(), 3);
     assert!(results[0].is_ok() && results[1].is_err() && results[2].is_ok());
 }
+
+const POD: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, namespace: shop, annotations: {klb/socket-lb: 'false'}}
+spec: {nodeName: node-a}
+status: {phase: Running, podIP: 10.244.0.5, podIPs: [{ip: 10.244.0.5}, {ip: 'fd00::5'}]}
+";
+
+#[test]
+fn a_pod_says_whether_its_sockets_are_served() {
+    let pod = |text: &str| {
+        let mut objects = read(text).expect("a good document").objects;
+        objects.pop().map(|object| match object {
+            Object::Pod(pod) => pod,
+            other => panic!("{other:?}"),
+        })
+    };
+    let running = pod(POD).expect("a pod");
+    assert_eq!(running.id, NamespacedName::new("shop", "web-1"));
+    assert_eq!((running.node.as_str(), running.ips.len()), ("node-a", 2));
+    assert_eq!(running.socket_lb, Some(false));
+    let silent = pod(&POD.replace("klb/socket-lb: 'false'", "a: b"));
+    assert_eq!(silent.expect("a pod").socket_lb, None);
+    // Its addresses may be another pod's by now.
+    for over in ["Succeeded", "Failed"] {
+        assert_eq!(pod(&POD.replace("Running", over)), None);
+    }
+    assert_eq!(
+        pod(&POD.replace("nodeName:", "hostNetwork: true, nodeName:")),
+        None
+    );
+    assert_eq!(pod(&POD.replace("nodeName: node-a", "")), None);
+}
+
+#[test]
+fn a_namespace_speaks_for_its_pods() {
+    const NAMESPACE: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, annotations: {klb/socket-lb: 'false'}}
+";
+    let namespace = crate::model::Namespace {
+        name: "shop".to_owned(),
+        socket_lb: Some(false),
+    };
+    let document = read(NAMESPACE).expect("a good document");
+    assert_eq!(document.objects, [Object::Namespace(namespace)]);
+    let document = read(&NAMESPACE.replace("'false'", "'no'")).expect("a good document");
+    assert!(document.warnings[0].message.contains("not true or false"));
+    let object = document.objects[0].reference();
+    assert_eq!(object.to_string(), "Namespace shop");
+}
