@@ -2,11 +2,13 @@
 //!
 //! Two tasks do the work. One owns the programs and keeps them on the node's
 //! devices (`edge`), the other owns the desired state and the maps
-//! (`control`). Everything else watches them.
+//! (`control`). A small one knows which pods there are (`namespaces`).
+//! Everything else watches them.
 
 mod backoff;
 mod control;
 mod edge;
+mod namespaces;
 mod settings;
 
 use std::{io, path::PathBuf};
@@ -29,13 +31,14 @@ use crate::{
         attach::{self, Hooks, TcMode},
         cgroup,
         features::Features,
-        kernel::{Counters, DeviceTable, KernelMaps},
+        kernel::{Counters, DeviceTable, KernelMaps, NetnsTable},
         load::{load_maps, load_programs, load_xdp, prepare_pins, require_object},
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
     health,
     metrics::Metrics,
+    netns::Namespaces,
     sysctl::{self, Reservation},
 };
 
@@ -69,6 +72,8 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let (addresses, node_addresses) = watch::channel(watcher.edge().addresses);
     let (attached, hooks_ready) = watch::channel(false);
     let (synced, maps_ready) = watch::channel(false);
+    let (opted_out, who_opted_out) = watch::channel(None);
+    let (known, pods_ready) = watch::channel(false);
     let (set_ready, ready) = watch::channel(false);
 
     let edge = edge::follow(
@@ -80,16 +85,19 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
             attached,
         },
     );
-    let control = Control::new(args, maps, node_addresses)?.run(synced);
+    let namespaces = Namespaces::open(&args.hooks.netns_dir).context("the own namespace")?;
+    let namespaces = namespaces::follow(namespaces, NetnsTable::open(&pins)?, who_opted_out, known);
+    let control = Control::new(args, maps, node_addresses, opted_out)?.run(synced);
     let metrics = Metrics::new(Counters::open(&pins)?);
     tokio::spawn(health::serve_probes(args.healthz_bind, ready));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));
-    tokio::spawn(announce(hooks_ready, maps_ready, set_ready));
+    tokio::spawn(announce([hooks_ready, maps_ready, pods_ready], set_ready));
 
     tokio::select! {
         signal = signals.next() => info!(signal, "stopping; the datapath stays as it is"),
         ended = tokio::spawn(edge) => ended??,
         ended = tokio::spawn(control) => ended??,
+        ended = tokio::spawn(namespaces) => ended??,
     }
     notify(NotifyState::Stopping);
     Ok(())
@@ -171,14 +179,10 @@ fn cgroup_path(hooks: &HookArgs) -> io::Result<Option<PathBuf>> {
     }
 }
 
-/// Says that the agent is ready, once: when every hook is attached and the first
-/// full state is in the maps.
-async fn announce(
-    mut hooks: watch::Receiver<bool>,
-    mut maps: watch::Receiver<bool>,
-    ready: watch::Sender<bool>,
-) {
-    for part in [&mut hooks, &mut maps] {
+/// Says that the agent is ready, once: when every hook is attached, the first
+/// full state is in the maps and the pods are known.
+async fn announce(parts: [watch::Receiver<bool>; 3], ready: watch::Sender<bool>) {
+    for mut part in parts {
         // A sender that has gone takes the agent with it.
         if part.wait_for(|done| *done).await.is_err() {
             return;
@@ -265,16 +269,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn readiness_waits_for_both_halves() {
+    async fn readiness_waits_for_every_part() {
         let (hooks, hooks_ready) = watch::channel(false);
         let (maps, maps_ready) = watch::channel(false);
         let (set_ready, ready) = watch::channel(false);
-        let announced = tokio::spawn(announce(hooks_ready, maps_ready, set_ready));
+        let (pods, pods_ready) = watch::channel(true);
+        let parts = [hooks_ready, maps_ready, pods_ready];
+        let announced = tokio::spawn(announce(parts, set_ready));
         maps.send_replace(true);
         tokio::task::yield_now().await;
         assert!(!*ready.borrow(), "the hooks are missing");
         hooks.send_replace(true);
         announced.await.expect("announced");
-        assert!(*ready.borrow());
+        assert!(*ready.borrow() && *pods.borrow());
     }
 }

@@ -244,6 +244,10 @@ pub struct HookArgs {
     /// [default: where a cgroup2 file system is mounted]
     #[arg(long, value_name = "PATH")]
     pub cgroup: Option<PathBuf>,
+    /// Folder in which network namespaces of pods have names; those of processes that the agent
+    /// sees are found besides
+    #[arg(long, value_name = "DIR", default_value = "/run/netns")]
+    pub netns_dir: PathBuf,
 }
 
 /// Number of entries of the maps. A map that is already pinned keeps its size

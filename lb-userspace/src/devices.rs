@@ -233,11 +233,17 @@ impl Listing {
             let edge = edges.get(&device);
             edge.is_some_and(|device| device.role == Role::Uplink)
         };
-        let mut node = self.sources(|device| self.default_routes.contains(&device));
-        node = first_of(&node, &self.sources(is_uplink));
-        node = first_of(&node, &self.sources(|_| true));
-        table.insert(0, node);
+        table.insert(0, self.own_sources(is_uplink));
         table
+    }
+
+    /// With which addresses packets leave that are sent here: those of the
+    /// devices with a default route, else of the devices that are `preferred`,
+    /// else of any.
+    pub fn own_sources(&self, preferred: impl Fn(u32) -> bool) -> Entry {
+        let mut entry = self.sources(|device| self.default_routes.contains(&device));
+        entry = first_of(&entry, &self.sources(preferred));
+        first_of(&entry, &self.sources(|_| true))
     }
 
     /// The first address of each family that some devices have for packets of
@@ -383,6 +389,7 @@ mod tests {
             ethernet: *name != "lo",
             kind: Some("dummy".to_owned()),
             xdp: None,
+            leads_to: None,
         };
         names.iter().enumerate().map(link).collect()
     }

@@ -14,6 +14,7 @@ pub mod maglev;
 pub mod metrics;
 pub mod model;
 pub mod netlink;
+pub mod netns;
 pub mod plan;
 pub mod pods;
 pub mod reconcile;

@@ -10,6 +10,7 @@ use std::{
     collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd, AsRawFd as _},
 };
 
 use netlink_packet_core::{
@@ -32,7 +33,13 @@ pub struct Link {
     pub kind: Option<String>,
     /// The XDP program on the device, if there is one.
     pub xdp: Option<Xdp>,
+    /// The network namespace of the device's other end, or of the device below
+    /// it; `None` if it is this one.
+    pub leads_to: Option<NamespaceId>,
 }
+
+/// Names a network namespace inside another one.
+pub type NamespaceId = i32;
 
 /// An XDP program on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,9 +99,58 @@ pub struct Netlink {
 
 impl Netlink {
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        Self::of_protocol(NETLINK_ROUTE)
+    }
+
+    /// For other questions than those of this file.
+    pub(crate) fn of_protocol(protocol: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         socket.bind_auto()?;
         Ok(Self { socket })
+    }
+
+    /// The cookie of the network namespace: its name for as long as the system
+    /// runs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOPROTOOPT` before Linux 5.14.
+    pub fn netns_cookie(&self) -> io::Result<u64> {
+        /// Not in the libc crate.
+        const SO_NETNS_COOKIE: libc::c_int = 71;
+        let mut cookie = 0_u64;
+        let mut size = size_of::<u64>() as libc::socklen_t;
+        // SAFETY: the descriptor is open, and number and size live through the
+        // call.
+        let result = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_NETNS_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut size,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(cookie)
+    }
+
+    /// What another network namespace is called here, if it is called anything.
+    pub fn namespace_id(&self, namespace: impl AsFd) -> io::Result<Option<NamespaceId>> {
+        const NETNSA_NSID: u16 = 1;
+        const NETNSA_FD: u16 = 3;
+        // `struct rtgenmsg`, padded, and one attribute.
+        let mut body = vec![0; 4];
+        body.extend(8_u16.to_ne_bytes());
+        body.extend(NETNSA_FD.to_ne_bytes());
+        body.extend(namespace.as_fd().as_raw_fd().to_ne_bytes());
+        let replies = self.request(libc::RTM_GETNSID, NLM_F_ACK, &body)?;
+        let mut found = replies.iter().flat_map(|reply| attributes(reply, 4));
+        let found = found.find(|attribute| attribute.kind() == NETNSA_NSID);
+        let id = found.and_then(|attribute| word(attribute.value(), 0));
+        Ok(id.map(u32::cast_signed).filter(|id| *id >= 0))
     }
 
     /// Every device.
@@ -165,7 +221,7 @@ impl Netlink {
     }
 
     /// Asks for a listing; once more if it changed while it was read.
-    fn dump(&self, kind: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+    pub(crate) fn dump(&self, kind: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         const ATTEMPTS: usize = 8;
         for _ in 0..ATTEMPTS {
             match self.request(kind, NLM_F_DUMP, body) {
@@ -183,7 +239,7 @@ impl Netlink {
     /// # Errors
     ///
     /// What the kernel answers; `Interrupted` for a listing that changed.
-    fn request(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+    pub(crate) fn request(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
         let payload = NetlinkPayload::from(Body {
@@ -258,23 +314,44 @@ pub struct Monitor {
 impl Monitor {
     /// Every change after this call is told.
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.set_non_blocking(true)?;
-        for group in [
+        Self::with(&[
             libc::RTNLGRP_LINK,
             libc::RTNLGRP_IPV4_IFADDR,
             libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
             libc::RTNLGRP_TC,
-        ] {
-            socket.add_membership(group)?;
+        ])
+    }
+
+    /// Of devices and addresses only, but also of those in the network
+    /// namespaces that devices of this one lead to.
+    pub fn open_beyond() -> io::Result<Self> {
+        let monitor = Self::with(&[
+            libc::RTNLGRP_LINK,
+            libc::RTNLGRP_IPV4_IFADDR,
+            libc::RTNLGRP_IPV6_IFADDR,
+        ])?;
+        monitor.socket.get_ref().set_listen_all_namespaces(true)?;
+        Ok(monitor)
+    }
+
+    fn with(groups: &[u32]) -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.set_non_blocking(true)?;
+        for group in groups {
+            socket.add_membership(*group)?;
         }
         // SAFETY: the socket owns its descriptor, and keeps it as long as the
         // registration that owns the socket.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?;
         Ok(Self { socket })
+    }
+
+    /// Forgets the changes that have come, for they will be seen anyway.
+    pub fn forget(&self) -> io::Result<()> {
+        drain(self.socket.get_ref()).map(drop)
     }
 
     /// Waits for a change, and takes all that have come.
@@ -389,7 +466,7 @@ fn attributes(message: &[u8], header: usize) -> impl Iterator<Item = NlaBuffer<&
     NlasIterator::new(message.get(header..).unwrap_or_default()).map_while(Result::ok)
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at + 4)?;
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
@@ -420,12 +497,16 @@ fn parse_link(message: &[u8]) -> Option<Link> {
         ethernet: message.get(2..4)? == libc::ARPHRD_ETHER.to_ne_bytes(),
         kind: None,
         xdp: None,
+        leads_to: None,
     };
     for attribute in attributes(message, 16) {
         match attribute.kind() {
             libc::IFLA_IFNAME => link.name = text(attribute.value()),
             libc::IFLA_LINKINFO => link.kind = parse_kind(attribute.value()),
             libc::IFLA_XDP => link.xdp = parse_xdp(attribute.value()),
+            libc::IFLA_LINK_NETNSID => {
+                link.leads_to = word(attribute.value(), 0).map(u32::cast_signed);
+            }
             _ => {}
         }
     }

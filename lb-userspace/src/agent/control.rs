@@ -29,6 +29,8 @@ pub(super) struct Control {
     source: ManifestSource,
     /// On which `NodePort`s answer.
     addresses: watch::Receiver<BTreeSet<IpAddr>>,
+    /// Tells which pods opted out, once that is known.
+    opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
     index: Index,
     reconciler: Reconciler<KernelMaps>,
     /// Whom it concerns that something cannot be understood.
@@ -58,6 +60,7 @@ impl Control {
         args: &AgentArgs,
         maps: KernelMaps,
         mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
+        opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
     ) -> anyhow::Result<Self> {
         let Some(folder) = &args.manifests else {
             bail!("no source of Services is given");
@@ -69,6 +72,7 @@ impl Control {
             source: ManifestSource::open(folder)
                 .with_context(|| format!("--manifests {}", folder.display()))?,
             addresses,
+            opted_out,
             index,
             unknown: BTreeSet::new(),
             inherited: reconciler.services(),
@@ -84,6 +88,7 @@ impl Control {
     pub(super) async fn run(mut self, synced: watch::Sender<bool>) -> anyhow::Result<()> {
         self.read_everything().await;
         loop {
+            self.tell_opted_out();
             let outcome = self.reconcile();
             let retry = match outcome {
                 Outcome::Complete => {
@@ -97,6 +102,15 @@ impl Control {
             }
             self.wait(retry).await?;
         }
+    }
+
+    fn tell_opted_out(&self) {
+        let addresses = Some(self.index.opted_out());
+        self.opted_out.send_if_modified(|told| {
+            let changed = *told != addresses;
+            *told = addresses;
+            changed
+        });
     }
 
     /// Reads until the source has told all there is. Only then may the maps be

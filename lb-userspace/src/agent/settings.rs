@@ -3,8 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read as _},
-    net::{IpAddr, Ipv4Addr, UdpSocket},
-    os::fd::AsRawFd as _,
+    net::IpAddr,
 };
 
 use anyhow::{Context as _, bail};
@@ -13,7 +12,11 @@ use lb_common::node::{
     CONFIG_BYPASS, CONFIG_HOST_SOCKETS_ONLY, CONFIG_LOOPBACK_NODE_PORTS, Config,
 };
 
-use crate::args::{AgentArgs, Routing, SocketLb};
+use crate::{
+    args::{AgentArgs, Routing, SocketLb},
+    netlink::Netlink,
+    netns::words,
+};
 
 /// What the flags say. The rest stays as an earlier run left it.
 ///
@@ -61,28 +64,9 @@ fn serves_loopback(networks: &[IpNet]) -> bool {
     networks.is_empty() || named.any(|network| loopback.iter().any(|ip| network.contains(ip)))
 }
 
-/// The cookie of the agent's network namespace, which is the node's: low word
-/// first, as the programs compare it.
+/// The cookie of the agent's network namespace, which is the node's.
 fn netns_cookie() -> io::Result<[u32; 2]> {
-    /// `SO_NETNS_COOKIE` (Linux 5.14), which the libc crate does not have.
-    const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let mut cookie = 0_u64;
-    let mut size = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the descriptor is open, and number and size live through the call.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut size,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok([cookie as u32, (cookie >> 32) as u32])
+    Ok(words(Netlink::open()?.netns_cookie()?))
 }
 
 /// A number other than 0.

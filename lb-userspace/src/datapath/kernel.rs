@@ -20,7 +20,7 @@ use lb_common::{
     Addr4, Addr6, Address, Hook, Port, Reason,
     flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP},
     names,
-    node::{Config, Device, Network},
+    node::{Config, Device, Netns, Network},
     reason::counter_index,
     service::{
         Affinity, AffinityKey, BackendRef, SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot,
@@ -610,29 +610,48 @@ fn monotonic_seconds() -> u32 {
     now.map_or(0, |now| now.tv_sec().cast_unsigned() as u32)
 }
 
-/// What the programs know of devices; by itself, since the task that follows the
-/// devices owns it.
-pub struct DeviceTable {
-    entries: Hash<u32, Device>,
+/// A hash map that is written as a whole; by itself, since a task of its own
+/// owns it.
+pub struct WholeTable<K, V> {
+    entries: Hash<K, V>,
 }
+
+/// What the programs know of devices, by index.
+pub type DeviceTable = WholeTable<u32, Device>;
+
+/// What the programs know of pods, by the cookie of their network namespace.
+pub type NetnsTable = WholeTable<[u32; 2], Netns>;
 
 impl DeviceTable {
     pub fn open(pins: &Pins) -> Result<Self, LoadError> {
-        Ok(Self {
-            entries: Hash::open(pins, names::DEVICES)?,
-        })
+        let entries = Hash::open(pins, names::DEVICES)?;
+        Ok(Self { entries })
+    }
+}
+
+impl NetnsTable {
+    pub fn open(pins: &Pins) -> Result<Self, LoadError> {
+        let entries = Hash::open(pins, names::NETNS)?;
+        Ok(Self { entries })
+    }
+}
+
+impl<K: Pod + Ord, V: Pod + PartialEq> WholeTable<K, V> {
+    /// What is in it.
+    pub fn read(&self) -> Result<BTreeMap<K, V>, MapError> {
+        Ok(self.entries.read_all()?.into_iter().collect())
     }
 
     /// Makes the table this one, by the fewest writes.
-    pub fn write(&mut self, wanted: &BTreeMap<u32, Device>) -> Result<(), MapError> {
-        let there: BTreeMap<u32, Device> = self.entries.read_all()?.into_iter().collect();
-        for (index, device) in wanted {
-            if there.get(index) != Some(device) {
-                self.entries.put(index, device)?;
+    pub fn write(&mut self, wanted: &BTreeMap<K, V>) -> Result<(), MapError> {
+        let there = self.read()?;
+        for (key, value) in wanted {
+            if there.get(key) != Some(value) {
+                self.entries.put(key, value)?;
             }
         }
-        for index in there.keys().filter(|index| !wanted.contains_key(index)) {
-            self.entries.delete(index)?;
+        for key in there.keys().filter(|key| !wanted.contains_key(key)) {
+            self.entries.delete(key)?;
         }
         Ok(())
     }

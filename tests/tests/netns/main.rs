@@ -14,6 +14,7 @@ mod policies;
 mod ports;
 mod private;
 mod reveal;
+mod sockets;
 mod strangers;
 mod takeover;
 mod wire;
