@@ -238,8 +238,22 @@ pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
 impl Action for Connect {
     #[inline(always)]
     fn run<C: Call>(call: &C) -> Reason {
-        assign(call)
+        let reason = assign(call);
+        if reason == Reason::NotService && was_used(call.context()) {
+            // It may name a backend that it was given before: then it wants to
+            // be shown just that.
+            let _ = C::Family::sockets().remove(&call.key(SOCKET_REVERSE));
+        }
+        reason
     }
+}
+
+/// Whether the socket has a port already, as after an earlier `connect()`.
+/// Others, and these are most, go without a look into the socket map.
+#[inline(always)]
+fn was_used(context: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context is the kernel's, and leads to a socket in every hook.
+    unsafe { (*(*context).__bindgen_anon_1.sk).src_port != 0 }
 }
 
 impl Action for Send {
@@ -302,9 +316,32 @@ fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::
     // shown the backend's address: refuse rather than confuse. Only datagrams
     // look the forward entry up again.
     if forward.protocol == UDP {
+        forget_other::<C>(&forward, &reverse);
         note::<C>(&forward, &reverse, slot, service.service)?;
     }
     note::<C>(&reverse, &forward, slot, service.service).map(|()| slot)
+}
+
+/// If this socket was given the same backend for another frontend, the next
+/// datagram for that one is to be seen again: whom the process has named last is
+/// whom it is shown.
+#[inline(always)]
+fn forget_other<C: Call>(
+    forward: &SocketKey<<C::Family as Family>::Addr>,
+    reverse: &SocketKey<<C::Family as Family>::Addr>,
+) {
+    // SAFETY: the copy is made at once.
+    let Some(shown) = (unsafe { C::Family::sockets().get(reverse).copied() }) else {
+        return;
+    };
+    let other = SocketKey {
+        addr: shown.addr,
+        port: shown.port,
+        ..*forward
+    };
+    if !other.addr.same(&forward.addr) || other.port != forward.port {
+        let _ = C::Family::sockets().remove(&other);
+    }
 }
 
 /// The frontend that the address in the call is.

@@ -4,7 +4,7 @@ use std::{cell::Cell, path::PathBuf, time::Duration};
 
 use crate::{
     process::{Place, Process},
-    traffic::{Answer, Failure, Outcome, Report, Request},
+    traffic::{Answer, Failure, Outcome, Report, Request, Step},
     wait,
 };
 
@@ -28,8 +28,14 @@ impl Helper {
 
     /// Starts a server; [`await_server`] waits until it listens.
     pub fn serve(&self, place: &Place, name: &str) -> Process {
+        self.serve_on(place, name, 3000, 3053)
+    }
+
+    /// As [`Self::serve`], on other ports.
+    pub fn serve_on(&self, place: &Place, name: &str, http: u16, udp: u16) -> Process {
         let mut command = place.command(&self.program);
         command.args(["serve", name]);
+        command.args([format!("--http={http}"), format!("--udp={udp}")]);
         place.start(name, command)
     }
 
@@ -78,8 +84,30 @@ impl Helper {
         request: &Request,
         flags: &[String],
     ) -> Vec<Result<Answer, Failure>> {
+        let arguments = [request.flags().as_slice(), flags].concat();
+        self.outcomes(place, verb, &arguments)
+    }
+
+    /// Takes steps with one UDP socket.
+    pub fn take(
+        &self,
+        place: &Place,
+        steps: &[Step],
+        mapped: bool,
+    ) -> Vec<Result<Answer, Failure>> {
+        let mut arguments: Vec<_> = steps.iter().map(ToString::to_string).collect();
+        arguments.extend(mapped.then(|| "--mapped".to_owned()));
+        self.outcomes(place, "steps", &arguments)
+    }
+
+    fn outcomes(
+        &self,
+        place: &Place,
+        verb: &str,
+        arguments: &[String],
+    ) -> Vec<Result<Answer, Failure>> {
         let mut command = place.command(&self.program);
-        command.arg(verb).args(request.flags()).args(flags);
+        command.arg(verb).args(arguments);
         let mut process = place.start(verb, command);
         let status = process.wait(LIMIT);
         assert!(status.success(), "{process:?}");

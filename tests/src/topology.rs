@@ -25,7 +25,7 @@ use crate::{
     netns::Netns,
     process::{Place, Process},
     scope::Scope,
-    traffic::{Answer, Failure, Request},
+    traffic::{Answer, Failure, Request, Step},
 };
 
 /// The node's device towards the outside.
@@ -139,6 +139,18 @@ impl Host {
     /// Asks one time after the other; see [`Helper::ask_often`].
     pub fn ask_often(&self, request: &Request, count: u32) -> Vec<Result<Answer, Failure>> {
         self.helper.ask_often(&self.place, request, count)
+    }
+
+    /// Takes steps with one UDP socket; see [`Helper::take`].
+    pub fn take(&self, steps: &[Step], mapped: bool) -> Vec<Result<Answer, Failure>> {
+        self.helper.take(&self.place, steps, mapped)
+    }
+
+    /// Starts a server on other ports than usual, and waits until it listens.
+    pub fn serve(&self, name: &str, http: u16, udp: u16) -> Process {
+        let mut server = self.helper.serve_on(&self.place, name, http, udp);
+        await_server(&mut server);
+        server
     }
 
     /// Asks until there is an answer.

@@ -7,6 +7,8 @@ use std::{
     fmt,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    str::FromStr,
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -217,6 +219,90 @@ impl Request {
             _ => self.to,
         }
     }
+}
+
+/// What a process does with one UDP socket; as text, an argument of
+/// `klb-traffic steps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// `connect=ADDR`
+    Connect(SocketAddr),
+    /// `disconnect`: `connect()` to no family.
+    Disconnect,
+    /// `ask`: whom the socket is connected to.
+    Ask,
+    /// `ask=ADDR`: somebody, by `sendto()`.
+    AskOf(SocketAddr),
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect(addr) => write!(f, "connect={addr}"),
+            Self::Disconnect => f.write_str("disconnect"),
+            Self::Ask => f.write_str("ask"),
+            Self::AskOf(addr) => write!(f, "ask={addr}"),
+        }
+    }
+}
+
+impl FromStr for Step {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let addr = |text: &str| text.parse().map_err(|error| format!("{text}: {error}"));
+        match text.split_once('=') {
+            Some(("connect", to)) => addr(to).map(Self::Connect),
+            Some(("ask", to)) => addr(to).map(Self::AskOf),
+            None if text == "disconnect" => Ok(Self::Disconnect),
+            None if text == "ask" => Ok(Self::Ask),
+            _ => Err(format!("{text} is no step")),
+        }
+    }
+}
+
+/// Takes the steps with one socket; returns what each question brought.
+///
+/// # Errors
+/// Why a step failed that is no question.
+pub fn take(steps: &[Step], mapped: bool) -> Result<Vec<Result<Answer, Failure>>, Failure> {
+    let mut steps = steps.iter().peekable();
+    let Some(Step::Connect(to) | Step::AskOf(to)) = steps.peek() else {
+        return Err(Failure::Other("the first step names nobody".to_owned()));
+    };
+    let mut request = Request::new(Protocol::Udp, *to);
+    request.mapped = mapped;
+    let socket = request.udp_socket()?;
+    let mut outcomes = Vec::new();
+    for step in steps {
+        match *step {
+            Step::Connect(to) => {
+                request.to = to;
+                socket.connect(request.destination())?;
+            }
+            Step::Disconnect => disconnect(&socket)?,
+            Step::Ask => outcomes.push(request.clone().connected().over(&socket)),
+            Step::AskOf(to) => {
+                request.to = to;
+                outcomes.push(request.over(&socket));
+            }
+        }
+    }
+    Ok(outcomes)
+}
+
+fn disconnect(socket: &UdpSocket) -> io::Result<()> {
+    let nobody = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    let size = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and the address lives through the call.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, size) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// An answer, seen from both ends. IPv4-mapped addresses stand as IPv4.
@@ -547,6 +633,28 @@ mod tests {
         assert_eq!(refused, Err(Failure::Refused));
         let refused = Request::new(Protocol::Udp, nobody).connected().perform();
         assert_eq!(refused, Err(Failure::Refused));
+    }
+
+    #[test]
+    fn one_socket_asks_many() {
+        let (_, here) = server();
+        let (_, there) = server();
+        let steps = [
+            Step::AskOf(here),
+            Step::Connect(there),
+            Step::Ask,
+            Step::Disconnect,
+            Step::AskOf(here),
+        ];
+        let text: Vec<String> = steps.iter().map(ToString::to_string).collect();
+        let read: Result<Vec<Step>, String> = text.iter().map(|step| step.parse()).collect();
+        assert_eq!(read.as_deref(), Ok(&steps[..]));
+        for mapped in [false, true] {
+            let outcomes = take(&steps, mapped).expect("all steps").into_iter();
+            let answers = outcomes.map(|outcome| outcome.expect("an answer"));
+            let answers: Vec<_> = answers.map(|answer| (answer.from, answer.peer)).collect();
+            assert_eq!(answers, [(here, None), (there, Some(there)), (here, None)]);
+        }
     }
 
     #[test]

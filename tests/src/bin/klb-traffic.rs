@@ -15,7 +15,9 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use lb_tests::traffic::{Answer, Connection, Failure, Protocol, Report, Request, now, serve};
+use lb_tests::traffic::{
+    Answer, Connection, Failure, Protocol, Report, Request, Step, now, serve, take,
+};
 
 /// Servers and clients for klb's tests and demo
 #[derive(Parser)]
@@ -48,6 +50,14 @@ enum Command {
         request: Request,
         #[arg(long, value_name = "MS", default_value_t = 5000)]
         within: u64,
+    },
+    /// Take steps with one UDP socket, and report each outcome
+    Steps {
+        /// Speak IPv4 by an IPv6 socket
+        #[arg(long)]
+        mapped: bool,
+        #[arg(required = true)]
+        steps: Vec<Step>,
     },
     /// Ask until standard input ends, and report each outcome
     Stream {
@@ -83,6 +93,10 @@ fn run(command: Command) -> io::Result<()> {
         }
         Command::Ask { request, count } => (0..count).try_for_each(|_| report(request.perform())),
         Command::Await { request, within } => report(keep_asking(&request, within)),
+        Command::Steps { mapped, steps } => match take(&steps, mapped) {
+            Ok(outcomes) => outcomes.into_iter().try_for_each(report),
+            Err(failure) => report(Err(failure)),
+        },
         Command::Stream {
             request,
             every,
