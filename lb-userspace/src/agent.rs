@@ -9,9 +9,10 @@ mod backoff;
 mod control;
 mod edge;
 mod namespaces;
+mod orphans;
 mod settings;
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Arc};
 
 use anyhow::{Context as _, bail};
 use lb_common::names;
@@ -19,7 +20,7 @@ use sd_notify::NotifyState;
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::watch,
+    sync::{Notify, watch},
 };
 use tracing::{info, warn};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
@@ -85,9 +86,12 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
             attached,
         },
     );
-    let namespaces = Namespaces::open(&args.hooks.netns_dir).context("the own namespace")?;
-    let namespaces = namespaces::follow(namespaces, NetnsTable::open(&pins)?, who_opted_out, known);
-    let control = Control::new(args, maps, node_addresses, opted_out)?.run(synced);
+    let pods = Namespaces::open(&args.hooks.netns_dir).context("the own network namespace")?;
+    let (pods, ended) = (Arc::new(pods), Arc::new(Notify::new()));
+    let table = NetnsTable::open(&pins)?;
+    let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known);
+    let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&ended));
+    let control = Control::new(args, maps, node_addresses, opted_out, ended)?.run(synced);
     let metrics = Metrics::new(Counters::open(&pins)?);
     tokio::spawn(health::serve_probes(args.healthz_bind, ready));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));
@@ -98,6 +102,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         ended = tokio::spawn(edge) => ended??,
         ended = tokio::spawn(control) => ended??,
         ended = tokio::spawn(namespaces) => ended??,
+        ended = tokio::spawn(orphans) => ended?,
     }
     notify(NotifyState::Stopping);
     Ok(())
@@ -246,6 +251,8 @@ mod tests {
             tcx,
             set_retval: None,
             xdp_frags: None,
+            sock_destroy: None,
+            netns_cookie: None,
         }
     }
 

@@ -4,11 +4,16 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
-use tokio::{sync::watch, task::block_in_place, time::sleep};
+use tokio::{
+    sync::{Notify, watch},
+    task::block_in_place,
+    time::sleep,
+};
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
@@ -21,7 +26,6 @@ use crate::{
     model::{Concern, Event, NamespacedName},
     plan::ServicePlan,
     reconcile::{Reconciler, Report},
-    termination,
 };
 
 /// The desired state, and the maps that follow it.
@@ -31,6 +35,8 @@ pub(super) struct Control {
     addresses: watch::Receiver<BTreeSet<IpAddr>>,
     /// Tells which pods opted out, once that is known.
     opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
+    /// Is told when backends have ended.
+    ended: Arc<Notify>,
     index: Index,
     reconciler: Reconciler<KernelMaps>,
     /// Whom it concerns that something cannot be understood.
@@ -61,6 +67,7 @@ impl Control {
         maps: KernelMaps,
         mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
         opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
+        ended: Arc<Notify>,
     ) -> anyhow::Result<Self> {
         let Some(folder) = &args.manifests else {
             bail!("no source of Services is given");
@@ -73,6 +80,7 @@ impl Control {
                 .with_context(|| format!("--manifests {}", folder.display()))?,
             addresses,
             opted_out,
+            ended,
             index,
             unknown: BTreeSet::new(),
             inherited: reconciler.services(),
@@ -192,7 +200,7 @@ impl Control {
             failed,
         } = report;
         if ended {
-            block_in_place(|| self.end_orphans());
+            self.ended.notify_one();
         }
         debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
         let mut outcome = Outcome::Complete;
@@ -205,24 +213,6 @@ impl Control {
             self.index.mark(service);
         }
         outcome
-    }
-
-    /// Ends the sockets that would go on sending to backends that have gone.
-    fn end_orphans(&self) {
-        let orphans = match self.reconciler.maps().orphans() {
-            Ok(orphans) => orphans,
-            Err(error) => {
-                warn!(error = %Chain(&error), "sockets of backends that have gone are not ended");
-                return;
-            }
-        };
-        match termination::terminate(&orphans) {
-            Ok(0) => {}
-            Ok(sockets) => info!(sockets, "ended, for their backends have gone"),
-            Err(error) => {
-                warn!(%error, "connected UDP sockets stay with backends that have gone");
-            }
-        }
     }
 
     /// Whether a Service keeps what an earlier run gave it: a description of it

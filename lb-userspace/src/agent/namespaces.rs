@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -35,7 +36,7 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 /// Runs until netlink fails. `known` is set once the first pods are in the
 /// table.
 pub(super) async fn follow(
-    namespaces: Namespaces,
+    namespaces: Arc<Namespaces>,
     mut table: NetnsTable,
     mut opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
     known: watch::Sender<bool>,

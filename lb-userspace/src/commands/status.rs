@@ -19,7 +19,7 @@ use crate::{
         Maps as _,
         features::Features,
         inspect,
-        kernel::{Counter, Counters, Fill, KernelMaps},
+        kernel::{Counter, Counters, Fill, KernelMaps, NetnsTable},
         pins::{Lock, Pins},
     },
     devices::UNSERVABLE,
@@ -62,6 +62,8 @@ struct Status {
     kernel: Kernel,
     /// Names of the socket hooks that are attached.
     sockets: Vec<String>,
+    /// Pods whose network namespaces the socket programs know.
+    pods: usize,
     settings: Settings,
     devices: Vec<DeviceRow>,
     maps: Vec<MapRow>,
@@ -127,6 +129,7 @@ fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status
             features: Features::probe(),
         },
         sockets: inspect::sockets(pins),
+        pods: NetnsTable::open(pins)?.read()?.len(),
         settings: Settings::read(maps)?,
         devices: devices(pins)?,
         maps: maps.fill()?.into_iter().map(MapRow::from).collect(),
@@ -217,6 +220,16 @@ fn limits(status: &Status, uses_sctp: bool) -> Vec<&'static str> {
              with jumbo frames XDP is not native",
         ),
         (
+            sockets_are_served && status.kernel.features.sock_destroy == Some(false),
+            "this kernel cannot end sockets (CONFIG_INET_DIAG_DESTROY): \
+             a process with a connected UDP socket stays with a backend that has gone",
+        ),
+        (
+            sockets_are_served && status.kernel.features.netns_cookie == Some(false),
+            "this kernel does not tell network namespaces apart (it came with 5.14): at sockets \
+             no pod can opt out, NodePorts are not on loopback, and affinity is not that of packets",
+        ),
+        (
             !sockets_are_served,
             "sockets are not served: processes of the node itself do not reach Services by klb",
         ),
@@ -234,6 +247,16 @@ fn warnings(status: &Status) -> Vec<String> {
     }
     if (1..names::SOCKET_PROGRAMS.len()).contains(&status.sockets.len()) {
         warnings.push("only some of the socket hooks are attached".to_owned());
+    }
+    let mut devices = status.devices.iter();
+    if status.pods == 0
+        && !status.sockets.is_empty()
+        && status.kernel.features.netns_cookie == Some(true)
+        && devices.any(|device| device.role.as_deref() == Some("pod"))
+    {
+        warnings.push(
+            "no network namespace of a pod is found: can the agent see --netns-dir?".to_owned(),
+        );
     }
     for device in &status.devices {
         // One without a name has gone, and the agent will forget it.
@@ -292,6 +315,10 @@ fn page(status: &Status) -> String {
             ),
         ),
         ("sockets", sockets),
+        (
+            "pods",
+            format!("{} known by network namespace", status.pods),
+        ),
     ] {
         line(&mut page, &format!("{label:<9} {text}"));
     }
@@ -337,11 +364,15 @@ fn features(features: Features) -> String {
         tcx,
         set_retval,
         xdp_frags,
+        sock_destroy,
+        netns_cookie,
     } = features;
     [
         word("tcx", tcx),
         word("bpf_set_retval", set_retval),
         word("xdp.frags", xdp_frags),
+        word("SOCK_DESTROY", sock_destroy),
+        word("netns cookies", netns_cookie),
     ]
     .join(", ")
 }
@@ -408,12 +439,15 @@ mod tests {
                     tcx: Some(false),
                     set_retval: Some(true),
                     xdp_frags: Some(true),
+                    sock_destroy: Some(true),
+                    netns_cookie: Some(true),
                 },
             },
             sockets: names::SOCKET_PROGRAMS
                 .iter()
                 .map(ToString::to_string)
                 .collect(),
+            pods: 0,
             settings: Settings::new(&Config::default(), Vec::new()),
             devices: Vec::new(),
             maps: vec![MapRow {
@@ -435,6 +469,12 @@ mod tests {
         status.kernel.features.set_retval = Some(false);
         assert!(limits(&status, false)[0].contains("5.18"));
         status.kernel.features.set_retval = Some(true);
+        status.kernel.features.sock_destroy = Some(false);
+        assert!(limits(&status, false)[0].contains("CONFIG_INET_DIAG_DESTROY"));
+        status.kernel.features.sock_destroy = Some(true);
+        status.kernel.features.netns_cookie = Some(false);
+        assert!(limits(&status, false)[0].contains("5.14"));
+        status.kernel.features.netns_cookie = Some(true);
         status.kernel.features.xdp_frags = Some(false);
         assert_eq!(limits(&status, false), [""; 0], "without XDP");
         status.devices.push(DeviceRow {
@@ -489,6 +529,14 @@ mod tests {
         status.sockets.truncate(2);
         status.maps[0].entries = 95;
         status.devices.push(DeviceRow {
+            name: Some("veth1".to_owned()),
+            index: 3,
+            role: Some("pod".to_owned()),
+            tc_ingress: Some("tcx"),
+            tc_egress: Some("tcx"),
+            xdp: None,
+        });
+        status.devices.push(DeviceRow {
             name: Some("eth0".to_owned()),
             index: 2,
             role: None,
@@ -509,6 +557,7 @@ mod tests {
         for part in [
             "no agent",
             "some of the socket hooks",
+            "--netns-dir",
             "klb_svc4 is 95% full",
             "eth0",
             "bad_slot at xdp: 4",

@@ -9,6 +9,8 @@ use aya::{
 };
 use serde::Serialize;
 
+use crate::{netlink::Netlink, termination};
+
 /// What was found. `None` where it could not be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Features {
@@ -20,6 +22,11 @@ pub struct Features {
     /// XDP for packets of several buffers (5.18), without which no driver takes
     /// a program at an MTU of 9000. Known by the helper that came with it.
     pub xdp_frags: Option<bool>,
+    /// Sockets can be ended from outside (`CONFIG_INET_DIAG_DESTROY`, which most
+    /// distributions set).
+    pub sock_destroy: Option<bool>,
+    /// Network namespaces tell their cookies (5.14).
+    pub netns_cookie: Option<bool>,
 }
 
 impl Features {
@@ -34,8 +41,14 @@ impl Features {
             .ok(),
             xdp_frags: is_helper_supported(ProgramType::Xdp, BpfHelper::BPF_FUNC_xdp_get_buff_len)
                 .ok(),
+            sock_destroy: termination::is_possible(),
+            netns_cookie: netns_cookie(),
         }
     }
+}
+
+fn netns_cookie() -> Option<bool> {
+    Some(Netlink::open().ok()?.netns_cookie().is_ok())
 }
 
 /// Asks which programs are on `lo`, which every network namespace has; a kernel

@@ -566,7 +566,7 @@ impl KernelMaps {
     }
 
     /// UDP sockets that were given a backend which has gone.
-    pub fn orphans(&self) -> Result<Vec<Orphan>, MapError> {
+    pub fn orphans(&self) -> Result<BTreeSet<Orphan>, MapError> {
         let backends = self.backends()?;
         let sockets = self.sockets()?.into_iter();
         let orphans = sockets.filter(|socket| {

@@ -1,15 +1,20 @@
 //! What only sockets have: who the caller is, and who wants to be left alone.
 
-use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use lb_common::{Hook, Reason, names};
 use lb_tests::{
     agent::{Hooks, raw_dump},
     manifests::NODE,
     topology::{Addresses, Family, Host, Pod},
-    traffic::{Failure, Protocol, Request},
+    traffic::{Failure, Outcome, Protocol, Report, Request, Step},
     wait,
-    world::{Frontend, SERVICE_FILE, World},
+    world::{Frontend, PODS, SERVICE_FILE, World, echo, endpoints},
 };
 
 /// How long a change of the node's pods may take to be seen.
@@ -218,4 +223,226 @@ fn source_ranges_hold_at_the_sockets_of_pods() {
         .status()
         .count(Hook::Socket, Reason::SourceRange);
     assert_eq!(refused, 2);
+}
+
+/// A world with two Services; behind each is only one pod, of the names that are
+/// returned.
+fn world_of_two() -> (World, [&'static str; 2]) {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    let other = echo("other", 2, 30_180);
+    let manifests = &world.agent.manifests;
+    world.put_endpoints(&PODS[..1]);
+    manifests.put("other.yaml", &other.to_string());
+    let pods = endpoints(&other, &PODS[1..2]);
+    manifests.put("other-endpoints.yaml", &pods.to_string());
+    world.agent.start();
+    (world, [PODS[0].0, PODS[1].0])
+}
+
+/// What a client saw: who answered, from where, and whom its socket was
+/// connected to.
+fn seen(
+    client: &Host,
+    steps: &[Step],
+    mapped: bool,
+) -> Vec<(String, SocketAddr, Option<SocketAddr>)> {
+    let outcomes = client.take(steps, mapped).into_iter();
+    let answers =
+        outcomes.map(|outcome| outcome.unwrap_or_else(|told| panic!("{steps:?}: {told}")));
+    answers
+        .map(|answer| (answer.name, answer.from, answer.peer))
+        .collect()
+}
+
+const KINDS: [(Family, bool); 3] = [(Family::V4, false), (Family::V4, true), (Family::V6, false)];
+
+#[test]
+fn a_udp_socket_is_connected_again_and_again() {
+    use Step::{Ask, Connect, Disconnect};
+    let (world, [one, two]) = world_of_two();
+    for (client, (family, mapped)) in [&world.cluster.client.host, &world.cluster.node]
+        .into_iter()
+        .flat_map(|client| KINDS.map(|kind| (client, kind)))
+    {
+        let first = world.frontend(Frontend::ClusterIp, family, Protocol::Udp);
+        let same = world.frontend(Frontend::NodePort, family, Protocol::Udp);
+        let second = Addresses::service(2).port(family, 53);
+        let direct = Addresses::pod(PODS[0].1).port(family, 3053);
+        let steps = [
+            Connect(first),
+            Ask,
+            Connect(second),
+            Ask,
+            Connect(same),
+            Ask,
+            // The pod itself, which two frontends have led to.
+            Connect(direct),
+            Ask,
+            Disconnect,
+            Connect(second),
+            Ask,
+        ];
+        let expected = [
+            (one, first),
+            (two, second),
+            (one, same),
+            (one, direct),
+            (two, second),
+        ];
+        let expected = expected.map(|(name, to)| (name.to_owned(), to, Some(to)));
+        assert_eq!(seen(client, &steps, mapped), expected, "{family} {mapped}");
+    }
+}
+
+#[test]
+fn one_udp_socket_talks_to_many() {
+    use Step::AskOf;
+    let (world, [one, two]) = world_of_two();
+    for (family, mapped) in KINDS {
+        let first = world.frontend(Frontend::ClusterIp, family, Protocol::Udp);
+        let same = world.frontend(Frontend::NodePort, family, Protocol::Udp);
+        let second = Addresses::service(2).port(family, 53);
+        let direct = Addresses::pod(PODS[2].1).port(family, 3053);
+        // In turn, twice: each is shown as it was named, also where two
+        // frontends lead to one pod.
+        let turn = [
+            (one, first),
+            (two, second),
+            (one, same),
+            (PODS[2].0, direct),
+        ];
+        let turns = [turn, turn].concat();
+        let steps: Vec<_> = turns.iter().map(|(_, to)| AskOf(*to)).collect();
+        let expected = turns
+            .iter()
+            .map(|(name, to)| ((*name).to_owned(), *to, None));
+        let expected: Vec<_> = expected.collect();
+        let client = &world.cluster.client.host;
+        assert_eq!(seen(client, &steps, mapped), expected, "{family} {mapped}");
+    }
+}
+
+#[test]
+fn a_server_of_the_node_is_left_alone_on_a_port_without_a_service() {
+    let world = crate::world(Hooks::ALL);
+    let _server = world.cluster.node.serve("local", 31_999, 31_998);
+    for family in Family::ALL {
+        let loopback: IpAddr = match family {
+            Family::V4 => [127, 0, 0, 1].into(),
+            Family::V6 => [0, 0, 0, 0, 0, 0, 0, 1_u16].into(),
+        };
+        for ip in [loopback, Addresses::NODE.ip(family)] {
+            for (protocol, port) in [(Protocol::Tcp, 31_999), (Protocol::Udp, 31_998)] {
+                let to = SocketAddr::new(ip, port);
+                let request = Request::new(protocol, to).connected();
+                let answer = world.cluster.node.ask(&request).expect("an answer");
+                assert_eq!((answer.name.as_str(), answer.peer), ("local", Some(to)));
+            }
+        }
+    }
+}
+
+/// Sockets end with their backend, and no others do: not those that talk to the
+/// same pod directly, nor those that are not connected.
+#[test]
+fn only_sockets_that_were_given_the_backend_end_with_it() {
+    let world = crate::world(Hooks::ALL);
+    world.put_endpoints(&PODS[..1]);
+    let only = |count: usize| {
+        world.agent.await_services("other endpoints", |services| {
+            let mut frontends = services.iter().flat_map(|service| &service.frontends);
+            frontends.all(|frontend| frontend.backends.len() == count)
+        });
+    };
+    only(1);
+    let pod = &world.cluster.client.host;
+    let (family, protocol) = (Family::V4, Protocol::Udp);
+    let service = world.request(Frontend::ClusterIp, family, protocol);
+    let to = Addresses::pod(PODS[0].1).port(family, 3053);
+    let direct = pod.stream(&Request::new(protocol, to).connected(), true);
+    let unconnected = pod.stream(&service, true);
+    let connected = pod.stream(&service.clone().connected(), true);
+    let mapped = pod.stream(&service.mapped().connected(), true);
+    let streams = [&direct, &unconnected, &connected, &mapped];
+    for stream in streams {
+        stream.await_more(1);
+    }
+    world.put_endpoints(&PODS[1..]);
+    only(2);
+    for stream in [&connected, &mapped] {
+        wait::until("the process to be told", SEEN, || {
+            (!failures(&stream.reports()).is_empty()).then_some(())
+        });
+    }
+    for stream in streams {
+        stream.await_more(20);
+    }
+    for stream in [direct, unconnected] {
+        assert_eq!(failures(&stream.stop()), []);
+    }
+    for stream in [connected, mapped] {
+        let told = failures(&stream.stop());
+        assert!(told.len() == 1 && is_end(&told[0]), "{told:?}");
+    }
+}
+
+fn failures(reports: &[Report]) -> Vec<Failure> {
+    let failures = reports.iter().filter_map(|report| match &report.outcome {
+        Outcome::Failure(failure) => Some(failure.clone()),
+        Outcome::Answer(_) => None,
+    });
+    failures.collect()
+}
+
+/// What the kernel tells a process whose socket was ended, when it receives and
+/// when it sends.
+fn is_end(failure: &Failure) -> bool {
+    let unsendable = io::Error::from_raw_os_error(libc::EDESTADDRREQ);
+    [Failure::Broken, unsendable.into()].contains(failure)
+}
+
+/// The pod has gone, so nothing but the end of its socket wakes a process that
+/// waits for an answer.
+#[test]
+fn a_process_that_waits_for_a_dead_pod_is_woken() {
+    let mut world = crate::world(Hooks::ALL);
+    world.put_endpoints(&PODS[..1]);
+    world.agent.await_services("one endpoint", |services| {
+        let mut frontends = services.iter().flat_map(|service| &service.frontends);
+        frontends.all(|frontend| frontend.backends.len() == 1)
+    });
+    let streams = KINDS.map(|(family, mapped)| {
+        let mut request = world.request(Frontend::ClusterIp, family, Protocol::Udp);
+        request.mapped = mapped;
+        world.cluster.client.host.stream(&request.connected(), true)
+    });
+    for stream in &streams {
+        stream.await_more(1);
+    }
+    world.cluster.remove_pod(PODS[0].0);
+    world.put_endpoints(&PODS[1..]);
+    for stream in streams {
+        // Less than the ten seconds that a request waits for its answer.
+        wait::until("an answer of another pod", Duration::from_secs(5), || {
+            stream.reports().into_iter().find(|report| {
+                matches!(&report.outcome, Outcome::Answer(answer) if answer.name != PODS[0].0)
+            })
+        });
+        drop(stream.stop());
+    }
+}
+
+#[test]
+fn without_endpoints_a_connected_socket_ends_and_the_next_is_refused() {
+    let world = crate::world(Hooks::ALL);
+    let request = world.request(Frontend::ClusterIp, Family::V6, Protocol::Udp);
+    let stream = world.cluster.client.host.stream(&request.connected(), true);
+    stream.await_more(1);
+    world.put_endpoints(&[]);
+    let told = wait::until("two failures", SEEN, || {
+        let told = failures(&stream.reports());
+        (told.len() >= 2).then_some(told)
+    });
+    assert!(is_end(&told[0]), "{told:?}");
+    assert_eq!(told[1], Failure::Refused);
 }
