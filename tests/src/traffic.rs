@@ -41,6 +41,9 @@ pub struct Request {
     /// UDP: connect the socket, and ask it for its peer
     #[arg(long)]
     pub connected: bool,
+    /// TCP: multipath, by a socket that the kernel makes
+    #[arg(long)]
+    pub multipath: bool,
     /// How long to wait for the connection, and for the answer
     #[arg(long, value_name = "MS", default_value_t = 2000)]
     pub timeout: u64,
@@ -57,6 +60,7 @@ impl Request {
             from_port: 0,
             mapped: false,
             connected: false,
+            multipath: false,
             timeout: 2000,
             size: 32,
         }
@@ -84,6 +88,14 @@ impl Request {
     }
 
     #[must_use]
+    pub fn multipath(self) -> Self {
+        Self {
+            multipath: true,
+            ..self
+        }
+    }
+
+    #[must_use]
     pub fn timeout(self, limit: Duration) -> Self {
         let timeout = u64::try_from(limit.as_millis()).expect("a short time");
         Self { timeout, ..self }
@@ -102,6 +114,7 @@ impl Request {
             from_port,
             mapped,
             connected,
+            multipath,
             timeout,
             size,
         } = self;
@@ -118,6 +131,7 @@ impl Request {
         ];
         flags.extend(mapped.then(|| "--mapped".to_owned()));
         flags.extend(connected.then(|| "--connected".to_owned()));
+        flags.extend(multipath.then(|| "--multipath".to_owned()));
         flags
     }
 
@@ -197,7 +211,8 @@ impl Request {
     /// A socket of the right family, bound if a port is wanted.
     fn socket(&self, kind: Type) -> io::Result<Socket> {
         let destination = self.destination();
-        let socket = Socket::new(Domain::for_address(destination), kind, None)?;
+        let protocol = self.multipath.then_some(socket2::Protocol::MPTCP);
+        let socket = Socket::new(Domain::for_address(destination), kind, protocol)?;
         if self.from_port != 0 {
             // A port that a closed connection still holds may be used again.
             socket.set_reuse_address(true)?;

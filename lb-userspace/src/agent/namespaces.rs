@@ -27,7 +27,7 @@ use crate::{
 
 /// A pod's device and its addresses come one by one: how long they are gathered
 /// before its namespace is looked at.
-const GATHER: Duration = Duration::from_millis(20);
+const GATHER: Duration = Duration::from_millis(50);
 
 /// After so long all is looked at again, should the kernel have kept a change to
 /// itself.

@@ -103,6 +103,22 @@ fn only_pods_of_this_node_are_known() {
     }
 }
 
+/// Without a folder of names, namespaces are found by the processes in them.
+#[test]
+fn pods_without_a_name_are_known_by_their_processes() {
+    let mut world = crate::stopped_world(Hooks::SOCKET);
+    world
+        .agent
+        .flags
+        .push("--netns-dir=/run/nowhere".to_owned());
+    world.agent.start();
+    // The client pod and the host outside have no process that stays.
+    assert_eq!(pods_known(&world).len(), world.cluster.pods.len());
+    for pod in &world.cluster.pods {
+        await_pod(&world, pod.host.addresses, true);
+    }
+}
+
 /// A pod's manifest.
 fn manifest(pod: &Pod, annotations: &str) -> String {
     let Addresses { v4, v6 } = pod.host.addresses;
@@ -445,4 +461,31 @@ fn without_endpoints_a_connected_socket_ends_and_the_next_is_refused() {
     });
     assert!(is_end(&told[0]), "{told:?}");
     assert_eq!(told[1], Failure::Refused);
+}
+
+/// Multipath TCP connects by a socket that the kernel makes for itself, as its
+/// network file systems do; those connect in the root control group, which is not
+/// a test's.
+#[test]
+fn sockets_of_the_kernel_are_served_and_refused_like_others() {
+    let world = crate::world(Hooks::SOCKET);
+    let client = &world.cluster.client.host;
+    let ask = |family| {
+        let request = world.request(Frontend::ClusterIp, family, Protocol::Tcp);
+        client.ask(&request.multipath())
+    };
+    let unsupported = io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into();
+    if ask(Family::V4) == Err(unsupported) {
+        println!("skipped: the kernel has no multipath TCP");
+        return;
+    }
+    for family in Family::ALL {
+        let answer = ask(family).expect("an answer");
+        assert_eq!(answer.seen.ip(), client.addresses.ip(family));
+    }
+    world.put_endpoints(&[]);
+    wait::until("a refusal", SEEN, || {
+        let told = Family::ALL.map(|family| ask(family).err());
+        (told == [const { Some(Failure::Refused) }; 2]).then_some(())
+    });
 }
