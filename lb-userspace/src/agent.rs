@@ -38,6 +38,11 @@ use crate::{
     },
     devices::{Rules, Watcher},
     health,
+    k8s::{
+        api,
+        manifests::ManifestSource,
+        source::{ApiSource, Source},
+    },
     metrics::Metrics,
     netns::Namespaces,
     sysctl::{self, Reservation},
@@ -68,6 +73,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let pins = Pins::new(&args.paths.bpffs);
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
+    let source = open_source(args).await?;
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
 
     let (addresses, node_addresses) = watch::channel(watcher.edge().addresses);
@@ -91,7 +97,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let table = NetnsTable::open(&pins)?;
     let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known);
     let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&ended));
-    let control = Control::new(args, maps, node_addresses, opted_out, ended)?.run(synced);
+    let control = Control::new(args, source, maps, node_addresses, opted_out, ended)?.run(synced);
     let metrics = Metrics::new(Counters::open(&pins)?);
     tokio::spawn(health::serve_probes(args.healthz_bind, ready));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));
@@ -106,6 +112,27 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     }
     notify(NotifyState::Stopping);
     Ok(())
+}
+
+/// Where Services come from: a folder, or the API server.
+async fn open_source(args: &AgentArgs) -> anyhow::Result<Source> {
+    if let Some(folder) = &args.manifests {
+        let source = ManifestSource::open(folder);
+        let source = source.with_context(|| format!("--manifests {}", folder.display()))?;
+        return Ok(Source::Manifests(Box::new(source)));
+    }
+    let client = api::connect(args.kubeconfig.as_deref()).await;
+    let client = client.with_context(|| match &args.kubeconfig {
+        Some(file) => format!("--kubeconfig {}", file.display()),
+        None => "without --kubeconfig and --manifests the agent has to run in a pod".to_owned(),
+    })?;
+    // Who opted out matters to the hooks of pods' sockets only.
+    let with_pods = args.hooks.socket_lb == SocketLb::All;
+    Ok(Source::Api(ApiSource::start(
+        &client,
+        &args.node_name,
+        with_pods,
+    )))
 }
 
 /// Keeps the masquerade ports from the node's processes, which goes before the

@@ -55,7 +55,9 @@ pub struct AgentArgs {
     /// Read Services, EndpointSlices and Nodes from the YAML files in a folder, and follow changes
     #[arg(long, value_name = "DIR")]
     pub manifests: Option<PathBuf>,
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// How to reach the Kubernetes API; without this and without --manifests as the service account
+    /// of the pod in which klb runs
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     pub kubeconfig: Option<PathBuf>,
     #[arg(long, value_name = "FILE", hide = true)]
     pub config: Option<PathBuf>,
@@ -425,20 +427,8 @@ impl AgentArgs {
     ///
     /// A sentence for the user; the exit status is that of wrong usage.
     pub fn check(&self) -> Result<(), String> {
-        let unsupported = [
-            (self.kubeconfig.is_some(), "--kubeconfig"),
-            (self.config.is_some(), "--config"),
-        ];
-        for (given, flag) in unsupported {
-            if given {
-                return Err(format!("{flag} is not supported yet"));
-            }
-        }
-        if self.manifests.is_none() {
-            return Err(
-                "reading from the Kubernetes API is not supported yet: give --manifests DIR"
-                    .to_owned(),
-            );
+        if self.config.is_some() {
+            return Err("--config is not supported yet".to_owned());
         }
         Ok(())
     }
@@ -504,15 +494,9 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_refused_by_name() {
-        for (flags, named) in [
-            (&["--kubeconfig", "f"][..], "--kubeconfig"),
-            (&["--config", "f"], "--config"),
-            (&[], "--manifests"),
-        ] {
-            let args = agent(flags).expect("understood");
-            let refusal = args.check().expect_err("refused");
-            assert!(refusal.contains(named), "{refusal}");
-        }
+        let args = agent(&["--config", "f"]).expect("understood");
+        let refusal = args.check().expect_err("refused");
+        assert!(refusal.contains("--config"), "{refusal}");
     }
 
     #[test]

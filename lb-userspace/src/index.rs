@@ -274,6 +274,7 @@ mod tests {
             algorithm: None,
             internal_policy: Policy::Cluster,
             external_policy: Policy::Cluster,
+            health_check_port: None,
             ports: vec![ServicePort {
                 name: String::new(),
                 protocol: Protocol::Tcp,
@@ -290,6 +291,7 @@ mod tests {
             family: Family::V4,
             ports: Vec::new(),
             endpoints: Vec::new(),
+            triggered: None,
         })
     }
 
@@ -353,6 +355,7 @@ mod tests {
             Object::Node(Node {
                 name: name.to_owned(),
                 zone: zone.map(str::to_owned),
+                leaving: false,
             })
         };
         index.apply(node("other", Some("z")));

@@ -1,6 +1,6 @@
 //! What klb needs to know of a cluster, in plain types: no Kubernetes, no maps.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr};
+use std::{collections::BTreeSet, fmt, net::IpAddr, time::SystemTime};
 
 use ipnet::IpNet;
 use lb_common::flow::{SCTP, TCP, UDP};
@@ -109,6 +109,8 @@ pub struct Service {
     /// `Local` only where it has a meaning: on a Service that can be reached
     /// from outside.
     pub external_policy: Policy,
+    /// Where load balancers ask whether this node has endpoints of its own.
+    pub health_check_port: Option<u16>,
     pub ports: Vec<ServicePort>,
 }
 
@@ -152,6 +154,8 @@ pub struct EndpointSlice {
     pub family: Family,
     pub ports: Vec<EndpointPort>,
     pub endpoints: Vec<Endpoint>,
+    /// When that was seen which the slice was written for.
+    pub triggered: Option<SystemTime>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,6 +187,8 @@ pub struct Node {
     pub name: String,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// It is being deleted, or will be soon.
+    pub leaving: bool,
 }
 
 /// A pod that has addresses of its own.
@@ -257,6 +263,7 @@ impl fmt::Display for ObjectRef {
 }
 
 impl Object {
+    /// How it is named.
     pub fn reference(&self) -> ObjectRef {
         let (kind, id) = match self {
             Self::Service(service) => (Kind::Service, service.id.clone()),
@@ -289,7 +296,26 @@ pub enum Event {
     /// What there is and cannot be understood, and never could. Replaces what
     /// was told so before.
     Unknown(BTreeSet<Concern>),
-    /// Everything that there is has been told; from now on what was not told
-    /// does not exist.
-    Synced,
+    /// Everything that there is of a scope has been told; from now on what was
+    /// not told does not exist.
+    Synced(Scope),
+}
+
+/// What is waited for before it is acted upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// Services, their slices, and this node.
+    Services,
+    /// This node's pods, and the namespaces.
+    Pods,
+}
+
+impl Kind {
+    /// The scope that objects of this kind belong to.
+    pub const fn scope(self) -> Scope {
+        match self {
+            Self::Service | Self::EndpointSlice | Self::Node => Scope::Services,
+            Self::Pod | Self::Namespace => Scope::Pods,
+        }
+    }
 }

@@ -83,7 +83,7 @@ impl Reservation {
     pub fn make(&self, ports: RangeInclusive<u16>) -> io::Result<()> {
         let (reserved, added) = (read_list(&self.sysctl)?, self.added()?);
         let others = &reserved.0 - &added.0;
-        let missing = Ports(&ports.collect() - &others);
+        let missing = Ports(&ports.collect::<BTreeSet<u16>>() - &others);
         // At every moment what is remembered covers what was added.
         self.remember(&Ports(&added.0 | &missing.0))?;
         write_list(&self.sysctl, &reserved, &Ports(&others | &missing.0))?;

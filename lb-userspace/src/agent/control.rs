@@ -8,11 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use tokio::{
     sync::{Notify, watch},
     task::block_in_place,
-    time::sleep,
+    time::{sleep, timeout_at},
 };
 use tracing::{debug, info, warn};
 
@@ -22,19 +22,25 @@ use crate::{
     datapath::kernel::KernelMaps,
     errors::Chain,
     index::{Conflict, Index},
-    k8s::manifests::ManifestSource,
-    model::{Concern, Event, NamespacedName},
+    k8s::source::Source,
+    model::{Concern, Event, NamespacedName, Scope},
     plan::ServicePlan,
     reconcile::{Reconciler, Report},
 };
 
+/// Changes that come sooner after a write than this are gathered for the next
+/// one. One that comes after a rest is written at once.
+const BATCH: Duration = Duration::from_millis(10);
+
 /// The desired state, and the maps that follow it.
 pub(super) struct Control {
-    source: ManifestSource,
+    source: Source,
     /// On which `NodePort`s answer.
     addresses: watch::Receiver<BTreeSet<IpAddr>>,
     /// Tells which pods opted out, once that is known.
     opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
+    /// The source has told all there is of these.
+    known: BTreeSet<Scope>,
     /// Is told when backends have ended.
     ended: Arc<Notify>,
     index: Index,
@@ -64,20 +70,18 @@ impl Control {
     /// Takes over what the maps hold. Writes nothing yet.
     pub(super) fn new(
         args: &AgentArgs,
+        source: Source,
         maps: KernelMaps,
         mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
         opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
         ended: Arc<Notify>,
     ) -> anyhow::Result<Self> {
-        let Some(folder) = &args.manifests else {
-            bail!("no source of Services is given");
-        };
         let mut index = Index::new(&args.node_name, args.settings());
         index.set_node_addresses(addresses.borrow_and_update().clone());
         let reconciler = Reconciler::restore(maps).context("reading the maps of an earlier run")?;
         Ok(Self {
-            source: ManifestSource::open(folder)
-                .with_context(|| format!("--manifests {}", folder.display()))?,
+            source,
+            known: BTreeSet::new(),
             addresses,
             opted_out,
             ended,
@@ -113,6 +117,9 @@ impl Control {
     }
 
     fn tell_opted_out(&self) {
+        if !self.known.contains(&Scope::Pods) {
+            return;
+        }
         let addresses = Some(self.index.opted_out());
         self.opted_out.send_if_modified(|told| {
             let changed = *told != addresses;
@@ -121,14 +128,13 @@ impl Control {
         });
     }
 
-    /// Reads until the source has told all there is. Only then may the maps be
-    /// written: what is missing until then would be taken for deleted.
+    /// Reads until the source has told all there is of Services. Only then may
+    /// the maps be written: what is missing until then would be taken for
+    /// deleted.
     async fn read_everything(&mut self) {
-        loop {
+        while !self.known.contains(&Scope::Services) {
             let events = self.source.next().await;
-            if self.take_in(events) {
-                break;
-            }
+            self.take_in(events);
         }
         // What an earlier run left of Services that are no more.
         for service in &self.inherited {
@@ -136,9 +142,7 @@ impl Control {
         }
     }
 
-    /// Whether the source has told everything.
-    fn take_in(&mut self, events: Vec<Event>) -> bool {
-        let mut synced = false;
+    fn take_in(&mut self, events: Vec<Event>) {
         for event in events {
             match event {
                 Event::Apply(object) => self.index.apply(object),
@@ -149,14 +153,28 @@ impl Control {
                         self.index.mark(service);
                     }
                 }
-                Event::Synced => synced = true,
+                Event::Synced(scope) => {
+                    self.known.insert(scope);
+                }
             }
         }
-        synced
     }
 
-    /// Waits for news, or for the time of the next try.
+    /// Waits for news, or for the time of the next try, and for what else comes
+    /// until the next write is due.
     async fn wait(&mut self, retry: Option<Duration>) -> anyhow::Result<()> {
+        let due = tokio::time::Instant::now() + BATCH;
+        self.take_news(retry).await?;
+        while tokio::time::Instant::now() < due {
+            match timeout_at(due, self.take_news(None)).await {
+                Ok(taken) => taken?,
+                Err(_elapsed) => break,
+            }
+        }
+        Ok(())
+    }
+
+    async fn take_news(&mut self, retry: Option<Duration>) -> anyhow::Result<()> {
         let retry = async {
             match retry {
                 Some(wait) => sleep(wait).await,

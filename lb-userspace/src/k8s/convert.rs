@@ -10,9 +10,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use lb_common::service::NAME_LEN;
 
+use super::objects;
 use crate::{
     datapath::Family,
     model::{
@@ -26,6 +26,10 @@ const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// The autoscaler is about to remove the node (KEP-3836).
+const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+/// When the endpoints controller saw what it wrote the slice for.
+const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// klb's own: `random` or `maglev`, whatever `--algorithm` says.
 const ALGORITHM_ANNOTATION: &str = "klb/algorithm";
 /// On a Pod or a Namespace: "false" leaves sockets to the packet hooks.
@@ -123,7 +127,7 @@ impl Context {
 /// # Errors
 ///
 /// Names the field that the API server would have refused.
-pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted, ObjectError> {
+pub fn service(id: NamespacedName, service: &objects::Service) -> Result<Converted, ObjectError> {
     let mut context = Context::new(Kind::Service, id);
     context.short("metadata.namespace", &context.object.id.namespace)?;
     context.short("metadata.name", &context.object.id.name)?;
@@ -132,7 +136,7 @@ pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted,
     };
     let labels = service.metadata.labels.as_ref();
     let is_others = labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL));
-    let is_external_name = spec.type_.as_deref() == Some("ExternalName");
+    let is_external_name = spec.kind.as_deref() == Some("ExternalName");
     if is_others || is_external_name || is_headless(spec) {
         return Ok(context.done(None));
     }
@@ -158,6 +162,7 @@ pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted,
             "spec.externalTrafficPolicy",
             spec.external_traffic_policy.as_deref(),
         )?,
+        health_check_port: health_check_port(&context, spec)?,
         cluster_ips,
         ports,
     };
@@ -177,7 +182,21 @@ pub fn service(id: NamespacedName, service: &core::Service) -> Result<Converted,
     Ok(context.done(Object::Service(result)))
 }
 
-fn is_headless(spec: &core::ServiceSpec) -> bool {
+/// Where load balancers ask whether this node has endpoints: of a Service of
+/// type `LoadBalancer` whose policy is `Local` only.
+fn health_check_port(
+    context: &Context,
+    spec: &objects::ServiceSpec,
+) -> Result<Option<u16>, ObjectError> {
+    let is_balanced = spec.kind.as_deref() == Some("LoadBalancer");
+    let is_local = spec.external_traffic_policy.as_deref() == Some("Local");
+    let port = spec.health_check_node_port.filter(|port| *port != 0);
+    port.filter(|_| is_balanced && is_local)
+        .map(|port| context.port("spec.healthCheckNodePort", port))
+        .transpose()
+}
+
+fn is_headless(spec: &objects::ServiceSpec) -> bool {
     let first = spec.cluster_ips.iter().flatten().next();
     matches!(
         spec.cluster_ip.as_ref().or(first).map(String::as_str),
@@ -186,7 +205,7 @@ fn is_headless(spec: &core::ServiceSpec) -> bool {
 }
 
 /// One address for each family that the Service says it has.
-fn cluster_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAddr>, ObjectError> {
+fn cluster_ips(context: &Context, spec: &objects::ServiceSpec) -> Result<Vec<IpAddr>, ObjectError> {
     let listed = spec.cluster_ips.as_deref().unwrap_or_default();
     let single = spec.cluster_ip.as_slice();
     let (field, texts) = if listed.is_empty() {
@@ -216,7 +235,7 @@ fn cluster_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAddr
 
 fn service_ports(
     context: &Context,
-    spec: &core::ServiceSpec,
+    spec: &objects::ServiceSpec,
 ) -> Result<Vec<ServicePort>, ObjectError> {
     let specs = spec.ports.as_deref().unwrap_or_default();
     if specs.is_empty() {
@@ -254,7 +273,10 @@ fn service_ports(
     Ok(ports)
 }
 
-fn external_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAddr>, ObjectError> {
+fn external_ips(
+    context: &Context,
+    spec: &objects::ServiceSpec,
+) -> Result<Vec<IpAddr>, ObjectError> {
     let texts = spec.external_ips.iter().flatten().enumerate();
     texts
         .map(|(index, text)| context.ip(&format!("spec.externalIPs[{index}]"), text))
@@ -265,7 +287,7 @@ fn external_ips(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpAdd
 /// Proxy` the balancer wants the traffic itself; a host name is its business.
 fn load_balancer_ips(
     context: &Context,
-    service: &core::Service,
+    service: &objects::Service,
 ) -> Result<Vec<IpAddr>, ObjectError> {
     let status = service.status.as_ref();
     let balancer = status.and_then(|status| status.load_balancer.as_ref());
@@ -282,7 +304,10 @@ fn load_balancer_ips(
     Ok(ips)
 }
 
-fn source_ranges(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpNet>, ObjectError> {
+fn source_ranges(
+    context: &Context,
+    spec: &objects::ServiceSpec,
+) -> Result<Vec<IpNet>, ObjectError> {
     let texts = spec.load_balancer_source_ranges.iter().flatten();
     let ranges = texts.enumerate().map(|(index, text)| {
         // The API server lets blanks through.
@@ -297,7 +322,7 @@ fn source_ranges(context: &Context, spec: &core::ServiceSpec) -> Result<Vec<IpNe
     ranges.collect()
 }
 
-fn affinity(context: &Context, spec: &core::ServiceSpec) -> Result<Option<u32>, ObjectError> {
+fn affinity(context: &Context, spec: &objects::ServiceSpec) -> Result<Option<u32>, ObjectError> {
     match spec.session_affinity.as_deref() {
         None | Some("None" | "") => return Ok(None),
         Some("ClientIP") => {}
@@ -348,7 +373,7 @@ fn policy(context: &Context, field: &str, value: Option<&str>) -> Result<Policy,
 /// Names the field that the API server would have refused.
 pub fn endpoint_slice(
     id: NamespacedName,
-    slice: &discovery::EndpointSlice,
+    slice: &objects::EndpointSlice,
 ) -> Result<Converted, ObjectError> {
     let context = Context::new(Kind::EndpointSlice, id);
     let labels = slice.metadata.labels.as_ref();
@@ -369,19 +394,23 @@ pub fn endpoint_slice(
     };
     let ports = endpoint_ports(&context, slice)?;
     let endpoints = endpoints(&context, slice, family)?;
+    let annotations = slice.metadata.annotations.as_ref();
+    let trigger = annotations.and_then(|annotations| annotations.get(TRIGGER_ANNOTATION));
     let result = EndpointSlice {
         id: context.object.id.clone(),
         service: service.clone(),
         family,
         ports,
         endpoints,
+        // For a metric only, so nonsense is as good as nothing.
+        triggered: trigger.and_then(|time| humantime::parse_rfc3339(time).ok()),
     };
     Ok(context.done(Object::EndpointSlice(result)))
 }
 
 fn endpoint_ports(
     context: &Context,
-    slice: &discovery::EndpointSlice,
+    slice: &objects::EndpointSlice,
 ) -> Result<Vec<EndpointPort>, ObjectError> {
     let mut ports = Vec::new();
     for (index, port) in slice.ports.iter().flatten().enumerate() {
@@ -404,7 +433,7 @@ fn endpoint_ports(
 
 fn endpoints(
     context: &Context,
-    slice: &discovery::EndpointSlice,
+    slice: &objects::EndpointSlice,
     family: Family,
 ) -> Result<Vec<Endpoint>, ObjectError> {
     let mut endpoints = Vec::new();
@@ -433,7 +462,7 @@ fn endpoints(
     Ok(endpoints)
 }
 
-fn hints(endpoint: &discovery::Endpoint) -> Hints {
+fn hints(endpoint: &objects::Endpoint) -> Hints {
     let Some(hints) = &endpoint.hints else {
         return Hints::default();
     };
@@ -446,13 +475,16 @@ fn hints(endpoint: &discovery::Endpoint) -> Hints {
 }
 
 /// A Node.
-pub fn node(name: String, node: &core::Node) -> Converted {
+pub fn node(name: String, node: &objects::Node) -> Converted {
     let labels = node.metadata.labels.as_ref();
     let zone = labels.and_then(|labels| labels.get(ZONE_LABEL)).cloned();
+    let mut taints = node.spec.iter().flat_map(|spec| &spec.taints).flatten();
+    let is_leaving = |taint: &objects::Taint| taint.key == LEAVING_TAINT;
     Converted {
         object: Some(Object::Node(Node {
             name,
             zone: zone.filter(|zone| !zone.is_empty()),
+            leaving: node.metadata.deletion_timestamp.is_some() || taints.any(is_leaving),
         })),
         warnings: Vec::new(),
     }
@@ -464,7 +496,7 @@ pub fn node(name: String, node: &core::Node) -> Converted {
 /// # Errors
 ///
 /// Names the field that the API server would have refused.
-pub fn pod(id: NamespacedName, pod: &core::Pod) -> Result<Converted, ObjectError> {
+pub fn pod(id: NamespacedName, pod: &objects::Pod) -> Result<Converted, ObjectError> {
     let mut context = Context::new(Kind::Pod, id);
     let spec = pod.spec.as_ref();
     let node = spec.and_then(|spec| spec.node_name.clone());
@@ -491,7 +523,7 @@ pub fn pod(id: NamespacedName, pod: &core::Pod) -> Result<Converted, ObjectError
 }
 
 /// A Namespace.
-pub fn namespace(id: NamespacedName, namespace: &core::Namespace) -> Converted {
+pub fn namespace(id: NamespacedName, namespace: &objects::Namespace) -> Converted {
     let mut context = Context::new(Kind::Namespace, id);
     let socket_lb = socket_lb(&mut context, namespace.metadata.annotations.as_ref());
     let namespace = Namespace {

@@ -4,14 +4,12 @@
 //! `serde_yaml`; kube uses the same data model, so what `kubectl` takes is
 //! taken here.
 
-use k8s_openapi::api::{
-    core::v1::{Namespace, Node, Pod, Service},
-    discovery::v1::EndpointSlice,
-};
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::convert::{self, Converted, ObjectError};
+use super::{
+    convert::{Converted, ObjectError},
+    objects, resource,
+};
 use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
 
 /// What a document describes.
@@ -142,8 +140,10 @@ fn read_object(value: Value) -> Outcome {
         ""
     };
     let id = NamespacedName::new(namespace, name);
-    let concern = concern(kind, &id, &value);
-    let converted = convert(kind, id, value, &concern)?;
+    let labels = value.pointer("/metadata/labels");
+    let label = |name: &str| labels.and_then(|labels| labels.get(name)?.as_str());
+    let concern = resource::concern(kind, &id, label);
+    let converted = read(kind, id, value).map_err(|error| DocumentError::of(error, &concern))?;
     let warnings = converted.warnings.into_iter();
     Ok(Document {
         objects: converted.object.into_iter().collect(),
@@ -151,23 +151,6 @@ fn read_object(value: Value) -> Outcome {
             .map(|warning| *DocumentError::of(warning, &concern))
             .collect(),
     })
-}
-
-/// Whom an object concerns, from what can be read of it.
-fn concern(kind: Kind, id: &NamespacedName, value: &Value) -> Concern {
-    match kind {
-        Kind::Service => Concern::Service(id.clone()),
-        Kind::EndpointSlice => {
-            let labels = value.pointer("/metadata/labels");
-            let label = labels.and_then(|labels| labels.get(convert::SERVICE_NAME_LABEL));
-            label
-                .and_then(Value::as_str)
-                .map_or(Concern::Anyone, |name| {
-                    Concern::Service(NamespacedName::new(&id.namespace, name))
-                })
-        }
-        Kind::Node | Kind::Pod | Kind::Namespace => Concern::NoOne,
-    }
 }
 
 /// Whether an object of Kubernetes' own groups has another version than the one
@@ -180,40 +163,14 @@ fn is_unknown_version(version: &str, kind: &str) -> bool {
     }
 }
 
-fn convert(
-    kind: Kind,
-    id: NamespacedName,
-    value: Value,
-    concern: &Concern,
-) -> Result<Converted, Box<DocumentError>> {
-    let result =
-        match kind {
-            Kind::Service => typed::<Service>(value, kind, &id)
-                .and_then(|service| convert::service(id, &service)),
-            Kind::EndpointSlice => typed::<EndpointSlice>(value, kind, &id)
-                .and_then(|slice| convert::endpoint_slice(id, &slice)),
-            Kind::Node => typed::<Node>(value, kind, &id).map(|node| convert::node(id.name, &node)),
-            Kind::Pod => typed::<Pod>(value, kind, &id).and_then(|pod| convert::pod(id, &pod)),
-            Kind::Namespace => typed::<Namespace>(value, kind, &id)
-                .map(|namespace| convert::namespace(id, &namespace)),
-        };
-    result.map_err(|error| DocumentError::of(error, concern))
-}
-
-/// Reads a value as a Kubernetes type; an error names the field.
-fn typed<T: DeserializeOwned>(
-    value: Value,
-    kind: Kind,
-    id: &NamespacedName,
-) -> Result<T, ObjectError> {
-    serde_path_to_error::deserialize(value).map_err(|error| ObjectError {
-        object: ObjectRef {
-            kind,
-            id: id.clone(),
-        },
-        field: error.path().to_string(),
-        message: error.into_inner().to_string(),
-    })
+fn read(kind: Kind, id: NamespacedName, value: Value) -> Result<Converted, ObjectError> {
+    match kind {
+        Kind::Service => resource::read::<objects::Service>(value, id),
+        Kind::EndpointSlice => resource::read::<objects::EndpointSlice>(value, id),
+        Kind::Node => resource::read::<objects::Node>(value, id),
+        Kind::Pod => resource::read::<objects::Pod>(value, id),
+        Kind::Namespace => resource::read::<objects::Namespace>(value, id),
+    }
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use tokio::{sync::mpsc, time::sleep};
 use tracing::{error, warn};
 
 use super::document::{self, DocumentError};
-use crate::model::{Concern, Event, Object, ObjectRef};
+use crate::model::{Concern, Event, Object, ObjectRef, Scope};
 
 /// How long changes are gathered before the folder is read.
 const GATHER: Duration = Duration::from_millis(5);
@@ -89,7 +89,7 @@ impl ManifestSource {
     }
 
     /// The next changes, in no particular order; never empty. The first batch is
-    /// everything there is, and ends with [`Event::Synced`].
+    /// everything there is, and ends with [`Event::Synced`] for every scope.
     ///
     /// Cancelling the future loses nothing.
     pub async fn next(&mut self) -> Vec<Event> {
@@ -100,7 +100,7 @@ impl ManifestSource {
             let (texts, doubtful) = self.read_quietly().await;
             let mut events = self.folder.accept(texts, &doubtful);
             if !self.synced {
-                events.push(Event::Synced);
+                events.extend([Scope::Services, Scope::Pods].map(Event::Synced));
                 self.synced = true;
             }
             if !events.is_empty() {

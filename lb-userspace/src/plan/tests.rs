@@ -28,6 +28,7 @@ fn service() -> Service {
         algorithm: None,
         internal_policy: Policy::Cluster,
         external_policy: Policy::Cluster,
+        health_check_port: None,
         ports: vec![ServicePort {
             name: "http".to_owned(),
             protocol: Protocol::Tcp,
@@ -76,6 +77,7 @@ fn slice(name: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
                 .first()
                 .map_or(ip("10.0.0.1"), |endpoint| endpoint.addr),
         ),
+        triggered: None,
         ports: vec![EndpointPort {
             name: "http".to_owned(),
             protocol: Protocol::Tcp,

@@ -28,7 +28,8 @@ impl Fixture {
         let source = ManifestSource::open(dir.path()).expect("a folder to watch");
         let mut fixture = Self { dir, source };
         let mut events = fixture.next().await;
-        assert_eq!(events.pop(), Some(Event::Synced));
+        let synced = events.split_off(events.len() - 2);
+        assert_eq!(synced, [Scope::Services, Scope::Pods].map(Event::Synced));
         (fixture, events)
     }
 

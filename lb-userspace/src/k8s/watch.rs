@@ -1,0 +1,405 @@
+//! Following one kind of objects through the API, for ever: written once, for
+//! all kinds.
+//!
+//! kube's watcher lists, follows, resumes where it was after a disconnect, and
+//! lists again when the server has forgotten that point (410). Here is what it
+//! leaves open: an object that cannot be understood takes nothing else with it,
+//! what a new list lacks is deleted, a server without streaming lists is asked
+//! for pages, and nothing that makes no sense is skipped over.
+
+use std::{
+    borrow::Cow, collections::BTreeMap, fmt, marker::PhantomData, mem, pin::pin, time::Duration,
+};
+
+use futures::StreamExt as _;
+use k8s_openapi::{ClusterResourceScope, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{
+    Api, Client,
+    runtime::{
+        utils::Backoff as _,
+        watcher::{self, Config, DefaultBackoff, InitialListStrategy, watcher},
+    },
+};
+use serde::{Deserialize, Deserializer, de::Error as _};
+use serde_json::value::RawValue;
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    convert::{Converted, ObjectError},
+    resource::{self, Resource},
+};
+use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
+
+/// Objects on one page of a list, where the server offers no stream.
+const PAGE: u32 = 250;
+
+/// A list that makes no progress for so long is begun anew. A stream brings
+/// objects one by one; some servers from before there were any understand the
+/// request as another one and stay silent.
+const STREAM_STALL: Duration = Duration::from_secs(30);
+/// A page comes as a whole.
+const PAGE_STALL: Duration = Duration::from_secs(300);
+
+/// Of which objects of a kind to hear.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Selectors {
+    pub labels: Option<String>,
+    pub fields: Option<String>,
+}
+
+/// What is heard of one kind.
+#[derive(Debug)]
+pub(super) enum News {
+    Apply(Object),
+    /// Deleted, or none of klb's business any more.
+    Gone(ObjectRef),
+    /// It is there and makes no sense, and never did.
+    Unreadable(ObjectRef, Concern),
+    /// All that there is was told.
+    Listed(Kind),
+}
+
+/// Nobody listens any more.
+struct Deaf;
+
+/// Follows the objects of one kind until nobody listens.
+pub(super) async fn follow<R: Resource + 'static>(
+    client: Client,
+    selectors: Selectors,
+    news: mpsc::Sender<News>,
+) {
+    let mut follower = Follower::<R>::new(news);
+    let mut config = Config {
+        label_selector: selectors.labels,
+        field_selector: selectors.fields,
+        page_size: Some(PAGE),
+        ..Config::default().streaming_lists()
+    };
+    let mut backoff = DefaultBackoff::default();
+    loop {
+        match follower.follow(&client, &config, &mut backoff).await {
+            Ok(Again::List) => {}
+            Ok(Again::InPages) => config.initial_list_strategy = InitialListStrategy::ListWatch,
+            Err(Deaf) => return,
+        }
+    }
+}
+
+/// Why a list is begun anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Again {
+    List,
+    /// The server has no streaming lists.
+    InPages,
+}
+
+/// What is known of one kind.
+struct Follower<R> {
+    news: mpsc::Sender<News>,
+    objects: BTreeMap<NamespacedName, Known>,
+    /// The last thing that happened was an error, and that was said.
+    failing: bool,
+    kind: PhantomData<fn() -> R>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// It was told as an object.
+    described: bool,
+    /// It was in the list that is being read.
+    listed: bool,
+}
+
+impl<R: Resource + 'static> Follower<R> {
+    fn new(news: mpsc::Sender<News>) -> Self {
+        Self {
+            news,
+            objects: BTreeMap::new(),
+            failing: false,
+            kind: PhantomData,
+        }
+    }
+
+    /// From a list on, until it is to be begun anew.
+    async fn follow(
+        &mut self,
+        client: &Client,
+        config: &Config,
+        backoff: &mut DefaultBackoff,
+    ) -> Result<Again, Deaf> {
+        let mut events = pin!(watcher(
+            Api::<Received<R>>::all(client.clone()),
+            config.clone()
+        ));
+        let stall = match config.initial_list_strategy {
+            InitialListStrategy::StreamingList => STREAM_STALL,
+            InitialListStrategy::ListWatch => PAGE_STALL,
+        };
+        let (mut listing, mut begun) = (true, false);
+        loop {
+            // A watch may be silent for as long as the server likes.
+            let patience = if listing { stall } else { Duration::MAX };
+            let error = match timeout(patience, events.next()).await {
+                Ok(Some(Ok(event))) => {
+                    match event {
+                        // Cut short, which the watcher does not call an error.
+                        watcher::Event::Init if mem::replace(&mut begun, true) => {
+                            sleep(backoff.next().unwrap_or(stall)).await;
+                        }
+                        watcher::Event::InitDone => (listing, begun) = (false, false),
+                        _ => {}
+                    }
+                    listing |= begun;
+                    self.take(event).await?;
+                    if !listing {
+                        backoff.reset();
+                        self.succeeded();
+                    }
+                    continue;
+                }
+                Ok(Some(Err(error))) => error,
+                Ok(None) => return Ok(Again::List),
+                Err(_elapsed) => {
+                    warn!(kind = %R::KIND, "a list from the API server makes no progress");
+                    return Ok(Again::InPages);
+                }
+            };
+            if listing && is_no_stream(&error) {
+                debug!(kind = %R::KIND, "no streaming lists; asking for pages");
+                return Ok(Again::InPages);
+            }
+            self.failed(&error);
+            sleep(backoff.next().unwrap_or(stall)).await;
+            if is_gap(&error) {
+                return Ok(Again::List);
+            }
+        }
+    }
+
+    fn succeeded(&mut self) {
+        if mem::take(&mut self.failing) {
+            info!(kind = %R::KIND, "the API server answers again");
+        }
+    }
+
+    fn failed(&mut self, error: &watcher::Error) {
+        self.failing = true;
+        warn!(kind = %R::KIND, %error, "following the API server; all stays as it was, trying again");
+    }
+
+    async fn take(&mut self, event: watcher::Event<Received<R>>) -> Result<(), Deaf> {
+        match event {
+            watcher::Event::Init => {
+                for known in self.objects.values_mut() {
+                    known.listed = false;
+                }
+                Ok(())
+            }
+            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
+                self.apply(object).await
+            }
+            watcher::Event::InitDone => {
+                let objects = self.objects.iter();
+                let gone = objects.filter(|(_, known)| !known.listed);
+                let gone: Vec<_> = gone.map(|(id, _)| id.clone()).collect();
+                for id in gone {
+                    self.forget(id).await?;
+                }
+                debug!(kind = %R::KIND, objects = self.objects.len(), "listed");
+                self.tell(News::Listed(R::KIND)).await
+            }
+            watcher::Event::Delete(object) => self.forget(object.id()).await,
+        }
+    }
+
+    async fn apply(&mut self, object: Received<R>) -> Result<(), Deaf> {
+        let id = object.id();
+        let reference = reference::<R>(&id);
+        let known = self.objects.entry(id).or_insert(Known {
+            described: false,
+            listed: true,
+        });
+        known.listed = true;
+        let news = match object.content {
+            Ok(Converted { object, warnings }) => {
+                for warning in warnings {
+                    warn!("{warning}");
+                }
+                let was_described = mem::replace(&mut known.described, object.is_some());
+                match object {
+                    Some(object) => News::Apply(object),
+                    None if was_described => News::Gone(reference),
+                    None => return Ok(()),
+                }
+            }
+            Err(error) => {
+                warn!("skipped, what it described stays: {error}");
+                if known.described {
+                    return Ok(());
+                }
+                News::Unreadable(reference, object.concern)
+            }
+        };
+        self.tell(news).await
+    }
+
+    async fn forget(&mut self, id: NamespacedName) -> Result<(), Deaf> {
+        self.objects.remove(&id);
+        self.tell(News::Gone(reference::<R>(&id))).await
+    }
+
+    async fn tell(&self, news: News) -> Result<(), Deaf> {
+        self.news.send(news).await.map_err(|_closed| Deaf)
+    }
+}
+
+fn reference<R: Resource>(id: &NamespacedName) -> ObjectRef {
+    ObjectRef {
+        kind: R::KIND,
+        id: id.clone(),
+    }
+}
+
+/// Whether the server understands no request for a streaming list (before
+/// 1.27, and where the feature is off). It says `Invalid` then.
+fn is_no_stream(error: &watcher::Error) -> bool {
+    let watcher::Error::WatchStartFailed(kube::Error::Api(status)) = error else {
+        return false;
+    };
+    matches!(status.code, 400 | 422)
+}
+
+/// Whether something was said that is lost with this error, so that only a list
+/// can tell what it was. All others the watcher resumes from where it was.
+fn is_gap(error: &watcher::Error) -> bool {
+    use watcher::Error::{InitialListFailed, NoResourceVersion, WatchFailed};
+    matches!(
+        error,
+        WatchFailed(kube::Error::SerdeError(_) | kube::Error::Api(_))
+            | InitialListFailed(_)
+            | NoResourceVersion
+    )
+}
+
+/// An object as the server sends it, read at once: nothing is kept that klb
+/// does not go by.
+pub(super) struct Received<R> {
+    /// Name and version.
+    metadata: ObjectMeta,
+    concern: Concern,
+    content: Result<Converted, ObjectError>,
+    kind: PhantomData<fn() -> R>,
+}
+
+impl<R> Received<R> {
+    fn id(&self) -> NamespacedName {
+        id(&self.metadata)
+    }
+}
+
+fn id(metadata: &ObjectMeta) -> NamespacedName {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    NamespacedName::new(text(&metadata.namespace), text(&metadata.name))
+}
+
+/// As much of an object as every one has.
+#[derive(Deserialize)]
+struct Head {
+    metadata: HeadMetadata,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HeadMetadata {
+    name: String,
+    namespace: Option<String>,
+    resource_version: Option<String>,
+    labels: Option<BTreeMap<String, String>>,
+}
+
+impl<'de, R: Resource> Deserialize<'de> for Received<R> {
+    /// Fails only for what has no name.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Box::<RawValue>::deserialize(deserializer)?;
+        let head: Head = serde_json::from_str(text.get()).map_err(D::Error::custom)?;
+        let HeadMetadata {
+            name,
+            namespace,
+            resource_version,
+            labels,
+        } = head.metadata;
+        let metadata = ObjectMeta {
+            name: Some(name),
+            namespace,
+            resource_version,
+            ..ObjectMeta::default()
+        };
+        let label = |name: &str| labels.as_ref()?.get(name).map(String::as_str);
+        let id = id(&metadata);
+        Ok(Self {
+            concern: resource::concern(R::KIND, &id, label),
+            content: resource::read::<R>(&mut serde_json::Deserializer::from_str(text.get()), id),
+            metadata,
+            kind: PhantomData,
+        })
+    }
+}
+
+impl<R> Clone for Received<R> {
+    fn clone(&self) -> Self {
+        Self {
+            metadata: self.metadata.clone(),
+            concern: self.concern.clone(),
+            content: self.content.clone(),
+            kind: PhantomData,
+        }
+    }
+}
+
+impl<R> fmt::Debug for Received<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.content.fmt(f)
+    }
+}
+
+impl<R: Resource> kube::Resource for Received<R> {
+    type DynamicType = ();
+    /// All are followed in the whole cluster.
+    type Scope = ClusterResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        R::KIND.to_string().into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        match R::KIND {
+            Kind::EndpointSlice => "discovery.k8s.io".into(),
+            Kind::Service | Kind::Node | Kind::Pod | Kind::Namespace => "".into(),
+        }
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        format!("{}s", R::KIND.to_string().to_lowercase()).into()
+    }
+
+    /// All that is of interest in a Namespace.
+    fn metadata_api() -> bool {
+        R::KIND == Kind::Namespace
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
