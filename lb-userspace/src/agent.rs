@@ -12,7 +12,7 @@ mod namespaces;
 mod orphans;
 mod settings;
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use lb_common::names;
@@ -38,6 +38,7 @@ use crate::{
     },
     devices::{Rules, Watcher},
     health,
+    index::Index,
     k8s::{
         api,
         manifests::ManifestSource,
@@ -47,6 +48,9 @@ use crate::{
     netns::Namespaces,
     sysctl::{self, Reservation},
 };
+
+/// How often the maps are compared with what they should hold.
+const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Runs until a signal ends it. The datapath goes on without it.
 ///
@@ -97,7 +101,14 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let table = NetnsTable::open(&pins)?;
     let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known);
     let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&ended));
-    let control = Control::new(args, source, maps, node_addresses, opted_out, ended)?.run(synced);
+    let links = control::Links {
+        addresses: node_addresses,
+        opted_out,
+        ended,
+        synced,
+    };
+    let index = Index::new(&args.node_name, args.settings());
+    let control = Control::new(index, maps, links, VERIFY_INTERVAL)?.run(source);
     let metrics = Metrics::new(Counters::open(&pins)?);
     tokio::spawn(health::serve_probes(args.healthz_bind, ready));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));

@@ -72,6 +72,17 @@ impl BackendIds {
         }
     }
 
+    /// What the map should hold, without zeros.
+    pub const fn values(&self) -> &BTreeMap<u32, u32> {
+        &self.values
+    }
+
+    /// Takes in that somebody else wrote a backend, who has been ended.
+    pub fn learn(&mut self, backend: BackendRef) {
+        let dead = backend.generation.wrapping_add(1);
+        self.values.insert(backend.id, dead);
+    }
+
     /// Takes back a backend that a slot names; `false` if it does not live, or
     /// has been taken already.
     pub fn adopt(&mut self, backend: BackendRef) -> bool {

@@ -7,10 +7,12 @@
 //! the other way, and only after everything that a batch adds is there, so that
 //! a frontend that changes hands is never without an entry.
 //!
-//! The maps are read once, at the start; from then on nobody else writes them.
+//! The maps are read at the start. From then on nobody else should write them;
+//! [`Reconciler::verify`] looks whether that is so.
 
 mod restore;
 mod values;
+mod verify;
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
@@ -26,6 +28,7 @@ use lb_common::{
 };
 
 use self::values::{cover, entry, meta, ordered_slots, parked, slots, wanted_backends};
+pub use self::verify::Drift;
 use crate::{
     datapath::{Family, FrontendKey, MapError, Maps, SlotValue},
     ids::{BackendIds, Numbers},

@@ -15,6 +15,7 @@
 //! same kind of news.
 
 pub mod agent;
+pub mod apiserver;
 pub mod cgroup;
 pub mod fragments;
 pub mod helper;

@@ -12,14 +12,13 @@ use anyhow::Context as _;
 use tokio::{
     sync::{Notify, watch},
     task::block_in_place,
-    time::{sleep, timeout_at},
+    time::{sleep, sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use crate::{
-    args::AgentArgs,
-    datapath::kernel::KernelMaps,
+    datapath::Maps,
     errors::Chain,
     index::{Conflict, Index},
     k8s::source::Source,
@@ -32,19 +31,25 @@ use crate::{
 /// one. One that comes after a rest is written at once.
 const BATCH: Duration = Duration::from_millis(10);
 
-/// The desired state, and the maps that follow it.
-pub(super) struct Control {
-    source: Source,
+/// What this task hears from the others and tells them.
+pub(super) struct Links {
     /// On which `NodePort`s answer.
-    addresses: watch::Receiver<BTreeSet<IpAddr>>,
+    pub addresses: watch::Receiver<BTreeSet<IpAddr>>,
     /// Tells which pods opted out, once that is known.
-    opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
+    pub opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
+    /// Is told when backends have ended.
+    pub ended: Arc<Notify>,
+    /// Set once the first full state is in the maps.
+    pub synced: watch::Sender<bool>,
+}
+
+/// The desired state, and the maps that follow it.
+pub(super) struct Control<M> {
+    links: Links,
     /// The source has told all there is of these.
     known: BTreeSet<Scope>,
-    /// Is told when backends have ended.
-    ended: Arc<Notify>,
     index: Index,
-    reconciler: Reconciler<KernelMaps>,
+    reconciler: Reconciler<M>,
     /// Whom it concerns that something cannot be understood.
     unknown: BTreeSet<Concern>,
     /// The Services that an earlier run left in the maps.
@@ -54,6 +59,10 @@ pub(super) struct Control {
     /// The conflicts that were logged, to say each once.
     conflicts: BTreeMap<NamespacedName, Vec<Conflict>>,
     backoff: Backoff,
+    /// Between two looks at what the maps hold.
+    verify_interval: Duration,
+    /// When that is done next.
+    verify_at: Instant,
 }
 
 /// What is left to do after the maps were written.
@@ -66,39 +75,34 @@ enum Outcome {
     Failed,
 }
 
-impl Control {
+impl<M: Maps> Control<M> {
     /// Takes over what the maps hold. Writes nothing yet.
     pub(super) fn new(
-        args: &AgentArgs,
-        source: Source,
-        maps: KernelMaps,
-        mut addresses: watch::Receiver<BTreeSet<IpAddr>>,
-        opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
-        ended: Arc<Notify>,
+        mut index: Index,
+        maps: M,
+        mut links: Links,
+        verify_interval: Duration,
     ) -> anyhow::Result<Self> {
-        let mut index = Index::new(&args.node_name, args.settings());
-        index.set_node_addresses(addresses.borrow_and_update().clone());
+        index.set_node_addresses(links.addresses.borrow_and_update().clone());
         let reconciler = Reconciler::restore(maps).context("reading the maps of an earlier run")?;
         Ok(Self {
-            source,
+            links,
             known: BTreeSet::new(),
-            addresses,
-            opted_out,
-            ended,
             index,
             unknown: BTreeSet::new(),
             inherited: reconciler.services(),
             frozen: BTreeSet::new(),
             reconciler,
             conflicts: BTreeMap::new(),
+            verify_interval,
+            verify_at: Instant::now() + verify_interval,
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
         })
     }
 
-    /// Follows the source, for ever. `synced` is set once the first full state
-    /// is in the maps.
-    pub(super) async fn run(mut self, synced: watch::Sender<bool>) -> anyhow::Result<()> {
-        self.read_everything().await;
+    /// Follows the source, for ever.
+    pub(super) async fn run(mut self, mut source: Source) -> anyhow::Result<()> {
+        self.read_everything(&mut source).await;
         loop {
             self.tell_opted_out();
             let outcome = self.reconcile();
@@ -110,9 +114,9 @@ impl Control {
                 Outcome::NoRoom | Outcome::Failed => Some(self.backoff.next()),
             };
             if outcome != Outcome::Failed {
-                synced.send_replace(true);
+                self.links.synced.send_replace(true);
             }
-            self.wait(retry).await?;
+            self.wait(&mut source, retry).await?;
         }
     }
 
@@ -121,7 +125,7 @@ impl Control {
             return;
         }
         let addresses = Some(self.index.opted_out());
-        self.opted_out.send_if_modified(|told| {
+        self.links.opted_out.send_if_modified(|told| {
             let changed = *told != addresses;
             *told = addresses;
             changed
@@ -131,9 +135,9 @@ impl Control {
     /// Reads until the source has told all there is of Services. Only then may
     /// the maps be written: what is missing until then would be taken for
     /// deleted.
-    async fn read_everything(&mut self) {
+    async fn read_everything(&mut self, source: &mut Source) {
         while !self.known.contains(&Scope::Services) {
-            let events = self.source.next().await;
+            let events = source.next().await;
             self.take_in(events);
         }
         // What an earlier run left of Services that are no more.
@@ -162,11 +166,11 @@ impl Control {
 
     /// Waits for news, or for the time of the next try, and for what else comes
     /// until the next write is due.
-    async fn wait(&mut self, retry: Option<Duration>) -> anyhow::Result<()> {
+    async fn wait(&mut self, source: &mut Source, retry: Option<Duration>) -> anyhow::Result<()> {
         let due = tokio::time::Instant::now() + BATCH;
-        self.take_news(retry).await?;
+        self.take_news(source, retry).await?;
         while tokio::time::Instant::now() < due {
-            match timeout_at(due, self.take_news(None)).await {
+            match timeout_at(due, self.take_news(source, None)).await {
                 Ok(taken) => taken?,
                 Err(_elapsed) => break,
             }
@@ -174,7 +178,11 @@ impl Control {
         Ok(())
     }
 
-    async fn take_news(&mut self, retry: Option<Duration>) -> anyhow::Result<()> {
+    async fn take_news(
+        &mut self,
+        source: &mut Source,
+        retry: Option<Duration>,
+    ) -> anyhow::Result<()> {
         let retry = async {
             match retry {
                 Some(wait) => sleep(wait).await,
@@ -182,18 +190,37 @@ impl Control {
             }
         };
         tokio::select! {
-            events = self.source.next() => {
+            events = source.next() => {
                 self.take_in(events);
             }
-            changed = self.addresses.changed() => {
+            changed = self.links.addresses.changed() => {
                 changed.context("the node's addresses are not followed any more")?;
-                let addresses = self.addresses.borrow_and_update().clone();
+                let addresses = self.links.addresses.borrow_and_update().clone();
                 info!(?addresses, "the node's addresses have changed");
                 self.index.set_node_addresses(addresses);
             }
             () = retry => {}
+            () = sleep_until(self.verify_at.into()) => self.verify(),
         }
         Ok(())
+    }
+
+    /// Looks whether the maps still hold what was written, and mends them.
+    fn verify(&mut self) {
+        let start = Instant::now();
+        match block_in_place(|| self.reconciler.verify()) {
+            Ok(drift) => {
+                for (map, entries) in &drift {
+                    warn!(
+                        map,
+                        entries, "somebody else changed a map; it is as it should be again"
+                    );
+                }
+                debug!(drift = drift.len(), took = ?start.elapsed(), "the maps were verified");
+            }
+            Err(error) => warn!(%error, "the maps cannot be verified; trying again later"),
+        }
+        self.verify_at = Instant::now() + self.verify_interval;
     }
 
     /// Writes what has changed. Services that failed are marked for the next
@@ -218,7 +245,7 @@ impl Control {
             failed,
         } = report;
         if ended {
-            self.ended.notify_one();
+            self.links.ended.notify_one();
         }
         debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
         let mut outcome = Outcome::Complete;

@@ -19,6 +19,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use ipnet::IpNet;
@@ -131,6 +132,82 @@ pub trait Maps {
     fn cluster_network(&self, family: Family) -> Result<Option<IpNet>, MapError>;
     /// Sets it for the network's own family.
     fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError>;
+}
+
+/// Maps that somebody else holds, too: a test that looks at them, say.
+impl<M: Maps> Maps for Arc<Mutex<M>> {
+    fn services(&self) -> Result<BTreeMap<FrontendKey, ServiceEntry>, MapError> {
+        lock(self).services()
+    }
+
+    fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
+        lock(self).put_service(key, entry)
+    }
+
+    fn delete_service(&mut self, key: FrontendKey) -> Result<(), MapError> {
+        lock(self).delete_service(key)
+    }
+
+    fn slot_capacity(&self, family: Family) -> u32 {
+        lock(self).slot_capacity(family)
+    }
+
+    fn slot(&self, family: Family, index: u32) -> Result<SlotValue, MapError> {
+        lock(self).slot(family, index)
+    }
+
+    fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
+        lock(self).put_slot(family, index, value)
+    }
+
+    fn backends(&self) -> Result<BTreeMap<u32, u32>, MapError> {
+        lock(self).backends()
+    }
+
+    fn backend_capacity(&self) -> u32 {
+        lock(self).backend_capacity()
+    }
+
+    fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        lock(self).put_backend(id, generation)
+    }
+
+    fn metas(&self) -> Result<BTreeMap<u32, ServiceMeta>, MapError> {
+        lock(self).metas()
+    }
+
+    fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError> {
+        lock(self).put_meta(service, meta)
+    }
+
+    fn delete_meta(&mut self, service: u32) -> Result<(), MapError> {
+        lock(self).delete_meta(service)
+    }
+
+    fn ranges(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
+        lock(self).ranges()
+    }
+
+    fn put_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        lock(self).put_range(service, range)
+    }
+
+    fn delete_range(&mut self, service: u32, range: IpNet) -> Result<(), MapError> {
+        lock(self).delete_range(service, range)
+    }
+
+    fn cluster_network(&self, family: Family) -> Result<Option<IpNet>, MapError> {
+        lock(self).cluster_network(family)
+    }
+
+    fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError> {
+        lock(self).put_cluster_network(network)
+    }
+}
+
+/// What a panic of another holder left is as good as any.
+fn lock<M>(maps: &Mutex<M>) -> MutexGuard<'_, M> {
+    maps.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Display for FrontendKey {

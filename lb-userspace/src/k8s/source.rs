@@ -151,7 +151,13 @@ impl ApiSource {
 
     /// The scopes that have become complete.
     fn synced(&mut self) -> Vec<Event> {
-        let complete = self.waiting.extract_if(.., |_, waiting| waiting.is_empty());
-        complete.map(|(scope, _)| Event::Synced(scope)).collect()
+        let mut complete = Vec::new();
+        self.waiting.retain(|scope, waiting| {
+            if waiting.is_empty() {
+                complete.push(Event::Synced(*scope));
+            }
+            !waiting.is_empty()
+        });
+        complete
     }
 }

@@ -743,6 +743,120 @@ fn fail_once(countdown: &Arc<Mutex<Option<u64>>>) -> io::Result<()> {
     Ok(())
 }
 
+fn net(text: &str) -> IpNet {
+    text.parse().expect("a network")
+}
+
+/// A Service with everything that a map can hold of one.
+fn full_service() -> ServicePlan {
+    let mut plan = service("full", vec![frontend(1, &[1, 2]), frontend(2, &[])]);
+    plan.ports[0].sources.insert(net("192.0.2.0/24"));
+    plan.ports[0].frontends[0].flags = FRONTEND_REFUSE | FRONTEND_SOURCE_RANGES;
+    plan
+}
+
+#[test]
+fn maps_that_nobody_touched_are_left_alone() {
+    let mut r = reconciler();
+    apply(
+        &mut r,
+        &[full_service(), service("other", vec![frontend(3, &[3])])],
+    );
+    apply(&mut r, &[service("other", vec![frontend(3, &[4])])]);
+    let before = r.maps.writes;
+    assert_eq!(r.verify().expect("read"), Drift::new());
+    assert_eq!(r.maps.writes, before);
+}
+
+/// Spoils the maps, and has them verified.
+fn mended(spoil: impl FnOnce(&mut Content)) -> Drift {
+    let mut r = reconciler();
+    apply(&mut r, &[full_service()]);
+    let before = r.maps.content.clone();
+    spoil(&mut r.maps.content);
+    assert_ne!(r.maps.content, before, "it was spoiled");
+    let drift = r.verify().expect("read and written");
+    assert_eq!(r.maps.content, before);
+    drift
+}
+
+#[test]
+fn what_somebody_else_changed_is_mended_and_counted() {
+    use lb_common::names::{CONFIG, META, RANGES4, SERVICES4, SLOTS4};
+    type Spoil = fn(&mut Content);
+    let cases: [(&str, Spoil); 10] = [
+        (SERVICES4, |content| content.services.clear()),
+        (SERVICES4, |content| {
+            let entry = content.services.get_mut(&key(1)).expect("a frontend");
+            entry.slot_count = 0;
+        }),
+        (SERVICES4, |content| {
+            let entry = content.services[&key(1)];
+            content.services.insert(key(9), entry);
+        }),
+        (SLOTS4, |content| {
+            let slot = content.slots.values_mut().next().expect("a slot");
+            slot.addr.set_port(1);
+        }),
+        (META, |content| content.metas.clear()),
+        (META, |content| {
+            let meta = *content.metas.values().next().expect("a name");
+            content.metas.insert(77, meta);
+        }),
+        (RANGES4, |content| content.ranges.clear()),
+        (RANGES4, |content| {
+            content.ranges.insert((77, net("198.51.100.0/24")));
+        }),
+        (CONFIG, |content| {
+            content.networks.insert(Family::V4, net("10.0.0.0/8"));
+        }),
+        (names::BACKENDS, |content| {
+            for generation in content.backends.values_mut() {
+                *generation += 1;
+            }
+        }),
+    ];
+    for (map, spoil) in cases {
+        let drift = mended(spoil);
+        let maps: Vec<_> = drift.keys().copied().collect();
+        assert_eq!(maps, [map], "{drift:?}");
+    }
+}
+
+#[test]
+fn a_backend_of_nobody_is_ended_and_its_id_not_used_as_it_was() {
+    let mut r = reconciler();
+    apply(&mut r, &[service("a", vec![frontend(1, &[1])])]);
+    r.maps.content.backends.insert(2, 5);
+    assert_eq!(
+        r.verify().expect("mended"),
+        Drift::from([(names::BACKENDS, 1)])
+    );
+    assert_eq!(r.maps.content.backends[&2], 6);
+    apply(&mut r, &[service("a", vec![frontend(1, &[1, 2])])]);
+    assert_eq!(r.maps.content.backends[&2], 7, "a generation it never had");
+}
+
+#[test]
+fn mending_goes_on_where_a_write_failed() {
+    let mut r = reconciler();
+    apply(&mut r, &[full_service()]);
+    let before = r.maps.content.clone();
+    r.maps.content.services.clear();
+    r.maps.content.metas.clear();
+    let first = r.maps.writes;
+    r.maps.fault = Some(Box::new(move |write| {
+        if write == first + 2 {
+            Err(io::ErrorKind::Other.into())
+        } else {
+            Ok(())
+        }
+    }));
+    r.verify().expect_err("a write fails");
+    r.verify().expect("mended");
+    assert_eq!(r.maps.content, before);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
