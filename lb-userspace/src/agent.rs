@@ -40,7 +40,7 @@ use crate::{
     health,
     index::Index,
     k8s::{
-        api,
+        api::Connection,
         manifests::ManifestSource,
         source::{ApiSource, Source},
     },
@@ -132,7 +132,8 @@ async fn open_source(args: &AgentArgs) -> anyhow::Result<Source> {
         let source = source.with_context(|| format!("--manifests {}", folder.display()))?;
         return Ok(Source::Manifests(Box::new(source)));
     }
-    let client = api::connect(args.kubeconfig.as_deref()).await;
+    let connection = Connection::new(args.kubeconfig.as_deref());
+    let client = connection.client().await;
     let client = client.with_context(|| match &args.kubeconfig {
         Some(file) => format!("--kubeconfig {}", file.display()),
         None => "without --kubeconfig and --manifests the agent has to run in a pod".to_owned(),
@@ -140,6 +141,7 @@ async fn open_source(args: &AgentArgs) -> anyhow::Result<Source> {
     // Who opted out matters to the hooks of pods' sockets only.
     let with_pods = args.hooks.socket_lb == SocketLb::All;
     Ok(Source::Api(ApiSource::start(
+        connection,
         &client,
         &args.node_name,
         with_pods,

@@ -52,6 +52,8 @@ struct State {
     faults: Faults,
     /// Requests since the start: method, and path with its query.
     requests: Vec<String>,
+    /// Events that watches were sent: type and kind.
+    sent: Vec<String>,
     /// Objects that were sent to the server.
     posted: Vec<Value>,
     /// Connections of an earlier number are closed.
@@ -70,6 +72,8 @@ struct Faults {
     down: bool,
     /// Bodies come byte by byte.
     slow: bool,
+    /// Kinds that nobody may see.
+    forbidden: Vec<String>,
     /// The next requests are refused so.
     refusals: Vec<Refusal>,
     /// In the place of the next event.
@@ -212,15 +216,32 @@ impl ApiServer {
         self.shared.change(|state| state.store.delete(&name));
     }
 
-    /// Forgets what happened until now: a watch from an earlier version is told
-    /// that it is too old.
+    /// Forgets what happened until now: a watch that begins at an earlier version
+    /// is told that it is too old.
     pub fn forget_history(&self) {
         self.shared.change(|state| state.store.forget_history());
     }
 
-    /// Sends a bookmark to every watch.
-    pub fn bookmark(&self) {
-        self.shared.change(|state| state.store.bookmark());
+    /// Sends a bookmark to every watch, and waits until a watch of this kind
+    /// was sent it.
+    ///
+    /// # Panics
+    /// If there is no such watch.
+    pub fn bookmark(&self, kind: &str) {
+        self.shared.change(|state| {
+            state.sent.clear();
+            state.store.bookmark();
+        });
+        let wanted = format!("BOOKMARK {kind}");
+        wait::until(&wanted, REQUEST, || {
+            self.shared.lock().sent.contains(&wanted).then_some(())
+        });
+    }
+
+    /// Lets nobody see the objects of a kind (`services`, say).
+    pub fn forbid(&self, kind: &str) {
+        self.shared
+            .change(|state| state.faults.forbidden.push(kind.to_owned()));
     }
 
     /// Ends all connections.

@@ -284,3 +284,6 @@ impl<M: Maps> Control<M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

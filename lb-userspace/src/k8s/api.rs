@@ -1,6 +1,9 @@
 //! The way to the API server.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
@@ -24,21 +27,36 @@ const KEEPALIVE_PROBES: u32 = 3;
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A client that knows the server and who it is itself: from a kubeconfig file,
-/// or in a pod from the service account. Nothing is sent yet.
-///
-/// # Errors
-///
-/// If the file cannot be read, or there is none and this is no pod.
-pub async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    let config = match kubeconfig {
-        Some(path) => {
-            let kubeconfig = Kubeconfig::read_from(path)?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
+/// Where it is written which server there is, and who klb is to it: in a
+/// kubeconfig file, or for a pod in its service account.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    kubeconfig: Option<PathBuf>,
+}
+
+impl Connection {
+    /// By a kubeconfig file, or as a pod.
+    pub fn new(kubeconfig: Option<&Path>) -> Self {
+        Self {
+            kubeconfig: kubeconfig.map(Path::to_owned),
         }
-        None => Config::incluster()?,
-    };
-    Ok(client(&config)?)
+    }
+
+    /// A client from what is written now. Nothing is sent yet.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read, or there is none and this is no pod.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        let config = match &self.kubeconfig {
+            Some(path) => {
+                let kubeconfig = Kubeconfig::read_from(path)?;
+                Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
+            }
+            None => Config::incluster()?,
+        };
+        Ok(client(&config)?)
+    }
 }
 
 /// kube's own stack of layers has no keep-alive, and logs errors that are logged

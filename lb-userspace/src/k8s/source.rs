@@ -9,6 +9,7 @@ use kube::Client;
 use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
+    api::Connection,
     manifests::ManifestSource,
     objects,
     watch::{self, News, Selectors},
@@ -39,6 +40,7 @@ impl Source {
 
 /// The API server as the source of objects.
 pub struct ApiSource {
+    connection: Connection,
     news: mpsc::Receiver<News>,
     watches: JoinSet<()>,
     /// What was not listed yet.
@@ -49,13 +51,21 @@ pub struct ApiSource {
 impl ApiSource {
     /// Begins to follow what concerns a node; its pods, too, if that is asked
     /// for.
-    pub fn start(client: &Client, node_name: &str, with_pods: bool) -> Self {
+    ///
+    /// The client is one that the connection gave.
+    pub fn start(
+        connection: Connection,
+        client: &Client,
+        node_name: &str,
+        with_pods: bool,
+    ) -> Self {
         let (sender, news) = mpsc::channel(QUEUE);
         let selectors = |labels: Option<&str>, fields: Option<String>| Selectors {
             labels: labels.map(str::to_owned),
             fields,
         };
         let mut this = Self {
+            connection,
             news,
             watches: JoinSet::new(),
             waiting: BTreeMap::from([
@@ -98,7 +108,12 @@ impl ApiSource {
     ) {
         let waiting = self.waiting.entry(R::KIND.scope()).or_default();
         waiting.insert(R::KIND);
-        let watch = watch::follow::<R>(client.clone(), selectors, news.clone());
+        let watch = watch::follow::<R>(
+            self.connection.clone(),
+            client.clone(),
+            selectors,
+            news.clone(),
+        );
         self.watches.spawn(watch);
     }
 

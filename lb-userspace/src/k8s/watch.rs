@@ -29,6 +29,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
+    api::Connection,
     convert::{Converted, ObjectError},
     resource::{self, Resource},
 };
@@ -43,6 +44,10 @@ const PAGE: u32 = 250;
 const STREAM_STALL: Duration = Duration::from_secs(30);
 /// A page comes as a whole.
 const PAGE_STALL: Duration = Duration::from_secs(300);
+
+/// After so many failures in a row, which take minutes, it is read again where
+/// the server is and who klb is to it.
+const RECONNECT: u32 = 10;
 
 /// Of which objects of a kind to hear.
 #[derive(Clone, Debug, Default)]
@@ -68,7 +73,8 @@ struct Deaf;
 
 /// Follows the objects of one kind until nobody listens.
 pub(super) async fn follow<R: Resource + 'static>(
-    client: Client,
+    connection: Connection,
+    mut client: Client,
     selectors: Selectors,
     news: mpsc::Sender<News>,
 ) {
@@ -83,6 +89,12 @@ pub(super) async fn follow<R: Resource + 'static>(
     loop {
         match follower.follow(&client, &config, &mut backoff).await {
             Ok(Again::List) => {}
+            Ok(Again::Connected) => match connection.client().await {
+                Ok(new) => client = new,
+                Err(error) => {
+                    warn!(%error, "what says how to reach the API server cannot be read; going on with what it said before");
+                }
+            },
             Ok(Again::InPages) => config.initial_list_strategy = InitialListStrategy::ListWatch,
             Err(Deaf) => return,
         }
@@ -95,14 +107,16 @@ enum Again {
     List,
     /// The server has no streaming lists.
     InPages,
+    /// Credentials may have been renewed, or the server have moved.
+    Connected,
 }
 
 /// What is known of one kind.
 struct Follower<R> {
     news: mpsc::Sender<News>,
     objects: BTreeMap<NamespacedName, Known>,
-    /// The last thing that happened was an error, and that was said.
-    failing: bool,
+    /// Errors since the server answered last.
+    failures: u32,
     kind: PhantomData<fn() -> R>,
 }
 
@@ -119,7 +133,7 @@ impl<R: Resource + 'static> Follower<R> {
         Self {
             news,
             objects: BTreeMap::new(),
-            failing: false,
+            failures: 0,
             kind: PhantomData,
         }
     }
@@ -174,6 +188,9 @@ impl<R: Resource + 'static> Follower<R> {
             }
             self.failed(&error);
             sleep(backoff.next().unwrap_or(stall)).await;
+            if is_unauthorized(&error) || self.failures.is_multiple_of(RECONNECT) {
+                return Ok(Again::Connected);
+            }
             if is_gap(&error) {
                 return Ok(Again::List);
             }
@@ -181,13 +198,13 @@ impl<R: Resource + 'static> Follower<R> {
     }
 
     fn succeeded(&mut self) {
-        if mem::take(&mut self.failing) {
+        if mem::take(&mut self.failures) > 0 {
             info!(kind = %R::KIND, "the API server answers again");
         }
     }
 
     fn failed(&mut self, error: &watcher::Error) {
-        self.failing = true;
+        self.failures += 1;
         warn!(kind = %R::KIND, %error, "following the API server; all stays as it was, trying again");
     }
 
@@ -273,6 +290,16 @@ fn is_no_stream(error: &watcher::Error) -> bool {
     matches!(status.code, 400 | 422)
 }
 
+fn is_unauthorized(error: &watcher::Error) -> bool {
+    use watcher::Error::{InitialListFailed, WatchStartFailed};
+    let (InitialListFailed(kube::Error::Api(status)) | WatchStartFailed(kube::Error::Api(status))) =
+        error
+    else {
+        return false;
+    };
+    status.code == 401
+}
+
 /// Whether something was said that is lost with this error, so that only a list
 /// can tell what it was. All others the watcher resumes from where it was.
 fn is_gap(error: &watcher::Error) -> bool {
@@ -323,6 +350,9 @@ struct HeadMetadata {
 
 impl<'de, R: Resource> Deserialize<'de> for Received<R> {
     /// Fails only for what has no name.
+    ///
+    /// Works on a text in which the type of an event stands before its object,
+    /// as every server writes it (`metav1.WatchEvent`, in Go's order of fields).
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Box::<RawValue>::deserialize(deserializer)?;
         let head: Head = serde_json::from_str(text.get()).map_err(D::Error::custom)?;

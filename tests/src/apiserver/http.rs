@@ -67,9 +67,22 @@ impl Connection {
                 state.faults.refusals.pop(),
                 state.token.clone(),
                 state.faults.no_streaming,
+                state
+                    .faults
+                    .forbidden
+                    .iter()
+                    .any(|kind| kind == request.kind()),
             )
         });
-        let (refusal, token, no_streaming) = state;
+        let (refusal, token, no_streaming, is_forbidden) = state;
+        if is_forbidden {
+            let refusal = Refusal {
+                status: 403,
+                retry_after: None,
+            };
+            self.refuse(refusal, "you may not see these")?;
+            return Ok(true);
+        }
         if let Some(refusal) = refusal {
             self.refuse(refusal, "as the test wants it")?;
             return Ok(true);
@@ -250,7 +263,7 @@ impl Connection {
                         drop(state);
                         let gone = status(410, "too old resource version");
                         self.chunk(
-                            &format!("{}\n", json!({ "type": "ERROR", "object": gone })),
+                            &format!("{{\"type\":\"ERROR\",\"object\":{gone}}}\n"),
                             false,
                         )?;
                         return self.stream.get_mut().write_all(b"0\r\n\r\n");
@@ -278,9 +291,18 @@ impl Connection {
         mut event: Value,
     ) -> io::Result<bool> {
         event["object"] = request.shown(event["object"].take(), false);
-        let line = format!("{event}\n");
-        let (bad, slow) =
-            shared.change(|state| (take_bad_event(state, request.kind()), state.faults.slow));
+        // The type goes before the object, as from a real server: clients read
+        // the object without a copy then.
+        let line = format!(
+            "{{\"type\":{},\"object\":{}}}\n",
+            event["type"], event["object"]
+        );
+        let kind = event["type"].as_str().unwrap_or_default();
+        let sent = format!("{kind} {}", request.kind());
+        let (bad, slow) = shared.change(|state| {
+            state.sent.push(sent);
+            (take_bad_event(state, request.kind()), state.faults.slow)
+        });
         match bad {
             None => self.chunk(&line, slow)?,
             Some(BadEvent::Garbage) => {

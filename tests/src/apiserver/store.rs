@@ -92,8 +92,6 @@ impl Store {
     }
 
     pub(super) fn forget_history(&mut self) {
-        // A version that nobody has seen: every watch is behind.
-        self.version += 1;
         self.forgotten = self.version;
         self.changes.clear();
     }

@@ -1,0 +1,469 @@
+//! The agent's core, driven over HTTP by a server that speaks the Kubernetes
+//! API, into maps in memory.
+
+use std::sync::{Mutex, PoisonError};
+
+use lb_tests::apiserver::{ApiServer, BadEvent, Refusal};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{task::JoinHandle, time::timeout};
+
+use super::*;
+use crate::{
+    datapath::{FrontendKey, memory::MemoryMaps},
+    k8s::{api::Connection, source::ApiSource},
+    plan::Settings,
+};
+
+type SharedMaps = Arc<Mutex<MemoryMaps>>;
+
+/// How long a change may take. The first retry comes after a second or two.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A server, and an agent's core that follows it.
+struct Fixture {
+    server: ApiServer,
+    folder: TempDir,
+    maps: SharedMaps,
+    control: Option<JoinHandle<()>>,
+    synced: watch::Receiver<bool>,
+    opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
+    verify_interval: Duration,
+}
+
+impl Fixture {
+    fn new(server: ApiServer) -> Self {
+        let (_, synced) = watch::channel(false);
+        let (_, opted_out) = watch::channel(None);
+        Self {
+            server,
+            folder: TempDir::new().expect("a temporary folder"),
+            maps: Arc::default(),
+            control: None,
+            synced,
+            opted_out,
+            verify_interval: Duration::from_secs(600),
+        }
+    }
+
+    /// With two Services of two backends each, in the maps.
+    async fn ready() -> Self {
+        let mut fixture = Self::new(ApiServer::start());
+        fixture.put_two();
+        fixture.start().await;
+        fixture.await_backends(1, &[1, 2]).await;
+        fixture.await_backends(2, &[3, 4]).await;
+        fixture
+    }
+
+    fn put_two(&self) {
+        self.server.put(node());
+        self.server.put(service("one", 1));
+        self.server.put(service("two", 2));
+        self.server.put(slice("one", &[1, 2]));
+        self.server.put(slice("two", &[3, 4]));
+    }
+
+    /// Starts the core with what the maps hold.
+    async fn start(&mut self) {
+        let (synced, is_synced) = watch::channel(false);
+        let (opted_out, who) = watch::channel(None);
+        let (node_addresses, addresses) = watch::channel(BTreeSet::new());
+        (self.synced, self.opted_out) = (is_synced, who);
+        let links = Links {
+            addresses,
+            opted_out,
+            ended: Arc::default(),
+            synced,
+        };
+        let index = Index::new("node-1", Settings::default());
+        let maps = Arc::clone(&self.maps);
+        let control = Control::new(index, maps, links, self.verify_interval).expect("maps");
+        let connection = Connection::new(Some(&self.server.kubeconfig(self.folder.path())));
+        let client = connection.client().await.expect("a kubeconfig");
+        let source = Source::Api(ApiSource::start(connection, &client, "node-1", true));
+        self.control = Some(tokio::spawn(async move {
+            // Nobody may go from whom the core hears.
+            let _node_addresses = node_addresses;
+            control.run(source).await.expect("it goes on");
+        }));
+    }
+
+    /// Ends it at any point, as `kill -9` does.
+    async fn kill(&mut self) {
+        let control = self.control.take().expect("it runs");
+        control.abort();
+        assert!(
+            control.await.expect_err("aborted").is_cancelled(),
+            "no panic"
+        );
+    }
+
+    async fn await_synced(&mut self) {
+        let synced = timeout(PATIENCE, self.synced.wait_for(|synced| *synced));
+        synced.await.expect("in time").expect("control lives");
+    }
+
+    /// Waits until a Service leads to these backends, by last octets.
+    async fn await_backends(&self, service: u8, wanted: &[u8]) {
+        let what = format!("Service {service} to lead to {wanted:?}");
+        self.await_maps(&what, |maps| backends(maps, service) == wanted)
+            .await;
+    }
+
+    async fn await_maps(&self, what: &str, are_they: impl Fn(&MemoryMaps) -> bool) {
+        let awaited = async {
+            while !are_they(&self.maps.lock().unwrap_or_else(PoisonError::into_inner)) {
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let control = self.control.as_ref().expect("it runs");
+        if timeout(PATIENCE, awaited).await.is_err() {
+            let maps = self.maps.lock().expect("maps");
+            panic!(
+                "waited for {what}: {:?}, ended: {}",
+                maps.content,
+                control.is_finished()
+            );
+        }
+    }
+
+    fn writes(&self) -> u64 {
+        self.maps.lock().expect("maps").writes
+    }
+
+    /// Requests for a list of a kind, in whichever way.
+    fn lists(&self, kind: &str) -> usize {
+        let requests = self.server.requests().into_iter();
+        requests
+            .filter(|request| request.contains(&format!("/{kind}?")))
+            .filter(|request| {
+                !request.contains("watch=true") || request.contains("sendInitialEvents=true")
+            })
+            .filter(|request| !request.contains("continue="))
+            .count()
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if let Some(control) = &self.control {
+            control.abort();
+        }
+    }
+}
+
+fn node() -> Value {
+    json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "node-1" } })
+}
+
+fn service(name: &str, number: u8) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "name": name, "namespace": "default", "managedFields": [{ "manager": "kubectl" }] },
+        "spec": {
+            "clusterIP": format!("10.96.0.{number}"),
+            "selector": { "app": name },
+            "ports": [{ "port": 80, "targetPort": 3000 }],
+        },
+    })
+}
+
+/// The endpoints of a Service, by last octets.
+fn slice(service: &str, endpoints: &[u8]) -> Value {
+    let endpoints: Vec<_> = endpoints
+        .iter()
+        .map(|n| json!({ "addresses": [format!("10.244.0.{n}")], "conditions": { "ready": true } }))
+        .collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{service}-1"),
+            "namespace": "default",
+            "labels": { "kubernetes.io/service-name": service },
+        },
+        "addressType": "IPv4",
+        "ports": [{ "port": 3000 }],
+        "endpoints": endpoints,
+    })
+}
+
+/// Where a Service leads to, by last octets; empty if it is not there.
+fn backends(maps: &MemoryMaps, service: u8) -> Vec<u8> {
+    let key = FrontendKey {
+        addr: [10, 96, 0, service].into(),
+        port: 80,
+        protocol: 6,
+    };
+    let slots = maps.content.resolve(&key).unwrap_or_default();
+    let addresses: BTreeSet<_> = slots.iter().map(|slot| slot.addr.ip()).collect();
+    let octets = addresses.into_iter().map(|addr| match addr {
+        IpAddr::V4(addr) => addr.octets()[3],
+        IpAddr::V6(addr) => panic!("{addr}"),
+    });
+    octets.collect()
+}
+
+macro_rules! async_test {
+    ($(#[$attribute:meta])* $name:ident $body:block) => {
+        $(#[$attribute])*
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() $body
+    };
+}
+
+async_test! { the_maps_follow_the_server {
+    let fixture = Fixture::ready().await;
+    fixture.server.put(slice("one", &[2, 5]));
+    fixture.await_backends(1, &[2, 5]).await;
+    fixture.server.put(service("three", 3));
+    fixture.server.put(slice("three", &[6]));
+    fixture.await_backends(3, &[6]).await;
+    fixture.server.delete("services", "default", "two");
+    fixture.await_backends(2, &[]).await;
+    assert_eq!(fixture.lists("services"), 1);
+}}
+
+async_test! { only_what_matters_is_asked_for {
+    let fixture = Fixture::ready().await;
+    for (kind, selector) in [
+        ("/api/v1/services?", "labelSelector=!service.kubernetes.io/service-proxy-name"),
+        ("/api/v1/services?", "fieldSelector=spec.clusterIP!=None"),
+        ("/apis/discovery.k8s.io/v1/endpointslices?", "labelSelector=!service.kubernetes.io/headless"),
+        ("/api/v1/nodes?", "fieldSelector=metadata.name=node-1"),
+        ("/api/v1/pods?", "fieldSelector=spec.nodeName=node-1"),
+        ("/api/v1/namespaces?", "allowWatchBookmarks=true"),
+    ] {
+        fixture.server.await_request(selector, |request| request.contains(kind) && request.contains(selector));
+    }
+}}
+
+async_test! { a_service_that_goes_to_another_proxy_is_gone {
+    let fixture = Fixture::ready().await;
+    let mut others = service("one", 1);
+    others["metadata"]["labels"] = json!({ "service.kubernetes.io/service-proxy-name": "mesh" });
+    fixture.server.put(others);
+    fixture.await_backends(1, &[]).await;
+    fixture.server.put(service("one", 1));
+    fixture.await_backends(1, &[1, 2]).await;
+}}
+
+async_test! { a_server_without_streaming_lists_is_asked_for_pages {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.server.set_streaming(false);
+    fixture.put_two();
+    for n in 0..255 {
+        fixture.server.put(slice(&format!("of-nobody-{n}"), &[9]));
+    }
+    fixture.start().await;
+    fixture.await_backends(1, &[1, 2]).await;
+    fixture.await_backends(2, &[3, 4]).await;
+    fixture.server.await_request("the second page", |request| {
+        request.contains("/endpointslices?") && request.contains("continue=page")
+    });
+    fixture.server.put(slice("one", &[2]));
+    fixture.await_backends(1, &[2]).await;
+}}
+
+async_test! { a_cut_watch_goes_on_where_it_was {
+    let fixture = Fixture::ready().await;
+    fixture.server.cut();
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 1, "nothing was listed again");
+}}
+
+async_test! { bookmarks_move_the_point_to_go_on_from {
+    let fixture = Fixture::ready().await;
+    fixture.server.bookmark("services");
+    // A watch from the last event that it heard would be told so.
+    fixture.server.forget_history();
+    fixture.server.cut();
+    fixture.server.put(service("three", 3));
+    fixture.server.put(slice("three", &[9]));
+    fixture.await_backends(3, &[9]).await;
+    assert_eq!(fixture.lists("services"), 1, "nothing was listed again");
+}}
+
+async_test! { half_an_event_is_heard_again {
+    let fixture = Fixture::ready().await;
+    fixture.server.spoil_next_event("endpointslices", BadEvent::Half);
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 1, "nothing was listed again");
+}}
+
+async_test! { after_nonsense_everything_is_listed_again {
+    let fixture = Fixture::ready().await;
+    fixture.server.spoil_next_event("endpointslices", BadEvent::Garbage);
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 2);
+}}
+
+async_test! { what_happened_in_a_gap_is_made_up_for {
+    let fixture = Fixture::ready().await;
+    fixture.server.set_down(true);
+    fixture.server.put(slice("one", &[8]));
+    fixture.server.delete("services", "default", "two");
+    fixture.server.put(service("three", 3));
+    fixture.server.put(slice("three", &[9]));
+    fixture.server.forget_history();
+    fixture.server.set_down(false);
+    fixture.await_backends(1, &[8]).await;
+    fixture.await_backends(2, &[]).await;
+    fixture.await_backends(3, &[9]).await;
+    assert_eq!(fixture.lists("services"), 2, "the old point was forgotten");
+}}
+
+async_test! { while_the_server_is_away_all_stays_as_it_is {
+    let mut fixture = Fixture::ready().await;
+    fixture.server.set_down(true);
+    let before = fixture.writes();
+    fixture.kill().await;
+    fixture.start().await;
+    // The lists fail: nothing may be taken for deleted.
+    fixture.server.refuse_next(3, Refusal { status: 500, retry_after: None });
+    fixture.server.set_down(false);
+    fixture.await_synced().await;
+    assert_eq!(fixture.writes(), before, "nothing has changed");
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+}}
+
+async_test! { a_server_that_is_away_at_the_start_is_waited_for {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.server.set_down(true);
+    fixture.start().await;
+    fixture.put_two();
+    fixture.server.set_down(false);
+    fixture.await_backends(1, &[1, 2]).await;
+}}
+
+async_test! { a_busy_server_is_asked_again_when_it_says {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.put_two();
+    fixture.server.refuse_next(10, Refusal { status: 429, retry_after: Some(1) });
+    fixture.start().await;
+    fixture.await_backends(1, &[1, 2]).await;
+    let requests = fixture.server.requests().len();
+    assert!(requests < 30, "{requests} requests to a busy server");
+}}
+
+async_test! { slow_bytes_are_waited_for {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.server.set_slow(true);
+    fixture.put_two();
+    fixture.start().await;
+    fixture.await_backends(2, &[3, 4]).await;
+    fixture.server.put(slice("two", &[3]));
+    fixture.await_backends(2, &[3]).await;
+}}
+
+async_test! { a_token_that_has_expired_is_read_again {
+    let mut fixture = Fixture::new(ApiServer::start_tls());
+    fixture.server.require_token(fixture.folder.path(), "first");
+    fixture.put_two();
+    fixture.start().await;
+    fixture.await_backends(1, &[1, 2]).await;
+    fixture.server.require_token(fixture.folder.path(), "second");
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+}}
+
+async_test! { an_object_that_makes_no_sense_takes_nothing_along {
+    let fixture = Fixture::ready().await;
+    let mut nonsense = slice("one", &[5]);
+    nonsense["endpoints"] = json!("many");
+    fixture.server.put(nonsense);
+    let mut never = service("never", 9);
+    never["spec"]["ports"] = json!([{ "port": 0 }]);
+    fixture.server.put(never);
+    fixture.server.put(slice("two", &[6]));
+    fixture.await_backends(2, &[6]).await;
+    let maps = fixture.maps.lock().expect("maps");
+    assert_eq!(backends(&maps, 1), [1, 2], "what it described stays");
+    assert_eq!(backends(&maps, 9), [0; 0]);
+}}
+
+async_test! { an_object_that_makes_no_sense_keeps_what_an_earlier_run_knew {
+    let mut fixture = Fixture::ready().await;
+    fixture.kill().await;
+    let mut nonsense = slice("one", &[5]);
+    nonsense["endpoints"] = json!("many");
+    fixture.server.put(nonsense);
+    fixture.server.put(slice("two", &[6]));
+    fixture.start().await;
+    fixture.await_backends(2, &[6]).await;
+    assert_eq!(backends(&fixture.maps.lock().expect("maps"), 1), [1, 2]);
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+}}
+
+async_test! { a_second_start_writes_nothing {
+    let mut fixture = Fixture::ready().await;
+    let before = fixture.writes();
+    fixture.kill().await;
+    fixture.start().await;
+    fixture.await_synced().await;
+    assert_eq!(fixture.writes(), before);
+}}
+
+async_test! { changes_that_come_together_are_written_together {
+    let fixture = Fixture::ready().await;
+    let before = fixture.writes();
+    // The same slice a hundred times: each write is one of a few batches.
+    for n in 0..100 {
+        fixture.server.put(slice("one", &[10 + n]));
+    }
+    fixture.await_backends(1, &[109]).await;
+    let each_alone = 100 * 4;
+    let writes = fixture.writes() - before;
+    assert!(writes < each_alone / 2, "{writes} writes");
+}}
+
+async_test! { pods_that_opt_out_are_told_once_they_are_known {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.put_two();
+    let pod = |name: &str, last: u8, annotations: Value| json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": name, "namespace": "mesh", "annotations": annotations },
+        "spec": { "nodeName": "node-1", "containers": [{ "name": "main" }] },
+        "status": { "podIPs": [{ "ip": format!("10.244.0.{last}") }] },
+    });
+    fixture.server.put(pod("in", 21, json!({ "klb/socket-lb": "true" })));
+    fixture.server.put(pod("silent", 22, json!({})));
+    fixture.server.put(json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": { "name": "mesh", "annotations": { "klb/socket-lb": "false" } },
+    }));
+    fixture.start().await;
+    let wanted = Some(BTreeSet::from([[10, 244, 0, 22].into()]));
+    let told = timeout(PATIENCE, fixture.opted_out.wait_for(|told| *told == wanted));
+    told.await.expect("in time").expect("control lives");
+}}
+
+async_test! { who_may_not_list_pods_still_serves {
+    // A role from before pods were needed.
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.put_two();
+    fixture.server.forbid("pods");
+    fixture.start().await;
+    fixture.await_backends(1, &[1, 2]).await;
+    assert_eq!(*fixture.opted_out.borrow(), None, "nobody knows who opted out");
+}}
+
+async_test! { what_somebody_else_wrote_is_mended_in_time {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.verify_interval = Duration::from_millis(20);
+    fixture.put_two();
+    fixture.start().await;
+    fixture.await_backends(1, &[1, 2]).await;
+    fixture.maps.lock().expect("maps").content.services.clear();
+    fixture.await_backends(1, &[1, 2]).await;
+    fixture.await_backends(2, &[3, 4]).await;
+}}
