@@ -118,6 +118,8 @@ pub struct Agent {
     pub hooks: Hooks,
     /// More flags, likewise.
     pub flags: Vec<String>,
+    /// Where the API server is, for an agent that reads from one, likewise.
+    pub kubeconfig: Option<PathBuf>,
     cgroup: PathBuf,
     pins: PathBuf,
     pub manifests: Folder,
@@ -134,6 +136,7 @@ impl Agent {
             program: klb_path(),
             hooks,
             flags: Vec::new(),
+            kubeconfig: None,
             cgroup: cluster.cgroup().path().to_owned(),
             pins: scope::pin_folder(scope.name()),
             manifests: Folder::create(scope.folder().join("manifests")),
@@ -158,8 +161,11 @@ impl Agent {
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "it runs");
         let mut command = self.place.command(&self.program);
-        command.args(["agent", "--node-name", NODE, "--manifests"]);
-        command.arg(self.manifests.path());
+        command.args(["agent", "--node-name", NODE]);
+        match &self.kubeconfig {
+            Some(path) => command.arg("--kubeconfig").arg(path),
+            None => command.arg("--manifests").arg(self.manifests.path()),
+        };
         command.args(self.hooks.flags()).args(&self.flags);
         command.arg("--cgroup").arg(&self.cgroup);
         command.args(self.paths());

@@ -12,7 +12,7 @@ mod tls;
 use std::{
     fs,
     io::ErrorKind,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -20,6 +20,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use socket2::SockRef;
 
 use self::{
     http::Connection,
@@ -35,6 +36,7 @@ const REQUEST: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct ApiServer {
     shared: Arc<Shared>,
+    listener: TcpListener,
     address: SocketAddr,
     authority: Option<Authority>,
 }
@@ -118,6 +120,7 @@ impl ApiServer {
         let shared = Arc::<Shared>::default();
         let server = Self {
             shared: Arc::clone(&shared),
+            listener: listener.try_clone().expect("a file descriptor"),
             address,
             authority,
         };
@@ -309,8 +312,8 @@ impl Drop for ApiServer {
             state.ended = true;
             state.generation += 1;
         });
-        // The listener's thread looks at it when somebody connects.
-        drop(TcpStream::connect(self.address));
+        // `accept` fails then; nobody may be able to connect from here.
+        drop(SockRef::from(&self.listener).shutdown(Shutdown::Both));
     }
 }
 

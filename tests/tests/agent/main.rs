@@ -1,6 +1,7 @@
 //! The agent as an operator meets it: files in a folder, signals, commands, and
 //! what stays in the kernel.
 
+mod api;
 mod cleanup;
 mod commands;
 mod dumps;
