@@ -140,7 +140,11 @@ impl<M: Maps> Control<M> {
             let events = source.next().await;
             self.take_in(events);
         }
-        // What an earlier run left of Services that are no more.
+        self.begin();
+    }
+
+    /// What an earlier run left of Services that are no more is looked at, too.
+    fn begin(&mut self) {
         for service in &self.inherited {
             self.index.mark(service.clone());
         }
@@ -285,5 +289,7 @@ impl<M: Maps> Control<M> {
     }
 }
 
+#[cfg(test)]
+mod histories;
 #[cfg(test)]
 mod tests;

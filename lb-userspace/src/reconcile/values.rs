@@ -22,17 +22,22 @@ use crate::{
     plan::{Backend, Choice, FrontendPlan, PortPlan, Verdict},
 };
 
-/// Addresses of every backend that must live.
+/// Addresses of every backend that must live: those that a slot names. Whoever
+/// answers in a family of which the port has no frontend (another Service may
+/// have it) is in no slot, and a restart would not know it.
 pub(super) fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
     let frontends = plan.frontends.iter();
+    let families: BTreeSet<_> = frontends
+        .clone()
+        .map(|frontend| Family::of(frontend.key.addr))
+        .collect();
     let listed = frontends.flat_map(|frontend| {
         let inner = frontend.inner.iter().flatten();
         frontend.backends.iter().chain(inner)
     });
-    listed
-        .chain(&plan.alive)
-        .map(|backend| backend.addr)
-        .collect()
+    let alive = plan.alive.iter();
+    let alive = alive.filter(|backend| families.contains(&Family::of(backend.addr.ip())));
+    listed.chain(alive).map(|backend| backend.addr).collect()
 }
 
 /// The living backends of the frontend's family that it does not lead to, as
