@@ -59,6 +59,8 @@ pub struct Reconciler<M> {
     slots: BTreeMap<Family, FreeRanges>,
     /// That hold every `ClusterIP` since the start.
     networks: BTreeMap<Family, IpNet>,
+    /// As the map has them, which may be wider after a start.
+    written_networks: BTreeMap<Family, IpNet>,
     retired: Vec<Retired>,
     /// What an earlier run left and nobody owns, until the first batch.
     strays: Strays,
@@ -250,8 +252,9 @@ impl<M: Maps> Reconciler<M> {
     fn widen_network(&mut self, addr: IpAddr) -> Result<(), MapError> {
         let family = Family::of(addr);
         let network = cover(self.networks.get(&family).copied(), addr);
-        if self.maps.cluster_network(family)? != Some(network) {
+        if self.written_networks.get(&family) != Some(&network) {
             self.write(|maps| maps.put_cluster_network(network))?;
+            self.written_networks.insert(family, network);
         }
         self.networks.insert(family, network);
         Ok(())

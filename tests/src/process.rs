@@ -140,6 +140,11 @@ impl Process {
         drop(self.child.stdin.take());
     }
 
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal to the process and all that it started.
     pub fn signal(&self, signal: Signal) {
         let group = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));

@@ -73,7 +73,7 @@ pub(crate) fn remove() -> Result<()> {
     Ok(())
 }
 
-fn build_helper() -> Result<()> {
+pub(crate) fn build_helper() -> Result<()> {
     process::step("Building klb-traffic, the demo's servers and clients");
     process::run(process::cargo().args([
         "build",
@@ -82,6 +82,11 @@ fn build_helper() -> Result<()> {
         "--package=lb-tests",
         "--bin=klb-traffic",
     ]))
+}
+
+/// Where [`build_helper`] puts it.
+pub(crate) fn helper() -> PathBuf {
+    paths::target().join("release/klb-traffic")
 }
 
 /// What a panic says.
@@ -126,7 +131,7 @@ fn play(keep: bool) -> Result<()> {
 fn set_up(checks: &mut Checks, keep: bool) -> Stage {
     page::section("A cluster of network namespaces");
     let options = Options {
-        helper: paths::target().join("release/klb-traffic"),
+        helper: helper(),
         offloads: false,
     };
     let mut cluster = Cluster::new(Scope::named(NAME, keep), options);

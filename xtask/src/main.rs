@@ -1,6 +1,7 @@
 //! klb's build, test and demo commands: `cargo xtask help`.
 
 mod apt;
+mod bench;
 mod demo;
 mod ebpf;
 mod kernels;
@@ -38,6 +39,8 @@ enum Command {
         #[arg(value_enum)]
         level: Option<test::Selection>,
     },
+    /// Measure, and print figures
+    Bench,
     /// Print who answers whom over which hook: the table that the tests check
     Matrix,
     /// Check the formatting, and deny every warning of compiler, clippy and rustdoc
@@ -66,6 +69,11 @@ fn run(command: &Command) -> Result<()> {
             demo::run(*keep)
         }
         Command::Test { level } => test::run(*level),
+        Command::Bench => {
+            setup::network()?;
+            release::build()?;
+            bench::run()
+        }
         Command::Matrix => {
             print!("{}", include_str!("../../docs/matrix.md"));
             Ok(())

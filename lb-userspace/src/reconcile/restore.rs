@@ -39,10 +39,16 @@ impl<M: Maps> Reconciler<M> {
                 .map(|family| (family, FreeRanges::new(maps.slot_capacity(family))))
                 .into(),
             networks: BTreeMap::new(),
+            written_networks: BTreeMap::new(),
             retired: Vec::new(),
             strays: Strays::default(),
             maps,
         };
+        for family in Family::ALL {
+            let network = this.maps.cluster_network(family)?;
+            this.written_networks
+                .extend(network.map(|network| (family, network)));
+        }
         let owners = this.restore_ports()?;
         this.restore_sources(&owners)?;
         for (key, entry) in this.entries.clone() {

@@ -129,7 +129,7 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn mend_networks(&mut self, drift: &mut Drift) -> Result<(), MapError> {
-        for (family, network) in self.networks.clone() {
+        for (family, network) in self.written_networks.clone() {
             if self.maps.cluster_network(family)? != Some(network) {
                 count(drift, names::CONFIG, 1);
                 self.write(|maps| maps.put_cluster_network(network))?;
