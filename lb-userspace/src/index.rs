@@ -19,14 +19,16 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct Index {
     node: NodeFacts,
-    services: BTreeMap<NamespacedName, Service>,
-    /// By name of the Service, then by name of the slice.
-    slices: BTreeMap<NamespacedName, BTreeMap<String, EndpointSlice>>,
+    /// In boxes: the nodes of such a map are half empty.
+    services: BTreeMap<NamespacedName, Box<Service>>,
+    /// By name of the Service; those of one in the order of their names.
+    slices: BTreeMap<NamespacedName, Vec<EndpointSlice>>,
     /// Slice → its Service.
     slice_owners: BTreeMap<NamespacedName, NamespacedName>,
-    claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
-    /// Service → what it claims.
-    claimed: BTreeMap<NamespacedName, (Claim, BTreeSet<FrontendKey>)>,
+    /// The first of a key has it.
+    claims: BTreeSet<(FrontendKey, Claim)>,
+    /// Service → what it claims, in order.
+    claimed: BTreeMap<NamespacedName, (Claim, Box<[FrontendKey]>)>,
     dirty: BTreeSet<NamespacedName>,
     pods: Pods,
 }
@@ -37,6 +39,16 @@ pub struct Index {
 struct Claim {
     created: i64,
     service: NamespacedName,
+}
+
+impl Claim {
+    /// One that no other goes before.
+    fn first() -> Self {
+        Self {
+            created: i64::MIN,
+            service: NamespacedName::new("", ""),
+        }
+    }
 }
 
 /// A frontend that a Service does not get because another one has it.
@@ -65,16 +77,19 @@ impl Index {
         match object {
             Object::Service(service) => {
                 self.dirty.insert(service.id.clone());
-                self.services.insert(service.id.clone(), service);
+                self.services.insert(service.id.clone(), Box::new(service));
             }
             Object::EndpointSlice(slice) => {
                 // A slice may have moved to another Service.
                 self.delete_slice(&slice.id);
-                let service = NamespacedName::new(&slice.id.namespace, &slice.service);
+                let service = NamespacedName::new(slice.id.namespace(), &slice.service);
                 self.dirty.insert(service.clone());
                 self.slice_owners.insert(slice.id.clone(), service.clone());
                 let slices = self.slices.entry(service).or_default();
-                slices.insert(slice.id.name.clone(), slice);
+                let place = slices.partition_point(|other| other.id < slice.id);
+                // Most Services have one.
+                slices.reserve_exact(1);
+                slices.insert(place, slice);
             }
             Object::Node(node) => {
                 if node.name == self.node.name && node.zone != self.node.zone {
@@ -101,12 +116,12 @@ impl Index {
             }
             Kind::EndpointSlice => self.delete_slice(&object.id),
             Kind::Node => {
-                if object.id.name == self.node.name && self.node.zone.take().is_some() {
+                if object.id.name() == self.node.name && self.node.zone.take().is_some() {
                     self.dirty.extend(self.services.keys().cloned());
                 }
             }
             Kind::Pod => self.pods.delete(&object.id),
-            Kind::Namespace => self.pods.delete_namespace(&object.id.name),
+            Kind::Namespace => self.pods.delete_namespace(object.id.name()),
         }
     }
 
@@ -115,7 +130,7 @@ impl Index {
             return;
         };
         if let Entry::Occupied(mut slices) = self.slices.entry(service.clone()) {
-            slices.get_mut().remove(&id.name);
+            slices.get_mut().retain(|slice| slice.id != *id);
             if slices.get().is_empty() {
                 slices.remove();
             }
@@ -174,7 +189,7 @@ impl Index {
         match self.services.get(id) {
             Some(service) => {
                 let slices = self.slices.get(id);
-                let slices: Vec<_> = slices.into_iter().flat_map(BTreeMap::values).collect();
+                let slices: Vec<_> = slices.into_iter().flatten().collect();
                 plan(service, &slices, &self.node)
             }
             None => ServicePlan {
@@ -196,32 +211,35 @@ impl Index {
         };
         let new_keys = frontends(plan);
         let old = self.claimed.remove(service);
-        let old_keys = old
-            .as_ref()
-            .map(|(_, keys)| keys.clone())
-            .unwrap_or_default();
-        for key in old_keys.union(&new_keys) {
-            let claims = self.claims.entry(*key).or_default();
-            let before = claims.first().cloned();
+        let old_keys = old.iter().flat_map(|(_, keys)| keys);
+        let keys: BTreeSet<_> = old_keys.chain(&new_keys).copied().collect();
+        for key in keys {
+            let before = self.owner(&key).cloned();
             if let Some((old, _)) = &old {
-                claims.remove(old);
+                self.claims.remove(&(key, old.clone()));
             }
-            if new_keys.contains(key) {
-                claims.insert(new.clone());
+            if new_keys.contains(&key) {
+                self.claims.insert((key, new.clone()));
             }
-            let after = claims.first().cloned();
-            if claims.is_empty() {
-                self.claims.remove(key);
-            }
-            if before != after {
+            let after = self.owner(&key);
+            if before.as_ref() != after {
+                let after = after.cloned();
                 let concerned = before.into_iter().chain(after).map(|claim| claim.service);
                 self.dirty
                     .extend(concerned.filter(|other| other != service));
             }
         }
         if !new_keys.is_empty() {
-            self.claimed.insert(service.clone(), (new, new_keys));
+            let keys = new_keys.into_iter().collect();
+            self.claimed.insert(service.clone(), (new, keys));
         }
+    }
+
+    /// Whose a frontend is.
+    fn owner(&self, key: &FrontendKey) -> Option<&Claim> {
+        let claims = self.claims.range((*key, Claim::first())..);
+        let mut claims = claims.take_while(|(other, _)| other == key);
+        claims.next().map(|(_, claim)| claim)
     }
 
     /// Takes out of a plan what belongs to other Services.
@@ -229,7 +247,7 @@ impl Index {
         let mut conflicts = Vec::new();
         for port in &mut plan.ports {
             port.frontends.retain(|frontend| {
-                let owner = self.claims.get(&frontend.key).and_then(BTreeSet::first);
+                let owner = self.owner(&frontend.key);
                 let Some(other) = owner.filter(|owner| owner.service != plan.service) else {
                     return true;
                 };
@@ -305,7 +323,7 @@ mod tests {
     fn changes(index: &mut Index) -> Vec<(String, usize)> {
         let plans = index.take_changes().into_iter();
         plans
-            .map(|(plan, _)| (plan.service.name.clone(), frontend_count(&plan)))
+            .map(|(plan, _)| (plan.service.name().to_owned(), frontend_count(&plan)))
             .collect()
     }
 
@@ -377,10 +395,8 @@ mod tests {
         let owners: Vec<_> = result
             .iter()
             .map(|(plan, conflicts)| {
-                let owner = conflicts
-                    .first()
-                    .map(|conflict| conflict.owner.name.as_str());
-                (plan.service.name.as_str(), frontend_count(plan), owner)
+                let owner = conflicts.first().map(|conflict| conflict.owner.name());
+                (plan.service.name(), frontend_count(plan), owner)
             })
             .collect();
         assert_eq!(owners, [("old", 1, None), ("young", 0, Some("old"))]);

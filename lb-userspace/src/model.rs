@@ -1,31 +1,61 @@
 //! What klb needs to know of a cluster, in plain types: no Kubernetes, no maps.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, time::SystemTime};
+use std::{cmp::Ordering, collections::BTreeSet, fmt, net::IpAddr, sync::Arc, time::SystemTime};
 
 use ipnet::IpNet;
 use lb_common::flow::{SCTP, TCP, UDP};
 
 use crate::datapath::Family;
 
-/// Namespace and name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// Namespace and name. Copies share one text: there are many of each.
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct NamespacedName {
-    pub namespace: String,
-    pub name: String,
+    /// Both, with a slash between them.
+    text: Arc<str>,
+    /// Where the slash is.
+    slash: u32,
 }
 
 impl NamespacedName {
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+    /// An object that is in no namespace has the empty one.
+    pub fn new(namespace: impl AsRef<str>, name: impl AsRef<str>) -> Self {
+        let (namespace, name) = (namespace.as_ref(), name.as_ref());
         Self {
-            namespace: namespace.into(),
-            name: name.into(),
+            text: format!("{namespace}/{name}").into(),
+            slash: namespace.len() as u32,
         }
+    }
+
+    pub fn namespace(&self) -> &str {
+        &self.text[..self.slash as usize]
+    }
+
+    pub fn name(&self) -> &str {
+        &self.text[self.slash as usize + 1..]
+    }
+}
+
+impl Ord for NamespacedName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.namespace(), self.name()).cmp(&(other.namespace(), other.name()))
+    }
+}
+
+impl PartialOrd for NamespacedName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
 impl fmt::Display for NamespacedName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        f.write_str(&self.text)
+    }
+}
+
+impl fmt::Debug for NamespacedName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.text, f)
     }
 }
 
@@ -168,11 +198,12 @@ pub struct EndpointPort {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     pub addr: IpAddr,
-    pub node: Option<String>,
+    pub node: Option<Box<str>>,
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
-    pub hints: Hints,
+    /// Most have none.
+    pub hints: Option<Box<Hints>>,
 }
 
 /// For whom the endpoint is meant, as the EndpointSlice controller suggests.
@@ -256,7 +287,7 @@ pub struct ObjectRef {
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.kind.is_namespaced() {
-            return write!(f, "{} {}", self.kind, self.id.name);
+            return write!(f, "{} {}", self.kind, self.id.name());
         }
         write!(f, "{} {}", self.kind, self.id)
     }

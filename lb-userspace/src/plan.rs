@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -14,7 +15,9 @@ use lb_common::service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES,
 use crate::{
     datapath::{Family, FrontendKey},
     maglev,
-    model::{Algorithm, Endpoint, EndpointSlice, NamespacedName, Policy, Service, ServicePort},
+    model::{
+        Algorithm, Endpoint, EndpointSlice, Hints, NamespacedName, Policy, Service, ServicePort,
+    },
 };
 
 /// What the operator wants of all Services.
@@ -93,10 +96,10 @@ pub struct FrontendPlan {
     /// For clients outside.
     pub verdict: Verdict,
     /// In order; empty unless the verdict is to forward.
-    pub backends: Vec<Backend>,
+    pub backends: Arc<[Backend]>,
     /// For clients on this node, where theirs are others: a policy `Local` for
     /// traffic from outside does not bind them. Empty only if there are none.
-    pub inner: Option<Vec<Backend>>,
+    pub inner: Option<Arc<[Backend]>>,
     /// `FRONTEND_SOURCE_RANGES`, `FRONTEND_ECHO` and `FRONTEND_REFUSE`; the
     /// other flags follow from the rest.
     pub flags: u8,
@@ -111,7 +114,8 @@ pub struct PortPlan {
     pub frontends: Vec<FrontendPlan>,
     /// Every endpoint that still answers, whether or not new flows may go
     /// there: established UDP flows stay with these, and leave all others.
-    pub alive: BTreeSet<Backend>,
+    /// In order, each once.
+    pub alive: Arc<[Backend]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,7 +132,7 @@ pub fn plan(service: &Service, slices: &[&EndpointSlice], node: &NodeFacts) -> S
             choice: choice(service, node.settings),
             sources: BTreeSet::new(),
             frontends: Vec::new(),
-            alive: BTreeSet::new(),
+            alive: Arc::default(),
         };
         for family in Family::ALL {
             if let Some(cluster_ip) = service.cluster_ip(family) {
@@ -235,10 +239,7 @@ fn plan_family(
     }
     plan_addresses(service, cluster_ip, &lists, node, &mut result.frontends);
     result.sources.extend(sources);
-    let alive = endpoints.iter().filter(|(_, endpoint)| endpoint.serving);
-    result
-        .alive
-        .extend(alive.map(|(addr, endpoint)| backend(*addr, endpoint, node)));
+    result.alive = lists.alive(&result.alive, endpoints, node);
 }
 
 /// What is said of a Service's addresses themselves. A ping is answered by
@@ -320,20 +321,37 @@ fn collect<'a>(slices: &[&'a EndpointSlice], port: &ServicePort, family: Family)
 fn backend(addr: SocketAddr, endpoint: &Endpoint, node: &NodeFacts) -> Backend {
     Backend {
         addr,
-        local: endpoint.node.as_ref() == Some(&node.name),
+        local: endpoint.node.as_deref() == Some(node.name.as_str()),
     }
 }
 
 /// The lists that policies choose from.
 struct Lists {
-    cluster: Vec<Backend>,
-    local: Vec<Backend>,
+    cluster: Arc<[Backend]>,
+    local: Arc<[Backend]>,
     /// There is an endpoint that some node may use.
     has_any: bool,
 }
 
 impl Lists {
-    fn choose(&self, policy: Policy) -> (Verdict, Vec<Backend>) {
+    /// Those of an earlier family, and all of this one that still answer. As a
+    /// rule that is the list of all, and then shares its memory.
+    fn alive(
+        &self,
+        others: &Arc<[Backend]>,
+        endpoints: &Endpoints<'_>,
+        node: &NodeFacts,
+    ) -> Arc<[Backend]> {
+        let serving = endpoints.iter().filter(|(_, endpoint)| endpoint.serving);
+        let serving = serving.map(|(addr, endpoint)| backend(*addr, endpoint, node));
+        if others.is_empty() && serving.clone().eq(self.cluster.iter().copied()) {
+            return Arc::clone(&self.cluster);
+        }
+        // Addresses of IPv4 go before those of IPv6, as the families do.
+        others.iter().copied().chain(serving).collect()
+    }
+
+    fn choose(&self, policy: Policy) -> (Verdict, Arc<[Backend]>) {
         let list = match policy {
             Policy::Cluster => &self.cluster,
             Policy::Local => &self.local,
@@ -343,7 +361,7 @@ impl Lists {
             (true, true) => Verdict::Drop,
             (true, false) => Verdict::Reject,
         };
-        (verdict, list.clone())
+        (verdict, Arc::clone(list))
     }
 
     fn frontend(
@@ -362,7 +380,7 @@ impl Lists {
             policy,
             verdict,
             backends,
-            inner: (is_external && policy == Policy::Local).then(|| self.cluster.clone()),
+            inner: (is_external && policy == Policy::Local).then(|| Arc::clone(&self.cluster)),
             flags,
         }
     }
@@ -373,18 +391,18 @@ fn categorize(service: &Service, endpoints: &Endpoints<'_>, node: &NodeFacts) ->
         service.internal_policy == Policy::Cluster || service.is_externally_accessible();
     let uses_local =
         service.internal_policy == Policy::Local || service.external_policy == Policy::Local;
-    let select = |wanted: &dyn Fn(&Endpoint) -> bool| -> Vec<Backend> {
+    let select = |wanted: &dyn Fn(&Endpoint) -> bool| -> Arc<[Backend]> {
         let chosen = endpoints.iter().filter(|(_, endpoint)| wanted(endpoint));
         chosen
             .map(|(addr, endpoint)| backend(*addr, endpoint, node))
             .collect()
     };
-    let is_local = |endpoint: &Endpoint| endpoint.node.as_ref() == Some(&node.name);
+    let is_local = |endpoint: &Endpoint| endpoint.node.as_deref() == Some(node.name.as_str());
     let is_draining = |endpoint: &Endpoint| endpoint.serving && endpoint.terminating;
 
     let mut lists = Lists {
-        cluster: Vec::new(),
-        local: Vec::new(),
+        cluster: Arc::default(),
+        local: Arc::default(),
         has_any: false,
     };
     if uses_cluster {
@@ -426,9 +444,13 @@ impl Topology {
             ready().all(|endpoint| has_hint(endpoint))
                 && ready().any(|endpoint| mode.allows(endpoint, node))
         };
-        if in_force(Self::SameNode, |endpoint| !endpoint.hints.nodes.is_empty()) {
+        if in_force(Self::SameNode, |endpoint| {
+            hints(endpoint).is_some_and(|hints| !hints.nodes.is_empty())
+        }) {
             Self::SameNode
-        } else if in_force(Self::SameZone, |endpoint| !endpoint.hints.zones.is_empty()) {
+        } else if in_force(Self::SameZone, |endpoint| {
+            hints(endpoint).is_some_and(|hints| !hints.zones.is_empty())
+        }) {
             Self::SameZone
         } else {
             Self::Ignored
@@ -438,13 +460,17 @@ impl Topology {
     fn allows(self, endpoint: &Endpoint, node: &NodeFacts) -> bool {
         match self {
             Self::Ignored => true,
-            Self::SameNode => endpoint.hints.nodes.contains(&node.name),
+            Self::SameNode => hints(endpoint).is_some_and(|hints| hints.nodes.contains(&node.name)),
             Self::SameZone => {
-                let zone = node.zone.as_ref();
-                zone.is_some_and(|zone| endpoint.hints.zones.contains(zone))
+                let zone = node.zone.as_ref().zip(hints(endpoint));
+                zone.is_some_and(|(zone, hints)| hints.zones.contains(zone))
             }
         }
     }
+}
+
+fn hints(endpoint: &Endpoint) -> Option<&Hints> {
+    endpoint.hints.as_deref()
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ impl Pods {
     /// what its namespace says.
     pub fn opted_out(&self) -> BTreeSet<IpAddr> {
         let pods = self.by_name.values().filter(|pod| {
-            let namespaces = self.namespaces.get(&pod.id.namespace);
+            let namespaces = self.namespaces.get(pod.id.namespace());
             !pod.socket_lb.or(namespaces.copied()).unwrap_or(true)
         });
         pods.flat_map(|pod| pod.ips.iter().copied()).collect()

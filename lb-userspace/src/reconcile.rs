@@ -49,11 +49,12 @@ const SERVICE_IDS: u32 = 1 << 20;
 pub struct Reconciler<M> {
     maps: M,
     writes: u64,
-    /// A backend has gone in this batch.
+    /// A backend of a UDP port has gone in this batch.
     ended: bool,
     /// What the service maps hold.
     entries: BTreeMap<FrontendKey, ServiceEntry>,
-    ports: BTreeMap<PortId, PortState>,
+    /// In boxes: the nodes of such a map are half empty.
+    ports: BTreeMap<PortId, Box<PortState>>,
     service_ids: Numbers,
     backend_ids: BackendIds,
     slots: BTreeMap<Family, FreeRanges>,
@@ -119,7 +120,7 @@ struct Strays {
 pub struct Report {
     /// Map operations.
     pub writes: u64,
-    /// Backends have gone.
+    /// Backends of UDP ports have gone: sockets may wait for them for ever.
     pub ended: bool,
     /// Services that are not as planned, and why. What they had, they keep.
     pub failed: Vec<(NamespacedName, MapError)>,
@@ -187,9 +188,11 @@ impl<M: Maps> Reconciler<M> {
     fn add_service(&mut self, plan: &ServicePlan) -> Result<(), MapError> {
         for port in &plan.ports {
             let id = PortId::new(&plan.service, &port.port);
-            let mut state = match self.ports.remove(&id) {
-                Some(state) => state,
-                None => PortState::new(self.service_ids.take().ok_or_else(|| full(names::META))?),
+            let mut state = if let Some(state) = self.ports.remove(&id) {
+                state
+            } else {
+                let number = self.service_ids.take();
+                Box::new(PortState::new(number.ok_or_else(|| full(names::META))?))
             };
             // What was written is in `state`, also if the rest fails.
             let result = self.add_port(&id, port, &mut state);
@@ -327,6 +330,8 @@ impl<M: Maps> Reconciler<M> {
                 return Err(error);
             }
         }
+        // Most have one.
+        state.ranges.reserve_exact(1);
         state.ranges.push(Range {
             family,
             first,
@@ -387,7 +392,7 @@ impl<M: Maps> Reconciler<M> {
             let Some(mut state) = self.ports.remove(&id) else {
                 continue;
             };
-            let result = self.remove_from_port(port, &mut state, now);
+            let result = self.remove_from_port(id.protocol, port, &mut state, now);
             if port.is_none() && result.is_ok() {
                 self.service_ids.release(state.id);
             } else {
@@ -400,6 +405,7 @@ impl<M: Maps> Reconciler<M> {
 
     fn remove_from_port(
         &mut self,
+        protocol: Protocol,
         plan: Option<&PortPlan>,
         state: &mut PortState,
         now: Instant,
@@ -426,6 +432,7 @@ impl<M: Maps> Reconciler<M> {
         for addr in unwanted.into_iter().filter(|addr| !wanted.contains(addr)) {
             if let Some(backend) = state.backends.get(&addr).copied() {
                 self.end_backend(backend)?;
+                self.ended |= protocol == Protocol::Udp;
                 state.backends.remove(&addr);
             }
         }
@@ -469,7 +476,6 @@ impl<M: Maps> Reconciler<M> {
         let dead = backend.generation.wrapping_add(1);
         self.write(|maps| maps.put_backend(backend.id, dead))?;
         self.backend_ids.end(backend);
-        self.ended = true;
         Ok(())
     }
 
@@ -506,6 +512,8 @@ impl<M: Maps> Reconciler<M> {
         while let Some(backend) = self.strays.backends.last().copied() {
             if !used.contains(&backend.id) {
                 self.end_backend(backend)?;
+                // Whose it was nobody knows.
+                self.ended = true;
             }
             self.strays.backends.pop();
         }

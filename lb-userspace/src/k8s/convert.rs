@@ -129,8 +129,8 @@ impl Context {
 /// Names the field that the API server would have refused.
 pub fn service(id: NamespacedName, service: &objects::Service) -> Result<Converted, ObjectError> {
     let mut context = Context::new(Kind::Service, id);
-    context.short("metadata.namespace", &context.object.id.namespace)?;
-    context.short("metadata.name", &context.object.id.name)?;
+    context.short("metadata.namespace", context.object.id.namespace())?;
+    context.short("metadata.name", context.object.id.name())?;
     let Some(spec) = &service.spec else {
         return Err(context.error("spec", "is missing"));
     };
@@ -452,7 +452,7 @@ fn endpoints(
         let condition = |value: Option<Option<bool>>, default| value.flatten().unwrap_or(default);
         endpoints.push(Endpoint {
             addr,
-            node: endpoint.node_name.clone(),
+            node: endpoint.node_name.as_deref().map(Box::from),
             ready: condition(conditions.map(|c| c.ready), true),
             serving: condition(conditions.map(|c| c.serving), true),
             terminating: condition(conditions.map(|c| c.terminating), false),
@@ -462,16 +462,17 @@ fn endpoints(
     Ok(endpoints)
 }
 
-fn hints(endpoint: &objects::Endpoint) -> Hints {
-    let Some(hints) = &endpoint.hints else {
-        return Hints::default();
+fn hints(endpoint: &objects::Endpoint) -> Option<Box<Hints>> {
+    let hints = endpoint.hints.as_ref()?;
+    let names = |hints: &Option<Vec<objects::Hint>>| -> BTreeSet<_> {
+        let hints = hints.iter().flatten();
+        hints.map(|hint| hint.name.clone()).collect()
     };
-    let zones = hints.for_zones.iter().flatten();
-    let nodes = hints.for_nodes.iter().flatten();
-    Hints {
-        zones: zones.map(|zone| zone.name.clone()).collect::<BTreeSet<_>>(),
-        nodes: nodes.map(|node| node.name.clone()).collect::<BTreeSet<_>>(),
-    }
+    let hints = Hints {
+        zones: names(&hints.for_zones),
+        nodes: names(&hints.for_nodes),
+    };
+    (hints != Hints::default()).then(|| Box::new(hints))
 }
 
 /// A Node.
@@ -527,7 +528,7 @@ pub fn namespace(id: NamespacedName, namespace: &objects::Namespace) -> Converte
     let mut context = Context::new(Kind::Namespace, id);
     let socket_lb = socket_lb(&mut context, namespace.metadata.annotations.as_ref());
     let namespace = Namespace {
-        name: context.object.id.name.clone(),
+        name: context.object.id.name().to_owned(),
         socket_lb,
     };
     context.done(Object::Namespace(namespace))

@@ -32,27 +32,27 @@ pub struct DocumentError {
 
 impl DocumentError {
     /// An error of a document that does not say what it describes.
-    fn anonymous(field: Option<&str>, message: String) -> Box<Self> {
-        Box::new(Self {
+    fn anonymous(field: Option<&str>, message: String) -> Self {
+        Self {
             object: None,
             field: field.map(str::to_owned),
             message,
             concern: Concern::Anyone,
-        })
+        }
     }
 
-    fn of(error: ObjectError, concern: &Concern) -> Box<Self> {
-        Box::new(Self {
+    fn of(error: ObjectError, concern: &Concern) -> Self {
+        Self {
             object: Some(error.object),
             field: Some(error.field),
             message: error.message,
             concern: concern.clone(),
-        })
+        }
     }
 }
 
 /// What a document, or an item of a list in it, describes.
-pub type Outcome = Result<Document, Box<DocumentError>>;
+pub type Outcome = Result<Document, DocumentError>;
 
 /// What each document of a text describes: one result, or one for each item of
 /// a list.
@@ -148,7 +148,7 @@ fn read_object(value: Value) -> Outcome {
     Ok(Document {
         objects: converted.object.into_iter().collect(),
         warnings: warnings
-            .map(|warning| *DocumentError::of(warning, &concern))
+            .map(|warning| DocumentError::of(warning, &concern))
             .collect(),
     })
 }

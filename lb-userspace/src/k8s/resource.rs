@@ -40,7 +40,7 @@ impl Resource for Node {
     const KIND: Kind = Kind::Node;
 
     fn convert(&self, id: NamespacedName) -> Result<Converted, ObjectError> {
-        Ok(convert::node(id.name, self))
+        Ok(convert::node(id.name().to_owned(), self))
     }
 }
 
@@ -92,7 +92,7 @@ pub(super) fn concern<'a>(
     match kind {
         Kind::Service => Concern::Service(id.clone()),
         Kind::EndpointSlice => label(SERVICE_NAME_LABEL).map_or(Concern::Anyone, |name| {
-            Concern::Service(NamespacedName::new(&id.namespace, name))
+            Concern::Service(NamespacedName::new(id.namespace(), name))
         }),
         Kind::Node | Kind::Pod | Kind::Namespace => Concern::NoOne,
     }

@@ -48,23 +48,23 @@ fn endpoint(addr: &str, letters: &str) -> Endpoint {
     let mut words = letters.split_whitespace();
     let conditions = words.next().unwrap_or_default();
     let mut hints = Hints::default();
-    let mut node = Some(NODE.to_owned());
+    let mut node = Some(NODE);
     for word in words {
         if let Some(name) = word.strip_prefix("zone=") {
             hints.zones.insert(name.to_owned());
         } else if let Some(name) = word.strip_prefix("for=") {
             hints.nodes.insert(name.to_owned());
         } else if let Some(name) = word.strip_prefix('@') {
-            node = (!name.is_empty()).then(|| name.to_owned());
+            node = Some(name).filter(|name| !name.is_empty());
         }
     }
     Endpoint {
         addr: ip(addr),
-        node,
+        node: node.map(Box::from),
         ready: conditions.contains('r'),
         serving: conditions.contains('s'),
         terminating: conditions.contains('t'),
-        hints,
+        hints: (hints != Hints::default()).then(|| Box::new(hints)),
     }
 }
 

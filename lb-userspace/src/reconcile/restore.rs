@@ -72,7 +72,7 @@ impl<M: Maps> Reconciler<M> {
                 meta: Some(meta),
                 ..PortState::new(id)
             };
-            self.ports.insert(port.clone(), state);
+            self.ports.insert(port.clone(), Box::new(state));
             owners.insert(id, port);
         }
         Ok(owners)
@@ -134,6 +134,7 @@ impl<M: Maps> Reconciler<M> {
                     state.backends.insert(slot.addr, slot.backend);
                 }
             }
+            state.ranges.reserve_exact(1);
             state.ranges.push(range);
         }
         Ok(())

@@ -51,6 +51,19 @@ fn frontend(n: u8, backends: &[u8]) -> FrontendPlan {
     }
 }
 
+/// The backends of all, each once.
+fn of_all(frontends: &[FrontendPlan]) -> Arc<[Backend]> {
+    let backends = frontends.iter().flat_map(|f| f.backends.iter().copied());
+    backends.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Has more endpoints answer than are listed.
+fn keep_alive(port: &mut PortPlan, numbers: impl IntoIterator<Item = u8>) {
+    let more = numbers.into_iter().map(backend);
+    let alive: BTreeSet<_> = port.alive.iter().copied().chain(more).collect();
+    port.alive = alive.into_iter().collect();
+}
+
 /// A Service with one port.
 fn service(service: &str, frontends: Vec<FrontendPlan>) -> ServicePlan {
     ServicePlan {
@@ -64,7 +77,7 @@ fn service(service: &str, frontends: Vec<FrontendPlan>) -> ServicePlan {
             },
             choice: Choice::Random,
             sources: BTreeSet::new(),
-            alive: frontends.iter().flat_map(|f| f.backends.clone()).collect(),
+            alive: of_all(&frontends),
             frontends,
         }],
     }
@@ -256,7 +269,7 @@ fn a_full_map_stops_one_service_and_no_other() {
     let failed: Vec<_> = report
         .failed
         .iter()
-        .map(|(service, _)| service.name.as_str())
+        .map(|(service, _)| service.name())
         .collect();
     assert_eq!(failed, ["big"]);
     assert_eq!(found(&r.maps.content, 2), [5, 6]);
@@ -292,7 +305,7 @@ fn an_endpoint_that_only_serves_keeps_its_life() {
     let first = life(&r);
     // Out of the list, but still answering.
     let mut draining = service("web", vec![frontend(1, &[2])]);
-    draining.ports[0].alive.insert(backend(1));
+    keep_alive(&mut draining.ports[0], [1]);
     apply(&mut r, &[draining]);
     assert_eq!(r.maps.content.backends[&first.id], first.generation);
     apply(&mut r, &[service("web", vec![frontend(1, &[2])])]);
@@ -303,9 +316,9 @@ fn an_endpoint_that_only_serves_keeps_its_life() {
 fn a_restart_knows_whose_the_unlisted_backends_are() {
     let mut r = reconciler();
     let mut web = service("web", vec![frontend(1, &[1])]);
-    web.ports[0].alive.insert(backend(2));
+    keep_alive(&mut web.ports[0], [2]);
     let mut none_ready = service("none-ready", vec![frontend(2, &[])]);
-    none_ready.ports[0].alive.insert(backend(3));
+    keep_alive(&mut none_ready.ports[0], [3]);
     let plans = [web, none_ready];
     apply(&mut r, &plans);
     let before = r.maps.content.clone();
@@ -381,7 +394,7 @@ fn services_are_told_apart_by_more_than_their_number() {
 fn clients_inside_get_a_range_of_their_own_where_theirs_differs() {
     let mut r = reconciler();
     let mut web = service("web", vec![frontend(1, &[1, 2]), frontend(2, &[2])]);
-    web.ports[0].frontends[1].inner = Some(vec![backend(1), backend(2)]);
+    web.ports[0].frontends[1].inner = Some([backend(1), backend(2)].into());
     // Two backends, three slots, of which the first two are for those inside of
     // the second frontend, too; a name, two entries.
     assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 9);
@@ -396,7 +409,7 @@ fn clients_inside_get_a_range_of_their_own_where_theirs_differs() {
     let mut r = restarted(r);
     assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 0);
     // None on this node any more.
-    web.ports[0].frontends[1].backends.clear();
+    web.ports[0].frontends[1].backends = Arc::default();
     web.ports[0].frontends[1].verdict = Verdict::Drop;
     apply(&mut r, &[web]);
     assert_eq!(found(&r.maps.content, 2), [0; 0]);
@@ -409,7 +422,7 @@ fn clients_inside_get_a_range_of_their_own_where_theirs_differs() {
 fn a_range_of_those_inside_only_is_kept_and_taken_over() {
     let mut r = reconciler();
     let mut web = service("web", vec![frontend(1, &[1])]);
-    web.ports[0].frontends[0].inner = Some(vec![backend(2), backend(3)]);
+    web.ports[0].frontends[0].inner = Some([backend(2), backend(3)].into());
     apply(&mut r, std::slice::from_ref(&web));
     assert_eq!(apply(&mut r, std::slice::from_ref(&web)), 0);
     let mut r = restarted(r);
@@ -442,7 +455,7 @@ fn the_way_to_choose_is_in_the_entry() {
         let mut r = reconciler();
         let mut web = service("web", vec![frontend(1, &[1, 2])]);
         web.ports[0].choice = choice;
-        web.ports[0].alive.insert(backend(3));
+        keep_alive(&mut web.ports[0], [3]);
         apply(&mut r, std::slice::from_ref(&web));
         let entry = r.maps.content.services[&key(1)];
         assert_eq!((entry.flags, entry.affinity), (flags, affinity));
@@ -628,7 +641,7 @@ impl Wish {
         let port = &mut plan.ports[0];
         port.choice = self.choice;
         port.sources = self.sources();
-        port.alive.extend(self.parked.iter().copied().map(backend));
+        keep_alive(port, self.parked.iter().copied());
         plan
     }
 }

@@ -32,7 +32,7 @@ pub(super) fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
         .map(|frontend| Family::of(frontend.key.addr))
         .collect();
     let listed = frontends.flat_map(|frontend| {
-        let inner = frontend.inner.iter().flatten();
+        let inner = frontend.inner.iter().flat_map(|inner| inner.iter());
         frontend.backends.iter().chain(inner)
     });
     let alive = plan.alive.iter();
@@ -42,7 +42,7 @@ pub(super) fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
 
 /// The living backends of the frontend's family that it does not lead to, as
 /// many as an entry can count.
-pub(super) fn parked(frontend: &FrontendPlan, alive: &BTreeSet<Backend>) -> Vec<Backend> {
+pub(super) fn parked(frontend: &FrontendPlan, alive: &[Backend]) -> Vec<Backend> {
     let listed: BTreeSet<_> = frontend.backends.iter().collect();
     let family = Family::of(frontend.key.addr);
     alive
@@ -119,8 +119,8 @@ pub(super) fn entry(frontend: &FrontendPlan, choice: Choice, service: u32) -> Se
 /// names.
 pub(super) fn meta(id: &PortId, port: &ServicePort) -> Option<ServiceMeta> {
     Some(ServiceMeta {
-        namespace: Name::new(&id.service.namespace)?,
-        name: Name::new(&id.service.name)?,
+        namespace: Name::new(id.service.namespace())?,
+        name: Name::new(id.service.name())?,
         port_name: Name::new(&id.name)?,
         port: Port::from(port.port),
         protocol: port.protocol.number(),

@@ -25,8 +25,8 @@ use crate::{
         memory::{Content, MemoryMaps},
     },
     model::{
-        Algorithm, Endpoint, EndpointPort, EndpointSlice, Hints, Kind, Node, Object, ObjectRef,
-        Policy, Protocol, Service, ServicePort,
+        Algorithm, Endpoint, EndpointPort, EndpointSlice, Kind, Node, Object, ObjectRef, Policy,
+        Protocol, Service, ServicePort,
     },
     plan::Settings,
 };
@@ -124,17 +124,17 @@ fn services() -> impl Strategy<Value = Service> {
 fn slices() -> impl Strategy<Value = EndpointSlice> {
     let endpoint = (1u8..9, any::<bool>(), 0u8..10).prop_map(|(last, local, health)| Endpoint {
         addr: [10, 244, 0, last].into(),
-        node: Some(if local { NODE } else { "there" }.to_owned()),
+        node: Some(if local { NODE } else { "there" }.into()),
         ready: health > 2,
         serving: health > 0,
         terminating: matches!(health, 1 | 2),
-        hints: Hints::default(),
+        hints: None,
     });
     // A slice may move from one Service to another.
     let endpoints = prop::collection::vec(endpoint, 0..5);
     (1u8..8, 1u8..6, endpoints).prop_map(|(slice, service, endpoints)| EndpointSlice {
         id: NamespacedName::new("default", format!("slice-{slice}")),
-        service: name(service).name,
+        service: name(service).name().to_owned(),
         family: Family::V4,
         ports: [
             ("p1", Protocol::Tcp),
@@ -407,7 +407,7 @@ impl World {
         for event in news {
             let (reference, service) = match event {
                 Event::Apply(Object::EndpointSlice(slice)) => {
-                    let service = NamespacedName::new(&slice.id.namespace, &slice.service);
+                    let service = NamespacedName::new(slice.id.namespace(), &slice.service);
                     (
                         Object::EndpointSlice(slice.clone()).reference(),
                         Some(service),

@@ -81,7 +81,14 @@ fn a_slice_is_read() {
         panic!("{slice:?}");
     };
     assert!(ready.ready && ready.serving && !ready.terminating);
-    assert!(ready.hints.zones.contains("zone-a"));
+    assert!(
+        ready
+            .hints
+            .as_ref()
+            .expect("hints")
+            .zones
+            .contains("zone-a")
+    );
     assert_eq!(ready.node.as_deref(), Some("node-a"));
     assert!(!draining.ready && draining.serving && draining.terminating);
     assert_eq!(draining.node, None);

@@ -64,9 +64,9 @@ impl Fixture {
 fn describe(events: &[Event]) -> Vec<String> {
     let describe = |event: &Event| match event {
         Event::Apply(Object::Service(service)) => {
-            format!("+{} {}", service.id.name, service.cluster_ips[0])
+            format!("+{} {}", service.id.name(), service.cluster_ips[0])
         }
-        Event::Delete(object) => format!("-{}", object.id.name),
+        Event::Delete(object) => format!("-{}", object.id.name()),
         other => format!("{other:?}"),
     };
     events.iter().map(describe).collect()

@@ -1,0 +1,201 @@
+//! How much memory the desired state takes, to the byte: a budget, since a
+//! cluster's nodes have better uses for theirs.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    collections::{BTreeMap, BTreeSet},
+    hint::black_box,
+    net::{IpAddr, Ipv4Addr},
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Instant,
+};
+
+use ipnet::IpNet;
+use lb_common::service::{ServiceEntry, ServiceMeta};
+use lb_userspace::{
+    datapath::{Family, FrontendKey, MapError, Maps, SlotValue},
+    index::Index,
+    model::{
+        Endpoint, EndpointPort, EndpointSlice, NamespacedName, Object, Policy, Protocol, Service,
+        ServicePort,
+    },
+    plan::{ServicePlan, Settings},
+    reconcile::Reconciler,
+};
+
+/// Counts what is in use.
+struct Counting;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is the system allocator's work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        IN_USE.fetch_add(block(layout.size()), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(block(layout.size()), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+/// Bytes that glibc takes for so many: a word in front, in steps of two words.
+fn block(size: usize) -> usize {
+    (size + 8).next_multiple_of(16).max(32)
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Maps that hold nothing: theirs is the kernel's memory.
+struct NoMaps;
+
+impl Maps for NoMaps {
+    fn services(&self) -> Result<BTreeMap<FrontendKey, ServiceEntry>, MapError> {
+        Ok(BTreeMap::new())
+    }
+    fn put_service(&mut self, _: FrontendKey, _: &ServiceEntry) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn delete_service(&mut self, _: FrontendKey) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn slot_capacity(&self, _: Family) -> u32 {
+        1 << 20
+    }
+    fn slot(&self, _: Family, _: u32) -> Result<SlotValue, MapError> {
+        unreachable!("no entry leads to one")
+    }
+    fn put_slot(&mut self, _: Family, _: u32, _: &SlotValue) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn backends(&self) -> Result<BTreeMap<u32, u32>, MapError> {
+        Ok(BTreeMap::new())
+    }
+    fn backend_capacity(&self) -> u32 {
+        1 << 20
+    }
+    fn put_backend(&mut self, _: u32, _: u32) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn metas(&self) -> Result<BTreeMap<u32, ServiceMeta>, MapError> {
+        Ok(BTreeMap::new())
+    }
+    fn put_meta(&mut self, _: u32, _: &ServiceMeta) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn delete_meta(&mut self, _: u32) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn ranges(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
+        Ok(BTreeSet::new())
+    }
+    fn put_range(&mut self, _: u32, _: IpNet) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn delete_range(&mut self, _: u32, _: IpNet) -> Result<(), MapError> {
+        Ok(())
+    }
+    fn cluster_network(&self, _: Family) -> Result<Option<IpNet>, MapError> {
+        Ok(None)
+    }
+    fn put_cluster_network(&mut self, _: IpNet) -> Result<(), MapError> {
+        Ok(())
+    }
+}
+
+fn addr(first: [u8; 4], number: u32) -> IpAddr {
+    Ipv4Addr::from(u32::from_be_bytes(first) + number).into()
+}
+
+fn service(number: u32) -> Object {
+    Object::Service(Service {
+        id: NamespacedName::new("a-namespace", format!("a-service-{number}")),
+        created: 1_700_000_000,
+        cluster_ips: vec![addr([10, 96, 0, 1], number)],
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        affinity: None,
+        algorithm: None,
+        internal_policy: Policy::Cluster,
+        external_policy: Policy::Cluster,
+        health_check_port: None,
+        ports: vec![ServicePort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+    })
+}
+
+fn slice(number: u32, endpoints: u32) -> Object {
+    let endpoint = |index| Endpoint {
+        addr: addr([10, 128, 0, 1], number * endpoints + index),
+        node: Some(format!("node-{index}").into()),
+        ready: true,
+        serving: true,
+        terminating: false,
+        hints: None,
+    };
+    Object::EndpointSlice(EndpointSlice {
+        id: NamespacedName::new("a-namespace", format!("a-service-{number}-x7k2p")),
+        service: format!("a-service-{number}"),
+        family: Family::V4,
+        ports: vec![EndpointPort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: 8080,
+        }],
+        endpoints: (0..endpoints).map(endpoint).collect(),
+        triggered: None,
+    })
+}
+
+/// Bytes for each Service: of the index, and of the memory of what was written.
+fn footprint(services: u32, endpoints: u32) -> (usize, usize) {
+    let before = IN_USE.load(Ordering::Relaxed);
+    let mut index = Index::new("node", Settings::default());
+    for number in 0..services {
+        index.apply(service(number));
+        index.apply(slice(number, endpoints));
+    }
+    let plans: Vec<ServicePlan> = index
+        .take_changes()
+        .into_iter()
+        .map(|(plan, _)| plan)
+        .collect();
+    let planned = IN_USE.load(Ordering::Relaxed);
+    let mut reconciler = Reconciler::restore(NoMaps).expect("nothing to read");
+    let report = reconciler.apply(&plans, Instant::now());
+    assert!(report.failed.is_empty());
+    let written = IN_USE.load(Ordering::Relaxed);
+    drop(plans);
+    let without_plans = IN_USE.load(Ordering::Relaxed);
+    let of_plans = written - without_plans;
+    black_box((&index, &reconciler));
+    let services = services as usize;
+    (
+        (planned - before - of_plans) / services,
+        (written - planned) / services,
+    )
+}
+
+#[test]
+fn a_service_takes_no_more_than_it_may() {
+    for (services, endpoints, index, reconciler) in
+        [(10_000, 10, 2_300, 2_600), (2_000, 100, 9_500, 17_200)]
+    {
+        let taken = footprint(services, endpoints);
+        println!("{services} × {endpoints}: {taken:?}");
+        assert!(
+            taken.0 <= index && taken.1 <= reconciler,
+            "{services} × {endpoints}: {taken:?}"
+        );
+    }
+}
