@@ -41,6 +41,7 @@ use crate::{
     index::Index,
     k8s::{
         api::Connection,
+        events::{Events, Reason},
         manifests::ManifestSource,
         source::{ApiSource, Source},
     },
@@ -77,7 +78,8 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let pins = Pins::new(&args.paths.bpffs);
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
-    let source = open_source(args).await?;
+    let (source, events) = open_source(args).await?;
+    events.tell_node(Reason::Starting, "");
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
 
     let (addresses, node_addresses) = watch::channel(watcher.edge().addresses);
@@ -106,6 +108,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         opted_out,
         ended,
         synced,
+        events,
     };
     let index = Index::new(&args.node_name, args.settings());
     let control = Control::new(index, maps, links, VERIFY_INTERVAL)?.run(source);
@@ -125,12 +128,14 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where Services come from: a folder, or the API server.
-async fn open_source(args: &AgentArgs) -> anyhow::Result<Source> {
+/// Where Services come from, a folder or the API server; and who is told what an
+/// operator should know.
+async fn open_source(args: &AgentArgs) -> anyhow::Result<(Source, Events)> {
     if let Some(folder) = &args.manifests {
         let source = ManifestSource::open(folder);
         let source = source.with_context(|| format!("--manifests {}", folder.display()))?;
-        return Ok(Source::Manifests(Box::new(source)));
+        let events = Events::nowhere(&args.node_name);
+        return Ok((Source::Manifests(Box::new(source)), events));
     }
     let connection = Connection::new(args.kubeconfig.as_deref());
     let client = connection.client().await;
@@ -140,12 +145,16 @@ async fn open_source(args: &AgentArgs) -> anyhow::Result<Source> {
     })?;
     // Who opted out matters to the hooks of pods' sockets only.
     let with_pods = args.hooks.socket_lb == SocketLb::All;
-    Ok(Source::Api(ApiSource::start(
+    let (events, post) = Events::new(connection.clone(), &args.node_name);
+    tokio::spawn(post);
+    let source = ApiSource::start(
         connection,
+        events.clone(),
         &client,
         &args.node_name,
         with_pods,
-    )))
+    );
+    Ok((Source::Api(source), events))
 }
 
 /// Keeps the masquerade ports from the node's processes, which goes before the

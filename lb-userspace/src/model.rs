@@ -284,6 +284,24 @@ pub struct ObjectRef {
     pub id: NamespacedName,
 }
 
+impl ObjectRef {
+    /// Names a Service.
+    pub fn service(id: &NamespacedName) -> Self {
+        Self {
+            kind: Kind::Service,
+            id: id.clone(),
+        }
+    }
+
+    /// Names a Node.
+    pub fn node(name: &str) -> Self {
+        Self {
+            kind: Kind::Node,
+            id: NamespacedName::new("", name),
+        }
+    }
+}
+
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.kind.is_namespaced() {

@@ -21,7 +21,10 @@ use crate::{
     datapath::Maps,
     errors::Chain,
     index::{Conflict, Index},
-    k8s::source::Source,
+    k8s::{
+        events::{Events, Reason},
+        source::Source,
+    },
     model::{Concern, Event, NamespacedName, Scope},
     plan::ServicePlan,
     reconcile::{Reconciler, Report},
@@ -41,6 +44,8 @@ pub(super) struct Links {
     pub ended: Arc<Notify>,
     /// Set once the first full state is in the maps.
     pub synced: watch::Sender<bool>,
+    /// Are told what an operator has to deal with.
+    pub events: Events,
 }
 
 /// The desired state, and the maps that follow it.
@@ -254,7 +259,10 @@ impl<M: Maps> Control<M> {
         debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
         let mut outcome = Outcome::Complete;
         for (service, error) in failed {
-            warn!(%service, error = %Chain(&error), "keeps its previous state in the maps");
+            let error_text = Chain(&error).to_string();
+            warn!(%service, error = error_text, "keeps its previous state in the maps");
+            let reason = Reason::FailedToProgramService;
+            self.links.events.tell_service(reason, &service, error_text);
             outcome = match outcome {
                 Outcome::Complete | Outcome::NoRoom if error.is_full() => Outcome::NoRoom,
                 _ => Outcome::Failed,
@@ -282,6 +290,9 @@ impl<M: Maps> Control<M> {
         {
             let Conflict { key, owner } = conflict;
             warn!(%service, frontend = %key, %owner, "an older Service has this frontend");
+            let note = format!("{owner}, an older Service, has {key}");
+            let events = &self.links.events;
+            events.tell_service(Reason::FrontendConflict, service, note);
         }
         if !conflicts.is_empty() {
             self.conflicts.insert(service.clone(), conflicts);

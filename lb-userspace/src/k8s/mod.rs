@@ -3,6 +3,7 @@
 pub mod api;
 pub mod convert;
 pub mod document;
+pub mod events;
 pub mod manifests;
 pub mod objects;
 mod resource;

@@ -10,16 +10,17 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     api::Connection,
+    events::Events,
     manifests::ManifestSource,
     objects,
-    watch::{self, News, Selectors},
+    watch::{self, Audience, News, Selectors},
 };
 use crate::model::{Concern, Event, Kind, ObjectRef, Scope};
 
 /// What was heard and not yet taken, at most. Then the server has to wait.
 const QUEUE: usize = 1024;
 
-/// Tells of objects.
+/// Audiences of objects.
 pub enum Source {
     Manifests(Box<ManifestSource>),
     Api(ApiSource),
@@ -41,6 +42,7 @@ impl Source {
 /// The API server as the source of objects.
 pub struct ApiSource {
     connection: Connection,
+    events: Events,
     news: mpsc::Receiver<News>,
     watches: JoinSet<()>,
     /// What was not listed yet.
@@ -55,6 +57,7 @@ impl ApiSource {
     /// The client is one that the connection gave.
     pub fn start(
         connection: Connection,
+        events: Events,
         client: &Client,
         node_name: &str,
         with_pods: bool,
@@ -66,6 +69,7 @@ impl ApiSource {
         };
         let mut this = Self {
             connection,
+            events,
             news,
             watches: JoinSet::new(),
             waiting: BTreeMap::from([
@@ -112,7 +116,10 @@ impl ApiSource {
             self.connection.clone(),
             client.clone(),
             selectors,
-            news.clone(),
+            Audience {
+                news: news.clone(),
+                events: self.events.clone(),
+            },
         );
         self.watches.spawn(watch);
     }

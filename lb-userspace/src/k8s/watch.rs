@@ -31,6 +31,7 @@ use tracing::{debug, info, warn};
 use super::{
     api::Connection,
     convert::{Converted, ObjectError},
+    events::{Events, Reason},
     resource::{self, Resource},
 };
 use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
@@ -68,6 +69,23 @@ pub(super) enum News {
     Listed(Kind),
 }
 
+/// Who is told.
+#[derive(Clone, Debug)]
+pub(super) struct Audience {
+    pub news: mpsc::Sender<News>,
+    /// For operators: what makes no sense.
+    pub events: Events,
+}
+
+impl Audience {
+    /// Tells operators what of an object makes no sense.
+    fn complain(&self, object: &ObjectRef, error: &ObjectError) {
+        let note = format!("{}: {}", error.field, error.message);
+        self.events
+            .tell(Reason::InvalidObject, object.clone(), note);
+    }
+}
+
 /// Nobody listens any more.
 struct Deaf;
 
@@ -76,9 +94,9 @@ pub(super) async fn follow<R: Resource + 'static>(
     connection: Connection,
     mut client: Client,
     selectors: Selectors,
-    news: mpsc::Sender<News>,
+    audience: Audience,
 ) {
-    let mut follower = Follower::<R>::new(news);
+    let mut follower = Follower::<R>::new(audience);
     let mut config = Config {
         label_selector: selectors.labels,
         field_selector: selectors.fields,
@@ -113,7 +131,7 @@ enum Again {
 
 /// What is known of one kind.
 struct Follower<R> {
-    news: mpsc::Sender<News>,
+    audience: Audience,
     objects: BTreeMap<NamespacedName, Known>,
     /// Errors since the server answered last.
     failures: u32,
@@ -129,9 +147,9 @@ struct Known {
 }
 
 impl<R: Resource + 'static> Follower<R> {
-    fn new(news: mpsc::Sender<News>) -> Self {
+    fn new(audience: Audience) -> Self {
         Self {
-            news,
+            audience,
             objects: BTreeMap::new(),
             failures: 0,
             kind: PhantomData,
@@ -245,6 +263,7 @@ impl<R: Resource + 'static> Follower<R> {
             Ok(Converted { object, warnings }) => {
                 for warning in warnings {
                     warn!("{warning}");
+                    self.audience.complain(&reference, &warning);
                 }
                 let was_described = mem::replace(&mut known.described, object.is_some());
                 match object {
@@ -255,6 +274,7 @@ impl<R: Resource + 'static> Follower<R> {
             }
             Err(error) => {
                 warn!("skipped, what it described stays: {error}");
+                self.audience.complain(&reference, &error);
                 if known.described {
                     return Ok(());
                 }
@@ -270,7 +290,7 @@ impl<R: Resource + 'static> Follower<R> {
     }
 
     async fn tell(&self, news: News) -> Result<(), Deaf> {
-        self.news.send(news).await.map_err(|_closed| Deaf)
+        self.audience.news.send(news).await.map_err(|_closed| Deaf)
     }
 }
 

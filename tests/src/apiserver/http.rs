@@ -12,7 +12,10 @@ use std::{
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
-use super::{BadEvent, Refusal, Shared, State, store::bookmark};
+use super::{
+    BadEvent, Refusal, Shared, State,
+    store::{Name, bookmark},
+};
 
 /// How long a read waits before it is looked whether the connection is cut.
 const LOOK: Duration = Duration::from_millis(20);
@@ -117,8 +120,23 @@ impl Connection {
             self.watch(shared, generation, &request, streaming)?;
             return Ok(false);
         }
-        self.list(shared, &request)?;
+        match request.object() {
+            Some(name) => self.object(shared, &request, &name)?,
+            None => self.list(shared, &request)?,
+        }
         Ok(true)
+    }
+
+    fn object(&mut self, shared: &Shared, request: &Request, name: &Name) -> io::Result<()> {
+        let object = shared.lock().store.object(name);
+        if let Some(object) = object {
+            return self.answer(200, &[], &request.shown(object, false).to_string());
+        }
+        let refusal = Refusal {
+            status: 404,
+            retry_after: None,
+        };
+        self.refuse(refusal, "there is no such object")
     }
 
     fn read_request(&mut self) -> io::Result<Request> {
@@ -386,6 +404,7 @@ fn status(code: u16, message: &str) -> Value {
     let reason = match code {
         401 => "Unauthorized",
         403 => "Forbidden",
+        404 => "NotFound",
         410 => "Expired",
         422 => "Invalid",
         429 => "TooManyRequests",
@@ -417,6 +436,14 @@ impl Request {
 
     fn flag(&self, name: &str) -> bool {
         self.value(name) == Some("true")
+    }
+
+    /// The one object that is asked for, if it is in a namespace.
+    fn object(&self) -> Option<Name> {
+        let (_, path) = self.path.split_once("/namespaces/")?;
+        let mut parts = path.split('/');
+        let (namespace, kind) = (parts.next()?, parts.next()?);
+        Some(Name::new(kind, namespace, parts.next()?))
     }
 
     /// The last part of the path.

@@ -105,6 +105,10 @@ impl Store {
         self.version
     }
 
+    pub(super) fn object(&self, name: &Name) -> Option<Value> {
+        self.objects.get(name).cloned()
+    }
+
     /// Everything that is selected, at the present version.
     pub(super) fn list(&self, kind: &str, selected: impl Fn(&Value) -> bool) -> Vec<Value> {
         let objects = self.objects.iter();

@@ -70,18 +70,23 @@ impl Fixture {
         let (opted_out, who) = watch::channel(None);
         let (node_addresses, addresses) = watch::channel(BTreeSet::new());
         (self.synced, self.opted_out) = (is_synced, who);
+        let connection = Connection::new(Some(&self.server.kubeconfig(self.folder.path())));
+        let (events, post) = Events::new(connection.clone(), "node-1");
+        tokio::spawn(post);
         let links = Links {
             addresses,
             opted_out,
             ended: Arc::default(),
             synced,
+            events: events.clone(),
         };
         let index = Index::new("node-1", Settings::default());
         let maps = Arc::clone(&self.maps);
         let control = Control::new(index, maps, links, self.verify_interval).expect("maps");
-        let connection = Connection::new(Some(&self.server.kubeconfig(self.folder.path())));
         let client = connection.client().await.expect("a kubeconfig");
-        let source = Source::Api(ApiSource::start(connection, &client, "node-1", true));
+        let source = Source::Api(ApiSource::start(
+            connection, events, &client, "node-1", true,
+        ));
         self.control = Some(tokio::spawn(async move {
             // Nobody may go from whom the core hears.
             let _node_addresses = node_addresses;
@@ -126,6 +131,28 @@ impl Fixture {
                 control.is_finished()
             );
         }
+    }
+
+    fn change_maps(&self, change: impl FnOnce(&mut MemoryMaps)) {
+        change(&mut self.maps.lock().expect("maps"));
+    }
+
+    /// Waits until an operator is told something: reason, of what, and a part
+    /// of the note.
+    async fn await_event(&self, reason: &str, about: &str, note: &str) {
+        let is_it = |event: &Value| {
+            let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str);
+            text("/reason") == Some(reason)
+                && text("/regarding/name") == Some(about)
+                && text("/note").is_some_and(|text| text.contains(note))
+        };
+        let told = async {
+            while !self.server.posted().iter().any(is_it) {
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let in_time = timeout(PATIENCE, told).await.is_ok();
+        assert!(in_time, "{reason} of {about}: {:?}", self.server.posted());
     }
 
     fn writes(&self) -> u64 {
@@ -466,4 +493,44 @@ async_test! { what_somebody_else_wrote_is_mended_in_time {
     fixture.maps.lock().expect("maps").content.services.clear();
     fixture.await_backends(1, &[1, 2]).await;
     fixture.await_backends(2, &[3, 4]).await;
+}}
+
+async_test! { operators_are_told_of_frontends_that_two_services_want {
+    let fixture = Fixture::ready().await;
+    // As old as the other, and later by name.
+    fixture.server.put(service("young", 1));
+    let note = "default/one, an older Service, has 10.96.0.1:80/TCP";
+    fixture.await_event("FrontendConflict", "young", note).await;
+}}
+
+async_test! { operators_are_told_of_objects_that_make_no_sense {
+    let fixture = Fixture::ready().await;
+    let mut bad = service("one", 1);
+    bad["spec"]["ports"][0]["port"] = json!(123_456);
+    fixture.server.put(bad);
+    let note = "spec.ports[0].port: 123456 is not between 1 and 65535";
+    fixture.await_event("InvalidObject", "one", note).await;
+    let mut odd = service("two", 2);
+    odd["metadata"]["annotations"] = json!({ "klb/algorithm": "best" });
+    fixture.server.put(odd);
+    let note = "\"best\" is not random or maglev";
+    fixture.await_event("InvalidObject", "two", note).await;
+}}
+
+async_test! { operators_are_told_of_writes_that_fail {
+    let fixture = Fixture::ready().await;
+    fixture.change_maps(|maps| {
+        maps.fault = Some(Box::new(|_| Err(std::io::Error::other("out of order"))));
+    });
+    fixture.server.put(slice("one", &[5]));
+    let reason = "FailedToProgramService";
+    fixture.await_event(reason, "one", "out of order").await;
+}}
+
+async_test! { operators_are_told_of_services_without_room {
+    let fixture = Fixture::ready().await;
+    fixture.change_maps(|maps| maps.service_capacity = maps.content.services.len());
+    fixture.server.put(service("three", 3));
+    let reason = "FailedToProgramService";
+    fixture.await_event(reason, "three", "klb_svc4").await;
 }}
