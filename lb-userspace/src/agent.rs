@@ -37,7 +37,7 @@ use crate::{
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
-    health,
+    health::{self, NodeObject},
     index::Index,
     k8s::{
         api::Connection,
@@ -103,18 +103,25 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let table = NetnsTable::open(&pins)?;
     let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known);
     let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&ended));
+    let reporter = health::Reporter::new(match args.manifests {
+        Some(_) => NodeObject::Optional,
+        None => NodeObject::Required,
+    });
+    let view = reporter.view();
     let links = control::Links {
         addresses: node_addresses,
         opted_out,
         ended,
         synced,
-        events,
+        health: reporter,
+        events: events.clone(),
     };
     let index = Index::new(&args.node_name, args.settings());
     let control = Control::new(index, maps, links, VERIFY_INTERVAL)?.run(source);
     let metrics = Metrics::new(Counters::open(&pins)?);
-    tokio::spawn(health::serve_probes(args.healthz_bind, ready));
-    tokio::spawn(health::serve_metrics(args.metrics_bind, metrics));
+    let probes = health::serve_probes(args.healthz_bind, ready, view, events.clone());
+    tokio::spawn(probes);
+    tokio::spawn(health::serve_metrics(args.metrics_bind, metrics, events));
     tokio::spawn(announce([hooks_ready, maps_ready, pods_ready], set_ready));
 
     tokio::select! {

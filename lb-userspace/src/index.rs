@@ -31,6 +31,8 @@ pub struct Index {
     claimed: BTreeMap<NamespacedName, (Claim, Box<[FrontendKey]>)>,
     dirty: BTreeSet<NamespacedName>,
     pods: Pods,
+    /// Whether this node is about to go, if there is such a Node.
+    leaving: Option<bool>,
 }
 
 /// A Service's wish for a frontend. The least one has it: the oldest Service,
@@ -92,14 +94,26 @@ impl Index {
                 slices.insert(place, slice);
             }
             Object::Node(node) => {
-                if node.name == self.node.name && node.zone != self.node.zone {
-                    self.node.zone = node.zone;
-                    self.dirty.extend(self.services.keys().cloned());
+                if node.name == self.node.name {
+                    self.leaving = Some(node.leaving);
+                    self.set_zone(node.zone);
                 }
             }
             Object::Pod(pod) => self.pods.apply(pod),
             Object::Namespace(namespace) => self.pods.apply_namespace(namespace),
         }
+    }
+
+    fn set_zone(&mut self, zone: Option<String>) {
+        if self.node.zone != zone {
+            self.node.zone = zone;
+            self.dirty.extend(self.services.keys().cloned());
+        }
+    }
+
+    /// Whether this node is about to go; `None` if there is no such Node.
+    pub fn leaving(&self) -> Option<bool> {
+        self.leaving
     }
 
     /// The addresses of this node's pods whose sockets are to be left alone.
@@ -116,8 +130,9 @@ impl Index {
             }
             Kind::EndpointSlice => self.delete_slice(&object.id),
             Kind::Node => {
-                if object.id.name() == self.node.name && self.node.zone.take().is_some() {
-                    self.dirty.extend(self.services.keys().cloned());
+                if object.id.name() == self.node.name {
+                    self.leaving = None;
+                    self.set_zone(None);
                 }
             }
             Kind::Pod => self.pods.delete(&object.id),
@@ -185,13 +200,14 @@ impl Index {
             .collect()
     }
 
+    fn slices_of(&self, service: &NamespacedName) -> Vec<&EndpointSlice> {
+        let slices = self.slices.get(service);
+        slices.into_iter().flatten().collect()
+    }
+
     fn plan(&self, id: &NamespacedName) -> ServicePlan {
         match self.services.get(id) {
-            Some(service) => {
-                let slices = self.slices.get(id);
-                let slices: Vec<_> = slices.into_iter().flatten().collect();
-                plan(service, &slices, &self.node)
-            }
+            Some(service) => plan(service, &self.slices_of(id), &self.node),
             None => ServicePlan {
                 service: id.clone(),
                 ports: Vec::new(),
@@ -382,6 +398,29 @@ mod tests {
         assert_eq!(changes(&mut index), [changed("a", 1)]);
         index.delete(&node("node", None).reference());
         assert_eq!(changes(&mut index), [changed("a", 1)]);
+    }
+
+    #[test]
+    fn of_nodes_this_one_alone_is_remembered() {
+        let mut index = Index::new("node", Settings::default());
+        let node = |name: &str, leaving| {
+            Object::Node(Node {
+                name: name.to_owned(),
+                zone: None,
+                leaving,
+            })
+        };
+        assert_eq!(index.leaving(), None);
+        index.apply(node("other", true));
+        assert_eq!(index.leaving(), None);
+        for leaving in [true, false, true] {
+            index.apply(node("node", leaving));
+            assert_eq!(index.leaving(), Some(leaving));
+        }
+        index.delete(&node("other", true).reference());
+        assert_eq!(index.leaving(), Some(true));
+        index.delete(&node("node", true).reference());
+        assert_eq!(index.leaving(), None);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::backoff::Backoff;
 use crate::{
     datapath::Maps,
     errors::Chain,
+    health::Reporter,
     index::{Conflict, Index},
     k8s::{
         events::{Events, Reason},
@@ -44,6 +45,8 @@ pub(super) struct Links {
     pub ended: Arc<Notify>,
     /// Set once the first full state is in the maps.
     pub synced: watch::Sender<bool>,
+    /// Is told how far the maps are.
+    pub health: Reporter,
     /// Are told what an operator has to deal with.
     pub events: Events,
 }
@@ -246,6 +249,7 @@ impl<M: Maps> Control<M> {
             self.log_conflicts(&plan, conflicts);
             plans.push(plan);
         }
+        self.links.health.begin(&plans);
         // Writing ten thousand Services takes a while, and others have work too.
         let report = block_in_place(|| self.reconciler.apply(&plans, Instant::now()));
         let Report {
@@ -258,6 +262,7 @@ impl<M: Maps> Control<M> {
         }
         debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
         let mut outcome = Outcome::Complete;
+        let mut waiting = BTreeSet::new();
         for (service, error) in failed {
             let error_text = Chain(&error).to_string();
             warn!(%service, error = error_text, "keeps its previous state in the maps");
@@ -267,8 +272,13 @@ impl<M: Maps> Control<M> {
                 Outcome::Complete | Outcome::NoRoom if error.is_full() => Outcome::NoRoom,
                 _ => Outcome::Failed,
             };
+            if !error.is_full() {
+                waiting.insert(service.clone());
+            }
             self.index.mark(service);
         }
+        self.links.health.finish(&waiting);
+        self.links.health.tell(self.index.leaving());
         outcome
     }
 

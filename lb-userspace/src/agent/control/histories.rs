@@ -212,6 +212,7 @@ fn control(maps: &SharedMaps, addresses: &BTreeSet<IpAddr>) -> Control<SharedMap
         opted_out: watch::channel(None).0,
         ended: Arc::default(),
         synced: watch::channel(false).0,
+        health: Reporter::default(),
         events: Events::default(),
     };
     let settings = Settings {

@@ -11,6 +11,7 @@ use tokio::{task::JoinHandle, time::timeout};
 use super::*;
 use crate::{
     datapath::{FrontendKey, memory::MemoryMaps},
+    health::{Now, View},
     k8s::{api::Connection, source::ApiSource},
     plan::Settings,
 };
@@ -28,6 +29,7 @@ struct Fixture {
     control: Option<JoinHandle<()>>,
     synced: watch::Receiver<bool>,
     opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
+    health: View,
     verify_interval: Duration,
 }
 
@@ -42,6 +44,7 @@ impl Fixture {
             control: None,
             synced,
             opted_out,
+            health: Reporter::default().view(),
             verify_interval: Duration::from_secs(600),
         }
     }
@@ -73,11 +76,14 @@ impl Fixture {
         let connection = Connection::new(Some(&self.server.kubeconfig(self.folder.path())));
         let (events, post) = Events::new(connection.clone(), "node-1");
         tokio::spawn(post);
+        let health = Reporter::default();
+        self.health = health.view();
         let links = Links {
             addresses,
             opted_out,
             ended: Arc::default(),
             synced,
+            health,
             events: events.clone(),
         };
         let index = Index::new("node-1", Settings::default());
@@ -135,6 +141,25 @@ impl Fixture {
 
     fn change_maps(&self, change: impl FnOnce(&mut MemoryMaps)) {
         change(&mut self.maps.lock().expect("maps"));
+    }
+
+    /// Whether the core will be called healthy a minute from now, if nothing
+    /// happens until then.
+    fn will_be_healthy(&self) -> bool {
+        let now = Now::get();
+        self.health.is_healthy(Now {
+            instant: now.instant + Duration::from_secs(61),
+            ..now
+        })
+    }
+
+    async fn await_health(&self, healthy: bool) {
+        let change = async {
+            while self.will_be_healthy() != healthy {
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        timeout(PATIENCE, change).await.expect("another health");
     }
 
     /// Waits until an operator is told something: reason, of what, and a part
@@ -517,20 +542,28 @@ async_test! { operators_are_told_of_objects_that_make_no_sense {
     fixture.await_event("InvalidObject", "two", note).await;
 }}
 
-async_test! { operators_are_told_of_writes_that_fail {
+async_test! { a_write_that_fails_is_waited_for {
     let fixture = Fixture::ready().await;
+    fixture.await_health(true).await;
     fixture.change_maps(|maps| {
         maps.fault = Some(Box::new(|_| Err(std::io::Error::other("out of order"))));
     });
     fixture.server.put(slice("one", &[5]));
+    fixture.await_health(false).await;
     let reason = "FailedToProgramService";
     fixture.await_event(reason, "one", "out of order").await;
+    fixture.change_maps(|maps| maps.fault = None);
+    fixture.await_health(true).await;
 }}
 
-async_test! { operators_are_told_of_services_without_room {
+async_test! {
+/// Every node would be taken out of service at once, and restarting the agent
+/// makes no room.
+a_service_without_room_does_not_make_the_node_unhealthy {
     let fixture = Fixture::ready().await;
     fixture.change_maps(|maps| maps.service_capacity = maps.content.services.len());
     fixture.server.put(service("three", 3));
     let reason = "FailedToProgramService";
     fixture.await_event(reason, "three", "klb_svc4").await;
+    fixture.await_health(true).await;
 }}
