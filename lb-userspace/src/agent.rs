@@ -37,7 +37,7 @@ use crate::{
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
-    health::{self, NodeObject},
+    health::{self, Listen, NodeObject},
     index::Index,
     k8s::{
         api::Connection,
@@ -108,6 +108,11 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         None => NodeObject::Required,
     });
     let view = reporter.view();
+    let listen = if args.devices.nodeport_addresses.is_empty() {
+        Listen::everywhere()
+    } else {
+        Listen::At(node_addresses.clone())
+    };
     let links = control::Links {
         addresses: node_addresses,
         opted_out,
@@ -119,8 +124,9 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let index = Index::new(&args.node_name, args.settings());
     let control = Control::new(index, maps, links, VERIFY_INTERVAL)?.run(source);
     let metrics = Metrics::new(Counters::open(&pins)?);
-    let probes = health::serve_probes(args.healthz_bind, ready, view, events.clone());
+    let probes = health::serve_probes(args.healthz_bind, ready, view.clone(), events.clone());
     tokio::spawn(probes);
+    tokio::spawn(health::serve_checks(view, listen, events.clone()));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics, events));
     tokio::spawn(announce([hooks_ready, maps_ready, pods_ready], set_ready));
 

@@ -1,8 +1,9 @@
-//! The agent's HTTP endpoints: probes and metrics.
+//! The agent's HTTP endpoints: probes, health checks of Services, and metrics.
 //!
 //! They serve whoever watches the agent; the datapath never depends on them. A
 //! port that is taken is tried again until it is free.
 
+mod checks;
 mod http;
 mod progress;
 
@@ -13,7 +14,10 @@ use tokio::{net::TcpListener, sync::watch, time::sleep};
 use tracing::{error, info};
 
 use self::http::{Answer, RETRY, serve};
-pub use self::progress::{NodeObject, Now, Progress, Reporter, View};
+pub use self::{
+    checks::{Checks, HealthCheck, Listen, serve_checks},
+    progress::{NodeObject, Now, Progress, Reporter, View},
+};
 use crate::{
     k8s::events::{Events, Reason},
     metrics::Metrics,
@@ -108,7 +112,7 @@ mod tests {
             }
             set_ready.send(true).expect("somebody listens");
             assert!(get(addr, "/readyz").await.starts_with("HTTP/1.1 200"));
-            reporter.tell(Some(false));
+            reporter.tell(Some(false), &Checks::new());
             let response = get(addr, "/healthz").await;
             assert!(response.starts_with("HTTP/1.1 200"), "{response}");
             for header in [

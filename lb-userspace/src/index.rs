@@ -10,6 +10,7 @@ use lb_common::service::FrontendKind;
 
 use crate::{
     datapath::FrontendKey,
+    health::{Checks, HealthCheck},
     model::{EndpointSlice, Kind, NamespacedName, Object, ObjectRef, Service},
     plan::{NodeFacts, ServicePlan, Settings, plan},
     pods::Pods,
@@ -33,6 +34,7 @@ pub struct Index {
     pods: Pods,
     /// Whether this node is about to go, if there is such a Node.
     leaving: Option<bool>,
+    checks: Checks,
 }
 
 /// A Service's wish for a frontend. The least one has it: the oldest Service,
@@ -116,6 +118,11 @@ impl Index {
         self.leaving
     }
 
+    /// What load balancers ask for, as of the last [`Self::take_changes`].
+    pub fn checks(&self) -> &Checks {
+        &self.checks
+    }
+
     /// The addresses of this node's pods whose sockets are to be left alone.
     pub fn opted_out(&self) -> BTreeSet<IpAddr> {
         self.pods.opted_out()
@@ -186,6 +193,7 @@ impl Index {
     pub fn take_changes(&mut self) -> Vec<(ServicePlan, Vec<Conflict>)> {
         let mut plans = BTreeMap::new();
         while let Some(id) = self.dirty.pop_first() {
+            self.check(&id);
             // Services that another one gave a frontend to, or took one from,
             // became dirty by that; those planned already need no other plan.
             if let Entry::Vacant(place) = plans.entry(id) {
@@ -198,6 +206,19 @@ impl Index {
             .into_values()
             .map(|plan| self.arbitrate(plan))
             .collect()
+    }
+
+    /// Looks what load balancers are to be told of a Service.
+    fn check(&mut self, id: &NamespacedName) {
+        let service = self.services.get(id);
+        // Most have no port for it, and nobody looks at their slices.
+        let asked = service.filter(|service| service.health_check_port.is_some());
+        let check = asked
+            .and_then(|service| HealthCheck::of(service, &self.slices_of(id), &self.node.name));
+        match check {
+            Some(check) => drop(self.checks.insert(id.clone(), check)),
+            None => drop(self.checks.remove(id)),
+        }
     }
 
     fn slices_of(&self, service: &NamespacedName) -> Vec<&EndpointSlice> {
@@ -293,7 +314,7 @@ mod tests {
     use super::*;
     use crate::{
         datapath::Family,
-        model::{Node, Policy, Protocol, ServicePort},
+        model::{Endpoint, EndpointPort, Node, Policy, Protocol, ServicePort},
     };
 
     fn service(name: &str, ip: [u8; 4], created: i64, node_port: Option<u16>) -> Object {
@@ -398,6 +419,56 @@ mod tests {
         assert_eq!(changes(&mut index), [changed("a", 1)]);
         index.delete(&node("node", None).reference());
         assert_eq!(changes(&mut index), [changed("a", 1)]);
+    }
+
+    #[test]
+    fn what_balancers_ask_for_follows_services_and_slices() {
+        let mut index = Index::new("node", Settings::default());
+        let with_port = |port| match service("a", [10, 96, 0, 1], 3, None) {
+            Object::Service(service) => Object::Service(Service {
+                health_check_port: port,
+                ..service
+            }),
+            other => other,
+        };
+        let seen = |index: &mut Index| {
+            index.take_changes();
+            let checks = index.checks().values();
+            checks
+                .map(|check| (check.port, check.local[&Family::V4]))
+                .collect::<Vec<_>>()
+        };
+        index.apply(with_port(Some(30_000)));
+        index.apply(service("b", [10, 96, 0, 2], 0, None));
+        assert_eq!(seen(&mut index), [(30_000, 0)]);
+        let Object::EndpointSlice(mut local) = slice("a-1", "a") else {
+            panic!("a slice");
+        };
+        local.ports.push(EndpointPort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: 3000,
+        });
+        local.endpoints.push(Endpoint {
+            addr: [10, 244, 0, 1].into(),
+            node: Some("node".into()),
+            ready: true,
+            serving: true,
+            terminating: false,
+            hints: None,
+        });
+        index.apply(Object::EndpointSlice(local));
+        assert_eq!(seen(&mut index), [(30_000, 1)]);
+        index.apply(with_port(Some(30_001)));
+        assert_eq!(seen(&mut index), [(30_001, 1)]);
+        index.delete(&slice("a-1", "a").reference());
+        assert_eq!(seen(&mut index), [(30_001, 0)]);
+        index.apply(with_port(None));
+        assert_eq!(seen(&mut index), []);
+        index.apply(with_port(Some(30_001)));
+        index.take_changes();
+        index.delete(&with_port(None).reference());
+        assert_eq!(seen(&mut index), []);
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub(super) struct Links {
     pub ended: Arc<Notify>,
     /// Set once the first full state is in the maps.
     pub synced: watch::Sender<bool>,
-    /// Is told how far the maps are.
+    /// Is told how far the maps are, and what load balancers ask for.
     pub health: Reporter,
     /// Are told what an operator has to deal with.
     pub events: Events,
@@ -278,7 +278,8 @@ impl<M: Maps> Control<M> {
             self.index.mark(service);
         }
         self.links.health.finish(&waiting);
-        self.links.health.tell(self.index.leaving());
+        let (leaving, checks) = (self.index.leaving(), self.index.checks());
+        self.links.health.tell(leaving, checks);
         outcome
     }
 

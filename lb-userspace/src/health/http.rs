@@ -1,6 +1,6 @@
 //! As much of an HTTP server as probes need.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http_body_util::Full;
 use hyper::{
@@ -11,9 +11,10 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::sys::socket::{setsockopt, sockopt};
 use serde::Serialize;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     task::JoinSet,
     time::sleep,
 };
@@ -23,6 +24,8 @@ use tracing::{debug, error};
 pub(super) const RETRY: Duration = Duration::from_secs(2);
 /// For a client to send its request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Clients that the kernel lets wait.
+const BACKLOG: u32 = 128;
 
 /// What an endpoint answers.
 #[derive(Clone, Debug)]
@@ -77,6 +80,22 @@ impl Answer {
     }
 }
 
+/// Listens for one family: that of IPv4 may have a socket of its own at the same
+/// port.
+pub(super) fn bind_family(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    if address.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    }
+    // What is left of connections of an earlier run is in nobody's way.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// Answers every request by its path, for ever. Dropping the future closes all
 /// connections.
 pub(super) async fn serve<F>(what: &'static str, listener: TcpListener, answer: F)
@@ -123,9 +142,11 @@ where
 #[cfg(test)]
 pub(super) mod client {
     use std::{
-        io::{self, Read as _, Write as _},
-        net::{SocketAddr, TcpStream},
+        io::{Read as _, Write as _},
+        net::TcpStream,
     };
+
+    use super::*;
 
     /// Asks as a plain client, in a thread of its own; again until somebody
     /// listens.

@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 use tokio::sync::watch;
 
-use super::http::Answer;
+use super::{checks::Checks, http::Answer};
 use crate::{datapath::Family, model::NamespacedName, plan::ServicePlan};
 
 /// An update that waits for so long to be written makes its families unhealthy:
@@ -61,6 +61,7 @@ impl NodeObject {
 pub struct Reporter {
     node: NodeObject,
     progress: watch::Sender<Progress>,
+    checks: watch::Sender<Checks>,
     waiting: BTreeMap<NamespacedName, Waiting>,
 }
 
@@ -74,6 +75,7 @@ struct Waiting {
 #[derive(Clone, Debug)]
 pub struct View {
     pub(super) progress: watch::Receiver<Progress>,
+    pub(super) checks: watch::Receiver<Checks>,
 }
 
 impl View {
@@ -94,6 +96,7 @@ impl Reporter {
     pub fn view(&self) -> View {
         View {
             progress: self.progress.subscribe(),
+            checks: self.checks.subscribe(),
         }
     }
 
@@ -141,11 +144,18 @@ impl Reporter {
         });
     }
 
-    /// What is known of the node.
-    pub fn tell(&self, leaving: Option<bool>) {
+    /// What is known of the node, and what load balancers ask for.
+    pub fn tell(&self, leaving: Option<bool>, checks: &Checks) {
         let eligible = self.node.is_eligible(leaving);
         self.progress
             .send_modify(|progress| progress.eligible = eligible);
+        self.checks.send_if_modified(|told| {
+            let changed = told != checks;
+            if changed {
+                told.clone_from(checks);
+            }
+            changed
+        });
     }
 }
 
@@ -353,7 +363,7 @@ mod tests {
                 "{object:?} {leaving:?}"
             );
             let mut reporter = Reporter::new(object);
-            reporter.tell(leaving);
+            reporter.tell(leaving, &Checks::new());
             reporter.finish(&BTreeSet::new());
             let progress = reporter.view().progress.borrow().clone();
             let status = if eligible { 200 } else { 503 };
@@ -419,7 +429,7 @@ mod tests {
             (&[], 61, false, false),
         ] {
             let mut reporter = Reporter::default();
-            reporter.tell(Some(false));
+            reporter.tell(Some(false), &Checks::new());
             reporter.begin(&[plan(families)]);
             let progress = reporter.view().progress.borrow().clone();
             let now = after(seconds);
