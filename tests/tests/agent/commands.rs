@@ -94,9 +94,15 @@ fn exit_statuses_tell_failure_from_wrong_usage() {
     }
     let said = world.agent.klb(&["get", "weather"]);
     assert_eq!(said.status.code(), Some(2), "{said:?}");
-    let said = world
-        .agent
-        .klb(&["agent", "--node-name", "x", "--kubeconfig", "f"]);
+    let said = world.agent.klb(&[
+        "agent",
+        "--node-name",
+        "x",
+        "--kubeconfig",
+        "f",
+        "--manifests",
+        "d",
+    ]);
     assert_eq!(said.status.code(), Some(2), "{said:?}");
 }
 
