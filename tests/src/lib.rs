@@ -30,5 +30,6 @@ pub mod sweep;
 pub mod topology;
 pub mod traffic;
 pub mod wait;
+pub mod web;
 pub mod wire;
 pub mod world;

@@ -14,7 +14,7 @@ use lb_tests::{
 
 /// A world whose agent is to read from an API server. Agent and server are not
 /// there to talk to anybody else: the server is in the node's namespace.
-fn world(hooks: Hooks) -> (World, ApiServer) {
+pub(crate) fn world(hooks: Hooks) -> (World, ApiServer) {
     let mut world = crate::stopped_world(hooks);
     let server = world.cluster.node.place.netns().within(ApiServer::start);
     server.put_yaml(&manifests::node());

@@ -1,16 +1,13 @@
 //! `klb get` and `klb status`: they read the kernel's maps, whether an agent
 //! runs or not.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, TcpStream},
-    time::Duration,
-};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use lb_tests::{
     agent::Hooks,
     topology::Family,
     traffic::Protocol,
+    web,
     world::{Frontend, World},
 };
 
@@ -110,25 +107,15 @@ fn exit_statuses_tell_failure_from_wrong_usage() {
 fn readyz_answers_when_ready() {
     let world = crate::world(Hooks::ALL);
     let get = |port: u16, path: &str| {
-        let netns = world.cluster.node.place.netns();
-        netns.within(|| {
-            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("somebody");
-            stream
-                .set_read_timeout(Some(Duration::from_secs(5)))
-                .expect("a socket has a timeout");
-            let request = format!("GET {path} HTTP/1.1\r\nHost: klb\r\nConnection: close\r\n\r\n");
-            stream.write_all(request.as_bytes()).expect("sent");
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).expect("an answer");
-            answer
-        })
+        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        web::get(&world.cluster.node.place, server, path).expect("an answer")
     };
     for path in ["/readyz", "/livez", "/healthz"] {
         let answer = get(10256, path);
-        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        assert_eq!(answer.status, 200, "{path}: {answer:?}");
     }
     use_it(&world);
-    let metrics = get(10249, "/metrics");
+    let metrics = get(10249, "/metrics").body;
     let line = "klb_outcomes_total{hook=\"tc-ingress\",reason=\"new_flow\"} 2";
     assert!(metrics.contains(line), "{metrics}");
 }

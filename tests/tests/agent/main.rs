@@ -5,6 +5,7 @@ mod api;
 mod cleanup;
 mod commands;
 mod dumps;
+mod health;
 mod isolation;
 mod manifests;
 mod policies;
