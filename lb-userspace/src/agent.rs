@@ -43,9 +43,9 @@ use crate::{
         api::Connection,
         events::{Events, Reason},
         manifests::ManifestSource,
-        source::{ApiSource, Source},
+        source::{ApiSource, Ears, Source},
     },
-    metrics::Metrics,
+    metrics::{ApiMetrics, Metrics},
     netns::Namespaces,
     sysctl::{self, Reservation},
 };
@@ -78,7 +78,12 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let pins = Pins::new(&args.paths.bpffs);
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
-    let (source, events) = open_source(args).await?;
+    let (metrics, parts) = Metrics::new(
+        Counters::open(&pins)?,
+        KernelMaps::open(&pins)?,
+        pins.clone(),
+    );
+    let (source, events) = open_source(args, parts.api).await?;
     events.tell_node(Reason::Starting, "");
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
 
@@ -120,10 +125,10 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         synced,
         health: reporter,
         events: events.clone(),
+        metrics: parts.control,
     };
     let index = Index::new(&args.node_name, args.settings());
     let control = Control::new(index, maps, links, VERIFY_INTERVAL)?.run(source);
-    let metrics = Metrics::new(Counters::open(&pins)?);
     let probes = health::serve_probes(args.healthz_bind, ready, view.clone(), events.clone());
     tokio::spawn(probes);
     tokio::spawn(health::serve_checks(view, listen, events.clone()));
@@ -143,7 +148,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
 
 /// Where Services come from, a folder or the API server; and who is told what an
 /// operator should know.
-async fn open_source(args: &AgentArgs) -> anyhow::Result<(Source, Events)> {
+async fn open_source(args: &AgentArgs, metrics: ApiMetrics) -> anyhow::Result<(Source, Events)> {
     if let Some(folder) = &args.manifests {
         let source = ManifestSource::open(folder);
         let source = source.with_context(|| format!("--manifests {}", folder.display()))?;
@@ -162,7 +167,10 @@ async fn open_source(args: &AgentArgs) -> anyhow::Result<(Source, Events)> {
     tokio::spawn(post);
     let source = ApiSource::start(
         connection,
-        events.clone(),
+        Ears {
+            events: events.clone(),
+            metrics,
+        },
         &client,
         &args.node_name,
         with_pods,

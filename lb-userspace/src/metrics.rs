@@ -1,16 +1,24 @@
 //! What `/metrics` tells, read from the maps when it is asked.
 
-use std::fmt;
+mod api;
+mod control;
+
+use std::{collections::BTreeMap, fmt};
 
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric as _, text::encode},
-    metrics::{MetricType, counter::ConstCounter},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Registry,
 };
 use tracing::warn;
 
-use crate::datapath::kernel::{Counter, Counters};
+pub use self::{api::ApiMetrics, control::ControlMetrics};
+use crate::datapath::{
+    inspect::{self, DeviceHooks},
+    kernel::{Counter, Counters, Fill, KernelMaps},
+    pins::Pins,
+};
 
 /// The metrics of one pin folder.
 pub struct Metrics {
@@ -22,10 +30,18 @@ impl Metrics {
     pub const CONTENT_TYPE: &'static str =
         "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-    pub fn new(counters: Counters) -> Self {
-        let mut registry = Registry::with_prefix("klb");
-        registry.register_collector(Box::new(Outcomes { counters }));
-        Self { registry }
+    /// Those of a pin folder; the parts are for those who have something to
+    /// count.
+    pub fn new(counters: Counters, maps: KernelMaps, pins: Pins) -> (Self, Parts) {
+        let mut registry = Registry::default();
+        let parts = Parts {
+            control: ControlMetrics::register(&mut registry),
+            api: ApiMetrics::register(&mut registry),
+        };
+        let own = registry.sub_registry_with_prefix("klb");
+        own.register_collector(Box::new(Outcomes { counters }));
+        own.register_collector(Box::new(State { maps, pins }));
+        (Self { registry }, parts)
     }
 
     /// The metrics in the text format.
@@ -34,6 +50,90 @@ impl Metrics {
         encode(&mut text, &self.registry)?;
         Ok(text)
     }
+}
+
+/// What others count.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    pub control: ControlMetrics,
+    pub api: ApiMetrics,
+}
+
+/// What the kernel holds when it is asked.
+struct State {
+    maps: KernelMaps,
+    pins: Pins,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").finish_non_exhaustive()
+    }
+}
+
+impl Collector for State {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        // What evicts is always full after a while, and takes long to count.
+        match self.maps.fill_of_services() {
+            Ok(fill) => encode_fill(&mut encoder, &fill)?,
+            Err(error) => warn!(%error, "metrics without maps"),
+        }
+        match inspect::devices(&self.pins) {
+            Ok(devices) => encode_devices(&mut encoder, &devices),
+            Err(error) => {
+                warn!(%error, "metrics without devices");
+                Ok(())
+            }
+        }
+    }
+}
+
+fn encode_fill(encoder: &mut DescriptorEncoder<'_>, fill: &[Fill]) -> Result<(), fmt::Error> {
+    type Value = fn(&Fill) -> i64;
+    let gauges: [(_, _, Value); 2] = [
+        ("map_entries", "Entries in use, by map", |fill| {
+            i64::try_from(fill.entries).unwrap_or(i64::MAX)
+        }),
+        ("map_capacity", "Entries that a map has room for", |fill| {
+            fill.max_entries.into()
+        }),
+    ];
+    for (name, help, value) in gauges {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for fill in fill {
+            let labels = [("map", fill.map)];
+            let metric = family.encode_family(&labels)?;
+            ConstGauge::new(value(fill)).encode(metric)?;
+        }
+    }
+    Ok(())
+}
+
+fn encode_devices(
+    encoder: &mut DescriptorEncoder<'_>,
+    devices: &[DeviceHooks],
+) -> Result<(), fmt::Error> {
+    let mut counts = BTreeMap::<[(&str, &str); 2], i64>::new();
+    for device in devices {
+        let hooks = [
+            ("xdp", device.xdp),
+            ("tc_ingress", device.tc_ingress),
+            ("tc_egress", device.tc_egress),
+        ];
+        for (hook, how) in hooks {
+            if let Some(how) = how {
+                *counts.entry([("hook", hook), ("how", how)]).or_default() += 1;
+            }
+        }
+    }
+    let help = "Devices that a program is attached to, by hook and way";
+    let mut family =
+        encoder.encode_descriptor("attached_devices", help, None, MetricType::Gauge)?;
+    for (labels, count) in counts {
+        let metric = family.encode_family(&labels)?;
+        ConstGauge::new(count).encode(metric)?;
+    }
+    Ok(())
 }
 
 /// The counters by hook and reason.
@@ -93,6 +193,44 @@ mod tests {
         fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
             encode_outcomes(encoder, &self.0)
         }
+    }
+
+    #[test]
+    fn maps_and_devices_are_told_as_they_are() {
+        #[derive(Debug)]
+        struct Fixed(Vec<Fill>, Vec<DeviceHooks>);
+        impl Collector for Fixed {
+            fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+                encode_fill(&mut encoder, &self.0)?;
+                encode_devices(&mut encoder, &self.1)
+            }
+        }
+        let fill = Fill {
+            map: "klb_svc4",
+            entries: 3,
+            max_entries: 10,
+        };
+        let device = |index, xdp| DeviceHooks {
+            index,
+            name: None,
+            role: None,
+            xdp,
+            tc_ingress: Some("tcx"),
+            tc_egress: None,
+        };
+        let devices = vec![device(1, Some("native")), device(2, None)];
+        let mut registry = Registry::with_prefix("klb");
+        registry.register_collector(Box::new(Fixed(vec![fill], devices)));
+        let text = Metrics { registry }.encode().expect("encoded");
+        for line in [
+            "klb_map_entries{map=\"klb_svc4\"} 3",
+            "klb_map_capacity{map=\"klb_svc4\"} 10",
+            "klb_attached_devices{hook=\"xdp\",how=\"native\"} 1",
+            "klb_attached_devices{hook=\"tc_ingress\",how=\"tcx\"} 2",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        assert!(!text.contains("tc_egress"), "{text}");
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::{
         events::{Events, Reason},
         source::Source,
     },
+    metrics::ControlMetrics,
     model::{Concern, Event, NamespacedName, Scope},
     plan::ServicePlan,
     reconcile::{Reconciler, Report},
@@ -49,6 +50,8 @@ pub(super) struct Links {
     pub health: Reporter,
     /// Are told what an operator has to deal with.
     pub events: Events,
+    /// Count all that.
+    pub metrics: ControlMetrics,
 }
 
 /// The desired state, and the maps that follow it.
@@ -160,6 +163,7 @@ impl<M: Maps> Control<M> {
 
     fn take_in(&mut self, events: Vec<Event>) {
         for event in events {
+            self.links.metrics.heard(&event);
             match event {
                 Event::Apply(object) => self.index.apply(object),
                 Event::Delete(object) => self.index.delete(&object),
@@ -222,6 +226,7 @@ impl<M: Maps> Control<M> {
         let start = Instant::now();
         match block_in_place(|| self.reconciler.verify()) {
             Ok(drift) => {
+                self.links.metrics.verified(&drift);
                 for (map, entries) in &drift {
                     warn!(
                         map,
@@ -252,6 +257,8 @@ impl<M: Maps> Control<M> {
         self.links.health.begin(&plans);
         // Writing ten thousand Services takes a while, and others have work too.
         let report = block_in_place(|| self.reconciler.apply(&plans, Instant::now()));
+        let metrics = &mut self.links.metrics;
+        metrics.written(&plans, &report, start.elapsed());
         let Report {
             writes,
             ended,

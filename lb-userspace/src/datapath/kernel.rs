@@ -321,15 +321,21 @@ where
 
     /// How full the maps are; of an array, which always has all its entries,
     /// those in use are counted.
-    fn fill(&self) -> Result<[Fill; 7], MapError> {
+    fn fill(&self) -> Result<[Fill; 4], MapError> {
         Ok([
-            self.services.fill()?,
-            self.slots_fill()?,
-            self.ranges.fill()?,
             self.flows.fill()?,
             self.young.fill()?,
             self.affinities.fill()?,
             self.sockets.fill()?,
+        ])
+    }
+
+    /// As [`Self::fill`], of what only the agent writes.
+    fn fill_of_services(&self) -> Result<[Fill; 3], MapError> {
+        Ok([
+            self.services.fill()?,
+            self.slots_fill()?,
+            self.ranges.fill()?,
         ])
     }
 
@@ -587,6 +593,15 @@ impl KernelMaps {
 
     /// How full the maps are.
     pub fn fill(&self) -> Result<Vec<Fill>, MapError> {
+        let mut fill = self.fill_of_services()?;
+        fill.extend(self.v4.fill()?);
+        fill.extend(self.v6.fill()?);
+        fill.sort_by_key(|fill| names::MAPS.iter().position(|map| *map == fill.map));
+        Ok(fill)
+    }
+
+    /// How full those maps are that only the agent writes.
+    pub fn fill_of_services(&self) -> Result<Vec<Fill>, MapError> {
         let backends = Fill {
             map: self.backends.name,
             entries: self
@@ -597,9 +612,8 @@ impl KernelMaps {
             max_entries: self.backend_capacity(),
         };
         let mut fill = vec![backends, self.metas.fill()?];
-        fill.extend(self.v4.fill()?);
-        fill.extend(self.v6.fill()?);
-        fill.sort_by_key(|fill| names::MAPS.iter().position(|map| *map == fill.map));
+        fill.extend(self.v4.fill_of_services()?);
+        fill.extend(self.v6.fill_of_services()?);
         Ok(fill)
     }
 }

@@ -15,12 +15,15 @@ use super::{
     objects,
     watch::{self, Audience, News, Selectors},
 };
-use crate::model::{Concern, Event, Kind, ObjectRef, Scope};
+use crate::{
+    metrics::ApiMetrics,
+    model::{Concern, Event, Kind, ObjectRef, Scope},
+};
 
 /// What was heard and not yet taken, at most. Then the server has to wait.
 const QUEUE: usize = 1024;
 
-/// Audiences of objects.
+/// Tells of objects.
 pub enum Source {
     Manifests(Box<ManifestSource>),
     Api(ApiSource),
@@ -39,10 +42,18 @@ impl Source {
     }
 }
 
+/// Who else hears how following the server goes.
+#[derive(Clone, Debug)]
+pub struct Ears {
+    /// For operators: what makes no sense.
+    pub events: Events,
+    pub metrics: ApiMetrics,
+}
+
 /// The API server as the source of objects.
 pub struct ApiSource {
     connection: Connection,
-    events: Events,
+    ears: Ears,
     news: mpsc::Receiver<News>,
     watches: JoinSet<()>,
     /// What was not listed yet.
@@ -57,7 +68,7 @@ impl ApiSource {
     /// The client is one that the connection gave.
     pub fn start(
         connection: Connection,
-        events: Events,
+        ears: Ears,
         client: &Client,
         node_name: &str,
         with_pods: bool,
@@ -69,7 +80,7 @@ impl ApiSource {
         };
         let mut this = Self {
             connection,
-            events,
+            ears,
             news,
             watches: JoinSet::new(),
             waiting: BTreeMap::from([
@@ -118,7 +129,7 @@ impl ApiSource {
             selectors,
             Audience {
                 news: news.clone(),
-                events: self.events.clone(),
+                ears: self.ears.clone(),
             },
         );
         self.watches.spawn(watch);

@@ -31,8 +31,9 @@ use tracing::{debug, info, warn};
 use super::{
     api::Connection,
     convert::{Converted, ObjectError},
-    events::{Events, Reason},
+    events::Reason,
     resource::{self, Resource},
+    source::Ears,
 };
 use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
 
@@ -73,15 +74,15 @@ pub(super) enum News {
 #[derive(Clone, Debug)]
 pub(super) struct Audience {
     pub news: mpsc::Sender<News>,
-    /// For operators: what makes no sense.
-    pub events: Events,
+    pub ears: Ears,
 }
 
 impl Audience {
     /// Tells operators what of an object makes no sense.
     fn complain(&self, object: &ObjectRef, error: &ObjectError) {
         let note = format!("{}: {}", error.field, error.message);
-        self.events
+        self.ears
+            .events
             .tell(Reason::InvalidObject, object.clone(), note);
     }
 }
@@ -223,6 +224,7 @@ impl<R: Resource + 'static> Follower<R> {
 
     fn failed(&mut self, error: &watcher::Error) {
         self.failures += 1;
+        self.audience.ears.metrics.failed(R::KIND);
         warn!(kind = %R::KIND, %error, "following the API server; all stays as it was, trying again");
     }
 
@@ -244,6 +246,8 @@ impl<R: Resource + 'static> Follower<R> {
                 for id in gone {
                     self.forget(id).await?;
                 }
+                self.audience.ears.metrics.listed(R::KIND);
+                self.count();
                 debug!(kind = %R::KIND, objects = self.objects.len(), "listed");
                 self.tell(News::Listed(R::KIND)).await
             }
@@ -281,12 +285,19 @@ impl<R: Resource + 'static> Follower<R> {
                 News::Unreadable(reference, object.concern)
             }
         };
+        self.count();
         self.tell(news).await
     }
 
     async fn forget(&mut self, id: NamespacedName) -> Result<(), Deaf> {
         self.objects.remove(&id);
+        self.count();
         self.tell(News::Gone(reference::<R>(&id))).await
+    }
+
+    fn count(&self) {
+        let metrics = &self.audience.ears.metrics;
+        metrics.follows(R::KIND, self.objects.len());
     }
 
     async fn tell(&self, news: News) -> Result<(), Deaf> {

@@ -13,6 +13,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use prometheus_client::registry::Registry;
 use proptest::{
     prelude::*,
     test_runner::{RngAlgorithm, TestError, TestRng, TestRunner},
@@ -208,6 +209,7 @@ struct World {
 
 fn control(maps: &SharedMaps, addresses: &BTreeSet<IpAddr>) -> Control<SharedMaps> {
     let links = Links {
+        metrics: ControlMetrics::register(&mut Registry::default()),
         addresses: watch::channel(addresses.clone()).1,
         opted_out: watch::channel(None).0,
         ended: Arc::default(),

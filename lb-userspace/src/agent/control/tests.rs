@@ -4,6 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use lb_tests::apiserver::{ApiServer, BadEvent, Refusal};
+use prometheus_client::{encoding::text::encode, registry::Registry};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::timeout};
@@ -12,7 +13,11 @@ use super::*;
 use crate::{
     datapath::{FrontendKey, memory::MemoryMaps},
     health::{Now, View},
-    k8s::{api::Connection, source::ApiSource},
+    k8s::{
+        api::Connection,
+        source::{ApiSource, Ears},
+    },
+    metrics::ApiMetrics,
     plan::Settings,
 };
 
@@ -31,6 +36,7 @@ struct Fixture {
     opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
     health: View,
     verify_interval: Duration,
+    registry: Registry,
 }
 
 impl Fixture {
@@ -46,6 +52,7 @@ impl Fixture {
             opted_out,
             health: Reporter::default().view(),
             verify_interval: Duration::from_secs(600),
+            registry: Registry::default(),
         }
     }
 
@@ -78,7 +85,13 @@ impl Fixture {
         tokio::spawn(post);
         let health = Reporter::default();
         self.health = health.view();
+        self.registry = Registry::default();
+        let ears = Ears {
+            events: events.clone(),
+            metrics: ApiMetrics::register(&mut self.registry),
+        };
         let links = Links {
+            metrics: ControlMetrics::register(&mut self.registry),
             addresses,
             opted_out,
             ended: Arc::default(),
@@ -90,9 +103,7 @@ impl Fixture {
         let maps = Arc::clone(&self.maps);
         let control = Control::new(index, maps, links, self.verify_interval).expect("maps");
         let client = connection.client().await.expect("a kubeconfig");
-        let source = Source::Api(ApiSource::start(
-            connection, events, &client, "node-1", true,
-        ));
+        let source = Source::Api(ApiSource::start(connection, ears, &client, "node-1", true));
         self.control = Some(tokio::spawn(async move {
             // Nobody may go from whom the core hears.
             let _node_addresses = node_addresses;
@@ -182,6 +193,15 @@ impl Fixture {
 
     fn writes(&self) -> u64 {
         self.maps.lock().expect("maps").writes
+    }
+
+    /// What `/metrics` says of something; the name with its labels.
+    fn metric(&self, name: &str) -> Option<String> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("encoded");
+        let mut lines = text.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map(str::to_owned)
     }
 
     /// Requests for a list of a kind, in whichever way.
@@ -566,4 +586,19 @@ a_service_without_room_does_not_make_the_node_unhealthy {
     let reason = "FailedToProgramService";
     fixture.await_event(reason, "three", "klb_svc4").await;
     fixture.await_health(true).await;
+}}
+
+async_test! { what_goes_on_with_the_server_is_counted {
+    let fixture = Fixture::ready().await;
+    let of_slices = |name: &str| fixture.metric(&format!("klb_{name}{{kind=\"EndpointSlice\"}}"));
+    assert_eq!(of_slices("api_lists_total").as_deref(), Some("1"));
+    assert_eq!(of_slices("api_objects").as_deref(), Some("2"));
+    assert_eq!(of_slices("api_errors_total"), None);
+    fixture.server.spoil_next_event("endpointslices", BadEvent::Garbage);
+    fixture.server.put(slice("three", &[7]));
+    fixture.server.put(service("three", 3));
+    fixture.await_backends(3, &[7]).await;
+    assert_eq!(of_slices("api_errors_total").as_deref(), Some("1"));
+    assert_eq!(of_slices("api_lists_total").as_deref(), Some("2"));
+    assert_eq!(of_slices("api_objects").as_deref(), Some("3"));
 }}
