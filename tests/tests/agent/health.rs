@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     time::Duration,
 };
 
@@ -191,15 +191,19 @@ fn await_event(server: &ApiServer, reason: &str) -> Value {
     wait::until(reason, CHANGE, || server.posted().into_iter().find(is_it))
 }
 
+/// Takes a port, at all IPv4 addresses.
+fn listen(place: &Place, port: u16) -> TcpListener {
+    let listener = place
+        .netns()
+        .within(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)));
+    listener.expect("a free port")
+}
+
 #[test]
 fn a_port_that_somebody_has_is_told_and_had_later() {
     let (mut world, server) = balanced_world(Hooks::SOCKET);
     let node = world.cluster.node.place.clone();
-    let everywhere = IpAddr::from(Ipv4Addr::UNSPECIFIED);
-    let somebody = node
-        .netns()
-        .within(|| TcpListener::bind((everywhere, CHECK)))
-        .expect("a free port");
+    let somebody = listen(&node, CHECK);
     world.agent.start();
     let started = await_event(&server, "Starting");
     assert_eq!(started["type"], "Normal");
@@ -217,7 +221,19 @@ fn a_port_that_somebody_has_is_told_and_had_later() {
     await_weight(&node, local, PODS.len());
 }
 
-/// Load balancers must not send a node what it cannot forward.
+#[test]
+fn probes_without_a_port_are_told_and_served_later() {
+    let (mut world, server) = crate::api::world(Hooks::SOCKET);
+    let somebody = listen(&world.cluster.node.place, HEALTHZ);
+    world.agent.start();
+    let event = await_event(&server, "FailedToStartProxierHealthcheck");
+    assert_eq!(event["type"], "Warning");
+    assert_eq!(event["regarding"]["kind"], "Node", "{event}");
+    assert_eq!(event["regarding"]["name"], NODE, "{event}");
+    drop(somebody);
+    await_healthz(&world, "a port for probes", 200);
+}
+
 #[test]
 fn a_full_map_is_told_and_does_not_take_the_node_out_of_service() {
     let (mut world, server) = crate::api::world(Hooks::SOCKET);
