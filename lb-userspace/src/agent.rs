@@ -12,7 +12,7 @@ mod namespaces;
 mod orphans;
 mod settings;
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc};
 
 use anyhow::{Context as _, bail};
 use lb_common::names;
@@ -50,9 +50,6 @@ use crate::{
     sysctl::{self, Reservation},
 };
 
-/// How often the maps are compared with what they should hold.
-const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
-
 /// Runs until a signal ends it. The datapath goes on without it.
 ///
 /// # Errors
@@ -61,6 +58,9 @@ const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
 /// pass is logged and tried again.
 pub fn run(args: &AgentArgs) -> anyhow::Result<()> {
     start_log(args.log_format);
+    for note in &args.notes {
+        warn!("{note}");
+    }
     // Two: a write of ten thousand Services must not hold up a probe.
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -128,7 +128,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         metrics: parts.control,
     };
     let index = Index::new(&args.node_name, args.settings());
-    let control = Control::new(index, maps, links, VERIFY_INTERVAL)?.run(source);
+    let control = Control::new(index, maps, links, args.verify_interval)?.run(source);
     let probes = health::serve_probes(args.healthz_bind, ready, view.clone(), events.clone());
     tokio::spawn(probes);
     tokio::spawn(health::serve_checks(view, listen, events.clone()));

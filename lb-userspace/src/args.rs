@@ -1,8 +1,17 @@
 //! The command line: what is understood, its defaults, and what is refused.
+//!
+//! What is an agent's flag here is a variable of the environment and a field of
+//! the configuration file too; `config.rs` sees to that.
 
-use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, str::FromStr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
 use ipnet::IpNet;
 use lb_common::{
     flow::{State, Timeouts},
@@ -39,18 +48,46 @@ pub enum Command {
 #[derive(Args, Clone, Debug)]
 pub struct Paths {
     /// Folder on a BPF file system for pinned maps and links
-    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/klb")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "KLB_BPFFS",
+        default_value = "/sys/fs/bpf/klb"
+    )]
     pub bpffs: PathBuf,
     /// Folder for the agent's lock
-    #[arg(long, value_name = "DIR", default_value = "/run/klb")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "KLB_STATE_DIR",
+        default_value = "/run/klb"
+    )]
     pub state_dir: PathBuf,
 }
 
 #[derive(Args, Debug)]
+#[command(
+    next_line_help = true,
+    after_help = "Each flag is a variable of the environment too, and a field of the file that \
+        --config names: --map-flows is KLB_MAP_FLOWS, and `map-flows`. A flag goes before a \
+        variable, a variable before the file, the file before the default.\n\n\
+        Flags of kube-proxy, and its KubeProxyConfiguration as the file, are understood where klb \
+        has the same, and refused with a sentence where leaving them out would change what comes \
+        of it: see docs/configuration.md."
+)]
 pub struct AgentArgs {
     /// Name of this node, as in the Node object
-    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "NODE_NAME",
+        value_parser = NonEmptyStringValueParser::new()
+    )]
     pub node_name: String,
+    /// YAML file with a field for each flag, by the name of the flag; or a file of
+    /// kube-proxy's. Read once, at the start
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 
     /// Read Services, EndpointSlices and Nodes from the YAML files in a folder, and follow changes
     #[arg(long, value_name = "DIR")]
@@ -59,8 +96,6 @@ pub struct AgentArgs {
     /// of the pod in which klb runs
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     pub kubeconfig: Option<PathBuf>,
-    #[arg(long, value_name = "FILE", hide = true)]
-    pub config: Option<PathBuf>,
 
     #[command(flatten)]
     pub paths: Paths,
@@ -87,12 +122,32 @@ pub struct AgentArgs {
     #[arg(long, value_name = "FIRST-LAST", default_value = "50000-65535")]
     pub masquerade_ports: PortRange,
 
-    /// Where /healthz, /livez and /readyz answer
-    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:10256")]
+    /// Where /healthz, /livez and /readyz answer; an address without a port has 10256
+    #[arg(
+        long,
+        value_name = "ADDR",
+        default_value = "0.0.0.0:10256",
+        value_parser = |text: &str| bind_address(text, 10256)
+    )]
     pub healthz_bind: SocketAddr,
-    /// Where /metrics answers
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:10249")]
+    /// Where /metrics answers; an address without a port has 10249
+    #[arg(
+        long,
+        value_name = "ADDR",
+        default_value = "127.0.0.1:10249",
+        value_parser = |text: &str| bind_address(text, 10249)
+    )]
     pub metrics_bind: SocketAddr,
+    /// So many Services have metrics of their own, at most
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub metrics_services: usize,
+
+    /// For how long changes are gathered, at most, before they are written; up to 1s
+    #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = batch_delay)]
+    pub batch_delay: Duration,
+    /// How often the maps are compared with what they should hold
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = interval)]
+    pub verify_interval: Duration,
 
     /// How log lines on stderr look; `RUST_LOG` sets what is logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
@@ -108,6 +163,10 @@ pub struct AgentArgs {
     pub timeouts: TimeoutArgs,
     #[command(flatten)]
     pub sizes: MapSizes,
+
+    /// What the log is to say of how these settings came about
+    #[arg(skip)]
+    pub notes: Vec<String>,
 }
 
 /// Ports from the first to the last, both included.
@@ -200,6 +259,49 @@ fn seconds(text: &str) -> Result<u32, String> {
         .ok_or_else(|| "wanted is a second or more, and less than 68 years".to_owned())
 }
 
+/// A time between one run and the next.
+fn interval(text: &str) -> Result<Duration, String> {
+    seconds(text).map(|seconds| Duration::from_secs(seconds.into()))
+}
+
+/// A time that nobody notices.
+fn batch_delay(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time > Duration::from_secs(1) {
+        return Err("wanted is a second or less".to_owned());
+    }
+    Ok(time)
+}
+
+/// An address to listen on, as kube-proxy understands it: without a port it has
+/// the usual one.
+fn bind_address(text: &str, port: u16) -> Result<SocketAddr, String> {
+    let alone = text
+        .parse()
+        .ok()
+        .map(|ip: IpAddr| SocketAddr::new(ip, port));
+    alone.or_else(|| text.parse().ok()).ok_or_else(|| {
+        format!("wanted is an address with or without a port, such as 0.0.0.0:{port} or ::")
+    })
+}
+
+/// A network of the node's addresses; the words that kube-proxy has for some are
+/// told in networks.
+fn nodeport_network(text: &str) -> Result<IpNet, String> {
+    match text {
+        "primary" => Err(
+            "klb does not ask the Node object which addresses are its primary ones: \
+             name the networks that they are in, such as 192.0.2.0/24"
+                .to_owned(),
+        ),
+        "localhost" => Err("write 127.0.0.0/8,::1/128".to_owned()),
+        "all" => Err("write 0.0.0.0/0,::/0, or leave it out".to_owned()),
+        _ => text
+            .parse()
+            .map_err(|error: ipnet::AddrParseError| error.to_string()),
+    }
+}
+
 /// A size of Maglev tables.
 fn table_size(text: &str) -> Result<u32, String> {
     let size = text.parse().ok();
@@ -225,7 +327,7 @@ pub struct DeviceArgs {
     pub pod_device: Vec<String>,
     /// Answer `NodePort`s only on the node's addresses in these networks; may be repeated
     /// [default: all addresses of the node]
-    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = nodeport_network)]
     pub nodeport_addresses: Vec<IpNet>,
 }
 
@@ -420,18 +522,6 @@ impl AgentArgs {
             ping: self.ping,
         }
     }
-
-    /// Refuses what klb cannot do yet, rather than doing something else.
-    ///
-    /// # Errors
-    ///
-    /// A sentence for the user; the exit status is that of wrong usage.
-    pub fn check(&self) -> Result<(), String> {
-        if self.config.is_some() {
-            return Err("--config is not supported yet".to_owned());
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -467,7 +557,6 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_contract() {
         let args = agent(&["--manifests", "d"]).expect("valid");
-        args.check().expect("supported");
         assert_eq!(args.healthz_bind.to_string(), "0.0.0.0:10256");
         assert_eq!(args.metrics_bind.to_string(), "127.0.0.1:10249");
         assert_eq!(args.paths.bpffs.to_str(), Some("/sys/fs/bpf/klb"));
@@ -493,10 +582,41 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_yet_is_refused_by_name() {
-        let args = agent(&["--config", "f"]).expect("understood");
-        let refusal = args.check().expect_err("refused");
-        assert!(refusal.contains("--config"), "{refusal}");
+    fn an_address_without_a_port_has_the_usual_one() {
+        for (text, healthz) in [
+            ("0.0.0.0", "0.0.0.0:10256"),
+            ("::", "[::]:10256"),
+            ("10.0.0.1:80", "10.0.0.1:80"),
+            ("[::1]:80", "[::1]:80"),
+        ] {
+            let args = agent(&["--healthz-bind", text]).expect("valid");
+            assert_eq!(args.healthz_bind.to_string(), healthz);
+        }
+        let args = agent(&["--metrics-bind", "127.0.0.1"]).expect("valid");
+        assert_eq!(args.metrics_bind.port(), 10249);
+    }
+
+    #[test]
+    fn times_may_be_short_where_they_are_for_batches() {
+        let args = agent(&[]).expect("valid");
+        assert_eq!(args.batch_delay, Duration::from_millis(10));
+        assert_eq!(args.verify_interval, Duration::from_secs(600));
+        for (text, milliseconds) in [("0ms", 0), ("1s", 1000)] {
+            let args = agent(&["--batch-delay", text]).expect("valid");
+            assert_eq!(args.batch_delay, Duration::from_millis(milliseconds));
+        }
+    }
+
+    #[test]
+    fn words_of_kube_proxys_for_networks_are_refused_with_networks() {
+        for (word, network) in [
+            ("primary", "192.0.2.0/24"),
+            ("localhost", "127.0.0.0/8"),
+            ("all", "::/0"),
+        ] {
+            let error = agent(&["--nodeport-addresses", word]).expect_err("refused");
+            assert!(error.to_string().contains(network), "{error}");
+        }
     }
 
     #[test]
@@ -513,6 +633,11 @@ mod tests {
             &["--xdp", "sometimes"][..],
             &["--nodeport-addresses", "10.0.0.0/33"],
             &["--healthz-bind", "here"],
+            &["--healthz-bind", ""],
+            &["--healthz-bind", "10256"],
+            &["--batch-delay", "1001ms"],
+            &["--verify-interval", "0s"],
+            &["--kubeconfig", "f", "--manifests", "d"],
             &["--map-flows", "0"],
             &["--masquerade-ports", "50000"],
             &["--masquerade-ports", "0-10"],

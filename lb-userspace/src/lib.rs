@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod args;
 pub mod commands;
+pub mod config;
 pub mod datapath;
 pub mod devices;
 pub mod errors;

@@ -1,23 +1,11 @@
 //! `klb`: one binary, the agent and the tool.
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode};
 
-use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
-use lb_userspace::{
-    agent,
-    args::{Cli, Command},
-    commands,
-};
+use lb_userspace::{agent, args::Command, commands, config};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Command::Agent(args) = &cli.command
-        && let Err(refusal) = args.check()
-    {
-        Cli::command()
-            .error(ErrorKind::InvalidValue, refusal)
-            .exit();
-    }
+    let cli = config::parse(env::args_os()).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Command::Agent(args) => agent::run(args),
         Command::Get(args) => commands::get::run(args),

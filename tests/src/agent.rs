@@ -118,6 +118,8 @@ pub struct Agent {
     pub hooks: Hooks,
     /// More flags, likewise.
     pub flags: Vec<String>,
+    /// Variables of its environment, likewise.
+    pub variables: Vec<(String, String)>,
     /// Where the API server is, for an agent that reads from one, likewise.
     pub kubeconfig: Option<PathBuf>,
     cgroup: PathBuf,
@@ -136,6 +138,7 @@ impl Agent {
             program: klb_path(),
             hooks,
             flags: Vec::new(),
+            variables: Vec::new(),
             kubeconfig: None,
             cgroup: cluster.cgroup().path().to_owned(),
             pins: scope::pin_folder(scope.name()),
@@ -171,6 +174,7 @@ impl Agent {
         command.args(self.paths());
         // What the message of a failing test shows, and some tests read.
         command.env("RUST_LOG", "info,lb_userspace=debug");
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         self.process = Some(self.place.start("agent", command));
     }
 

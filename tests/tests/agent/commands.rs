@@ -91,16 +91,12 @@ fn exit_statuses_tell_failure_from_wrong_usage() {
     }
     let said = world.agent.klb(&["get", "weather"]);
     assert_eq!(said.status.code(), Some(2), "{said:?}");
-    let said = world.agent.klb(&[
-        "agent",
-        "--node-name",
-        "x",
-        "--kubeconfig",
-        "f",
-        "--manifests",
-        "d",
-    ]);
-    assert_eq!(said.status.code(), Some(2), "{said:?}");
+    let both = ["--kubeconfig", "f", "--manifests", "d"];
+    for wrong in [&both[..], &["--config", "/nowhere"]] {
+        let line = [&["agent", "--node-name", "x"], wrong].concat();
+        let said = world.agent.klb(&line);
+        assert_eq!(said.status.code(), Some(2), "{said:?}");
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod api;
 mod cleanup;
 mod commands;
+mod configuration;
 mod dumps;
 mod health;
 mod isolation;
