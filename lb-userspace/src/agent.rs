@@ -33,7 +33,9 @@ use crate::{
         cgroup,
         features::Features,
         kernel::{Counters, DeviceTable, KernelMaps, NetnsTable},
-        load::{load_maps, load_programs, load_xdp, prepare_pins, require_object},
+        load::{
+            load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit, require_object,
+        },
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
@@ -47,6 +49,7 @@ use crate::{
     },
     metrics::{ApiMetrics, Metrics},
     netns::Namespaces,
+    privileges,
     sysctl::{self, Reservation},
 };
 
@@ -61,6 +64,7 @@ pub fn run(args: &AgentArgs) -> anyhow::Result<()> {
     for note in &args.notes {
         warn!("{note}");
     }
+    give_up_privileges()?;
     // Two: a write of ten thousand Services must not hold up a probe.
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -70,6 +74,16 @@ pub fn run(args: &AgentArgs) -> anyhow::Result<()> {
     // What may still run is of no use any more, a reader of manifests say.
     runtime.shutdown_background();
     result
+}
+
+/// Before there is a second thread; see [`privileges`].
+fn give_up_privileges() -> anyhow::Result<()> {
+    // Takes a capability that is of no use afterwards.
+    raise_memlock_limit();
+    for (capability, consequence) in privileges::reduce()? {
+        warn!(%capability, consequence, "missing");
+    }
+    Ok(())
 }
 
 async fn serve(args: &AgentArgs) -> anyhow::Result<()> {

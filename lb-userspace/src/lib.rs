@@ -18,6 +18,7 @@ pub mod netlink;
 pub mod netns;
 pub mod plan;
 pub mod pods;
+pub mod privileges;
 pub mod reconcile;
 pub mod slots;
 pub mod sysctl;

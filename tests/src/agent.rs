@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
-    process::ExitStatus,
+    process::{Command, ExitStatus},
     time::Duration,
 };
 
@@ -118,6 +118,9 @@ pub struct Agent {
     pub hooks: Hooks,
     /// More flags, likewise.
     pub flags: Vec<String>,
+    /// All that it may do, in the words of `setpriv`, likewise; everything if
+    /// there are none.
+    pub capabilities: Option<&'static str>,
     /// Variables of its environment, likewise.
     pub variables: Vec<(String, String)>,
     /// Where the API server is, for an agent that reads from one, likewise.
@@ -138,6 +141,7 @@ impl Agent {
             program: klb_path(),
             hooks,
             flags: Vec::new(),
+            capabilities: None,
             variables: Vec::new(),
             kubeconfig: None,
             cgroup: cluster.cgroup().path().to_owned(),
@@ -163,7 +167,7 @@ impl Agent {
     /// If it runs already.
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "it runs");
-        let mut command = self.place.command(&self.program);
+        let mut command = self.confined();
         command.args(["agent", "--node-name", NODE]);
         match &self.kubeconfig {
             Some(path) => command.arg("--kubeconfig").arg(path),
@@ -176,6 +180,17 @@ impl Agent {
         command.env("RUST_LOG", "info,lb_userspace=debug");
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         self.process = Some(self.place.start("agent", command));
+    }
+
+    /// `klb`, with the capabilities that it is to have.
+    fn confined(&self) -> Command {
+        let Some(capabilities) = self.capabilities else {
+            return self.place.command(&self.program);
+        };
+        let mut command = self.place.command("setpriv");
+        let bounding_set = format!("--bounding-set=-all,{capabilities}");
+        command.arg(bounding_set).arg(&self.program);
+        command
     }
 
     /// The flags by which every command finds this agent's things.

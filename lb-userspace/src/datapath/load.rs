@@ -144,9 +144,9 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
 
 /// Makes the maps that are not pinned yet, and opens the others.
 ///
-/// The pin folder must be there ([`prepare_pins`]).
+/// The pin folder must be there ([`prepare_pins`]), and the limit be raised
+/// ([`raise_memlock_limit`]).
 pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
-    raise_memlock_limit();
     let set_retval = u8::from(features.set_retval == Some(true));
     let xdp_frags = u8::from(features.xdp_frags == Some(true));
     let paths = names::MAPS.map(|name| (name, pins.map(name)));
@@ -197,7 +197,7 @@ fn load_once(ebpf: &mut Ebpf, name: &'static str) -> Result<(), LoadError> {
 
 /// Before 5.11 the memory of maps counts against a limit that is 64 KiB by
 /// default. A failure shows when a map is made.
-fn raise_memlock_limit() {
+pub fn raise_memlock_limit() {
     if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
         debug!(%error, "the limit of locked memory stays");
     }

@@ -10,6 +10,7 @@ mod health;
 mod isolation;
 mod manifests;
 mod policies;
+mod privileges;
 mod reserved_ports;
 mod restarts;
 mod rollout;

@@ -208,11 +208,12 @@ fn what_went_while_it_was_away_is_removed() {
 /// Two agents on one node would undo each other's work.
 #[test]
 fn a_second_agent_is_refused() {
-    let world = crate::world(Hooks::SOCKET);
+    let mut world = crate::world(Hooks::SOCKET);
     let manifests = world.agent.manifests.path().display().to_string();
     let said = world
         .agent
         .klb(&["agent", "--node-name", "x", "--manifests", &manifests]);
     assert_eq!(said.status.code(), Some(1), "{said:?}");
-    assert!(said.stderr.contains("runs already"), "{said:?}");
+    let words = format!("runs already (pid {})", world.agent.process().id());
+    assert!(said.stderr.contains(&words), "{said:?}");
 }
