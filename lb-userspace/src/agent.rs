@@ -25,7 +25,7 @@ use tokio::{
 use tracing::{info, warn};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-use self::control::Control;
+use self::control::{Control, Pace};
 use crate::{
     args::{AgentArgs, HookArgs, LogFormat, SocketLb, TcChoice, XdpChoice},
     datapath::{
@@ -141,8 +141,12 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         events: events.clone(),
         metrics: parts.control,
     };
+    let pace = Pace {
+        batch_delay: args.batch_delay,
+        verify_interval: args.verify_interval,
+    };
     let index = Index::new(&args.node_name, args.settings());
-    let control = Control::new(index, maps, links, args.verify_interval)?.run(source);
+    let control = Control::new(index, maps, links, pace)?.run(source);
     let probes = health::serve_probes(args.healthz_bind, ready, view.clone(), events.clone());
     tokio::spawn(probes);
     tokio::spawn(health::serve_checks(view, listen, events.clone()));

@@ -138,9 +138,6 @@ pub struct AgentArgs {
         value_parser = |text: &str| bind_address(text, 10249)
     )]
     pub metrics_bind: SocketAddr,
-    /// So many Services have metrics of their own, at most
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    pub metrics_services: usize,
 
     /// For how long changes are gathered, at most, before they are written; up to 1s
     #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = batch_delay)]

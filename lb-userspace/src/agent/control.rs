@@ -32,9 +32,15 @@ use crate::{
     reconcile::{Reconciler, Report},
 };
 
-/// Changes that come sooner after a write than this are gathered for the next
-/// one. One that comes after a rest is written at once.
-const BATCH: Duration = Duration::from_millis(10);
+/// How often what is done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// Changes that come sooner after a write than this are gathered for the
+    /// next one. One that comes after a rest is written at once.
+    pub batch_delay: Duration,
+    /// Between two looks at what the maps hold.
+    pub verify_interval: Duration,
+}
 
 /// What this task hears from the others and tells them.
 pub(super) struct Links {
@@ -70,9 +76,8 @@ pub(super) struct Control<M> {
     /// The conflicts that were logged, to say each once.
     conflicts: BTreeMap<NamespacedName, Vec<Conflict>>,
     backoff: Backoff,
-    /// Between two looks at what the maps hold.
-    verify_interval: Duration,
-    /// When that is done next.
+    pace: Pace,
+    /// When the maps are looked at next.
     verify_at: Instant,
 }
 
@@ -92,7 +97,7 @@ impl<M: Maps> Control<M> {
         mut index: Index,
         maps: M,
         mut links: Links,
-        verify_interval: Duration,
+        pace: Pace,
     ) -> anyhow::Result<Self> {
         index.set_node_addresses(links.addresses.borrow_and_update().clone());
         let reconciler = Reconciler::restore(maps).context("reading the maps of an earlier run")?;
@@ -105,8 +110,8 @@ impl<M: Maps> Control<M> {
             frozen: BTreeSet::new(),
             reconciler,
             conflicts: BTreeMap::new(),
-            verify_interval,
-            verify_at: Instant::now() + verify_interval,
+            pace,
+            verify_at: Instant::now() + pace.verify_interval,
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
         })
     }
@@ -183,7 +188,7 @@ impl<M: Maps> Control<M> {
     /// Waits for news, or for the time of the next try, and for what else comes
     /// until the next write is due.
     async fn wait(&mut self, source: &mut Source, retry: Option<Duration>) -> anyhow::Result<()> {
-        let due = tokio::time::Instant::now() + BATCH;
+        let due = tokio::time::Instant::now() + self.pace.batch_delay;
         self.take_news(source, retry).await?;
         while tokio::time::Instant::now() < due {
             match timeout_at(due, self.take_news(source, None)).await {
@@ -237,7 +242,7 @@ impl<M: Maps> Control<M> {
             }
             Err(error) => warn!(%error, "the maps cannot be verified; trying again later"),
         }
-        self.verify_at = Instant::now() + self.verify_interval;
+        self.verify_at = Instant::now() + self.pace.verify_interval;
     }
 
     /// Writes what has changed. Services that failed are marked for the next

@@ -222,7 +222,11 @@ fn control(maps: &SharedMaps, addresses: &BTreeSet<IpAddr>) -> Control<SharedMap
         ..Settings::default()
     };
     let index = Index::new(NODE, settings);
-    Control::new(index, Arc::clone(maps), links, Duration::MAX / 4).expect("maps")
+    let pace = Pace {
+        batch_delay: Duration::ZERO,
+        verify_interval: Duration::from_secs(3600),
+    };
+    Control::new(index, Arc::clone(maps), links, pace).expect("maps")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -35,7 +35,7 @@ struct Fixture {
     synced: watch::Receiver<bool>,
     opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
     health: View,
-    verify_interval: Duration,
+    pace: Pace,
     registry: Registry,
 }
 
@@ -51,7 +51,10 @@ impl Fixture {
             synced,
             opted_out,
             health: Reporter::default().view(),
-            verify_interval: Duration::from_secs(600),
+            pace: Pace {
+                batch_delay: Duration::from_millis(10),
+                verify_interval: Duration::from_secs(600),
+            },
             registry: Registry::default(),
         }
     }
@@ -101,7 +104,7 @@ impl Fixture {
         };
         let index = Index::new("node-1", Settings::default());
         let maps = Arc::clone(&self.maps);
-        let control = Control::new(index, maps, links, self.verify_interval).expect("maps");
+        let control = Control::new(index, maps, links, self.pace).expect("maps");
         let client = connection.client().await.expect("a kubeconfig");
         let source = Source::Api(ApiSource::start(connection, ears, &client, "node-1", true));
         self.control = Some(tokio::spawn(async move {
@@ -531,7 +534,7 @@ async_test! { who_may_not_list_pods_still_serves {
 
 async_test! { what_somebody_else_wrote_is_mended_in_time {
     let mut fixture = Fixture::new(ApiServer::start());
-    fixture.verify_interval = Duration::from_millis(20);
+    fixture.pace.verify_interval = Duration::from_millis(20);
     fixture.put_two();
     fixture.start().await;
     fixture.await_backends(1, &[1, 2]).await;
