@@ -36,7 +36,7 @@ use crate::{
         load::{
             load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit, require_object,
         },
-        pins::{Lock, Pins},
+        pins::{Lock, Pins, PinsLock},
     },
     devices::{Rules, Watcher},
     health::{self, Listen, NodeObject},
@@ -90,6 +90,8 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let signals = Signals::listen()?;
     let _lock = Lock::take(&args.paths.state_dir)?;
     let pins = Pins::new(&args.paths.bpffs);
+    prepare_pins(&pins)?;
+    let _pins_lock = PinsLock::take(&pins)?;
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
     let (metrics, parts) = Metrics::new(
@@ -147,7 +149,13 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     };
     let index = Index::new(&args.node_name, args.settings());
     let control = Control::new(index, maps, links, pace)?.run(source);
-    let probes = health::serve_probes(args.healthz_bind, ready, view.clone(), events.clone());
+    let probes = health::serve_probes(
+        args.healthz_bind,
+        ready,
+        view.clone(),
+        events.clone(),
+        parts.probes,
+    );
     tokio::spawn(probes);
     tokio::spawn(health::serve_checks(view, listen, events.clone()));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics, events));
@@ -217,7 +225,6 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     info!(?features, "kernel");
     let tc = tc_mode(tc, features)?;
     let cgroup = cgroup_path(&args.hooks)?;
-    prepare_pins(pins)?;
     let mut ebpf = load_maps(pins, &args.sizes, features)?;
     // Before the programs: the verifier has no kind words for maps of another
     // shape.

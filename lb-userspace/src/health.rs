@@ -20,7 +20,7 @@ pub use self::{
 };
 use crate::{
     k8s::events::{Events, Reason},
-    metrics::Metrics,
+    metrics::{Metrics, ProbeMetrics},
 };
 
 /// Serves `/healthz`, which says whether the node is to get traffic, `/livez`,
@@ -31,13 +31,18 @@ pub async fn serve_probes(
     ready: watch::Receiver<bool>,
     view: View,
     events: Events,
+    metrics: ProbeMetrics,
 ) {
-    let answer = move |path: &str| match path {
-        "/healthz" => view.progress.borrow().healthz(Now::get()),
-        "/livez" => view.progress.borrow().livez(Now::get()),
-        "/readyz" if *ready.borrow() => Answer::text(StatusCode::OK, "ok"),
-        "/readyz" => Answer::text(StatusCode::SERVICE_UNAVAILABLE, "not ready"),
-        _ => Answer::not_found(),
+    let answer = move |path: &str| {
+        let answer = match path {
+            "/healthz" => view.progress.borrow().healthz(Now::get()),
+            "/livez" => view.progress.borrow().livez(Now::get()),
+            "/readyz" if *ready.borrow() => Answer::text(StatusCode::OK, "ok"),
+            "/readyz" => Answer::text(StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+            _ => Answer::not_found(),
+        };
+        metrics.answered(path, answer.status);
+        answer
     };
     let reason = Reason::FailedToStartProxierHealthcheck;
     let listener = listen("health", address, &events, reason).await;
@@ -85,6 +90,8 @@ async fn listen(
 mod tests {
     use std::time::Duration;
 
+    use prometheus_client::{encoding::text::encode, registry::Registry};
+
     use super::{
         http::client::{free_address, get},
         *,
@@ -95,7 +102,9 @@ mod tests {
         let addr = free_address();
         let (set_ready, ready) = watch::channel(false);
         let reporter = Reporter::new(NodeObject::Required);
-        let server = serve_probes(addr, ready, reporter.view(), Events::default());
+        let mut registry = Registry::default();
+        let metrics = ProbeMetrics::register(&mut registry);
+        let server = serve_probes(addr, ready, reporter.view(), Events::default(), metrics);
         let server = tokio::spawn(server);
         let test = async {
             for (path, status) in [
@@ -120,6 +129,15 @@ mod tests {
                 "x-content-type-options: nosniff\r\n",
             ] {
                 assert!(response.contains(header), "{response}");
+            }
+            let mut text = String::new();
+            encode(&mut text, &registry).expect("encoded");
+            for line in [
+                "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
+                "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
+                "kubeproxy_proxy_livez_total{code=\"200\"} 1",
+            ] {
+                assert!(text.contains(line), "{line}: {text}");
             }
         };
         tokio::time::timeout(Duration::from_secs(10), test)

@@ -2,6 +2,7 @@
 
 mod api;
 mod control;
+mod probes;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -13,7 +14,7 @@ use prometheus_client::{
 };
 use tracing::warn;
 
-pub use self::{api::ApiMetrics, control::ControlMetrics};
+pub use self::{api::ApiMetrics, control::ControlMetrics, probes::ProbeMetrics};
 use crate::datapath::{
     inspect::{self, DeviceHooks},
     kernel::{Counter, Counters, Fill, KernelMaps},
@@ -37,6 +38,7 @@ impl Metrics {
         let parts = Parts {
             control: ControlMetrics::register(&mut registry),
             api: ApiMetrics::register(&mut registry),
+            probes: ProbeMetrics::register(&mut registry),
         };
         let own = registry.sub_registry_with_prefix("klb");
         own.register_collector(Box::new(Outcomes { counters }));
@@ -57,6 +59,7 @@ impl Metrics {
 pub struct Parts {
     pub control: ControlMetrics,
     pub api: ApiMetrics,
+    pub probes: ProbeMetrics,
 }
 
 /// What the kernel holds when it is asked.

@@ -269,6 +269,9 @@ impl<M: Maps> Control<M> {
             ended,
             failed,
         } = report;
+        if writes > 0 {
+            log_written(&plans, writes);
+        }
         if ended {
             self.links.ended.notify_one();
         }
@@ -320,6 +323,22 @@ impl<M: Maps> Control<M> {
         if !conflicts.is_empty() {
             self.conflicts.insert(service.clone(), conflicts);
         }
+    }
+}
+
+/// A line for each Service that has changed, or one for many: a start with ten
+/// thousand is one thing to read about.
+fn log_written(plans: &[ServicePlan], writes: u64) {
+    const MANY: usize = 16;
+    if plans.len() > MANY {
+        info!(services = plans.len(), entries = writes, "written");
+        return;
+    }
+    for plan in plans {
+        let ports = plan.ports.iter();
+        let frontends: usize = ports.clone().map(|port| port.frontends.len()).sum();
+        let endpoints: usize = ports.map(|port| port.alive.len()).sum();
+        info!(service = %plan.service, frontends, endpoints, "written");
     }
 }
 

@@ -22,7 +22,7 @@ use std::{
 };
 
 use lb_common::names;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use tracing::debug;
 
 use super::sys;
@@ -312,11 +312,45 @@ pub struct Lock {
     _file: File,
 }
 
+/// The pins, held by this process: an agent with another `--state-dir` would
+/// write the same maps.
+#[derive(Debug)]
+pub struct PinsLock {
+    _folder: Flock<File>,
+}
+
+impl PinsLock {
+    /// Takes the lock, at once or not at all. The folder is there.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Pinned`] if somebody holds it.
+    pub fn take(pins: &Pins) -> Result<Self, LockError> {
+        let path = pins.root().to_owned();
+        let folder = match File::open(&path) {
+            Ok(folder) => folder,
+            Err(source) => return Err(LockError::Io { path, source }),
+        };
+        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(folder) => Ok(Self { _folder: folder }),
+            Err((_, nix::Error::EWOULDBLOCK)) => Err(LockError::Pinned { path }),
+            Err((_, error)) => Err(LockError::Io {
+                path,
+                source: error.into(),
+            }),
+        }
+    }
+}
+
 /// Why the lock was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     #[error("an agent runs already (pid {pid}): it holds {}", path.display())]
     Held { pid: String, path: PathBuf },
+    #[error(
+        "an agent runs already with these pins, {}, and another --state-dir", path.display()
+    )]
+    Pinned { path: PathBuf },
     #[error("lock {}", path.display())]
     Io { path: PathBuf, source: io::Error },
 }

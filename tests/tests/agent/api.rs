@@ -1,6 +1,6 @@
 //! The agent with an API server, into the kernel's maps, under real traffic.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use lb_tests::{
     agent::{Agent, Hooks},
@@ -34,22 +34,21 @@ fn put_endpoints(server: &ApiServer, service: &Service, pods: &[(&str, u8)]) {
     server.put_yaml(&endpoints(service, pods).to_string());
 }
 
-/// Waits until a Service leads to these pods, over IPv4.
+/// Waits until a Service leads to these pods, at all its frontends.
 fn await_pods(agent: &Agent, service: &str, pods: &[u8]) {
-    let wanted: BTreeSet<_> = pods
-        .iter()
-        .map(|number| Addresses::pod(*number).ip(Family::V4))
-        .collect();
     agent.await_services(&format!("{service} to lead to {pods:?}"), |services| {
-        let mut ports = services.iter().filter(|port| port.name == service);
-        let Some(port) = ports.next() else {
-            return wanted.is_empty();
-        };
-        let mut frontends = port.frontends.iter();
-        frontends.any(|frontend| {
-            let addresses = frontend.backends.iter().map(|backend| backend.address);
-            frontend.address.is_ipv4() && addresses.collect::<BTreeSet<_>>() == wanted
-        })
+        let ports = services.iter().filter(|port| port.name == service);
+        let frontends: Vec<_> = ports.flat_map(|port| &port.frontends).collect();
+        frontends.is_empty() == pods.is_empty()
+            && frontends.iter().all(|frontend| {
+                let family = match frontend.address {
+                    IpAddr::V4(_) => Family::V4,
+                    IpAddr::V6(_) => Family::V6,
+                };
+                let addresses = frontend.backends.iter().map(|backend| backend.address);
+                let wanted = pods.iter().map(|number| Addresses::pod(*number).ip(family));
+                addresses.collect::<BTreeSet<_>>() == wanted.collect()
+            })
     });
 }
 

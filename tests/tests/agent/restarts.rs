@@ -1,6 +1,6 @@
 //! The agent ends, in whatever way, and comes back: traffic does not notice.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use lb_common::names;
 use lb_tests::{
@@ -118,7 +118,7 @@ fn killed_while_it_starts() {
     world.agent.terminate();
     for milliseconds in [1, 5, 10, 20, 40, 80, 160] {
         world.agent.spawn();
-        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        std::thread::sleep(Duration::from_millis(milliseconds));
         world.agent.kill();
     }
     world.agent.start();
@@ -216,4 +216,14 @@ fn a_second_agent_is_refused() {
     assert_eq!(said.status.code(), Some(1), "{said:?}");
     let words = format!("runs already (pid {})", world.agent.process().id());
     assert!(said.stderr.contains(&words), "{said:?}");
+    // Nor does another folder for its lock help.
+    let node = &world.cluster.node.place;
+    let mut command = node.command(&world.agent.program);
+    let [bpffs, pins, state_dir, state] = world.agent.paths();
+    command.args(["agent", "--node-name", "x", "--manifests", &manifests]);
+    command.args([bpffs, pins, state_dir, format!("{state}-2")]);
+    let mut second = node.start("second agent", command);
+    assert!(!second.wait(Duration::from_secs(20)).success());
+    let said = second.stderr().text();
+    assert!(said.contains("runs already with these pins"), "{said}");
 }
