@@ -10,7 +10,7 @@ use nix::sys::prctl;
 
 /// What the agent keeps, and what becomes of it without.
 ///
-/// Found by running the tests without each; `docs/privileges.md` tells more.
+/// `docs/privileges.md` tells how this was found.
 pub const KEPT: [(Capability, &str); 6] = [
     (Capability::CAP_BPF, "maps and programs cannot be loaded"),
     (
