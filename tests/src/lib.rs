@@ -25,6 +25,7 @@ pub mod netns;
 pub mod packet;
 pub mod process;
 pub mod program;
+pub mod proxy;
 pub mod scope;
 pub mod sweep;
 pub mod topology;

@@ -101,9 +101,7 @@ impl Connection {
             return Ok(true);
         }
         if request.method != "GET" {
-            let object: Value = serde_json::from_slice(&request.body).unwrap_or_default();
-            self.answer(201, &[], &object.to_string())?;
-            shared.change(|state| state.posted.push(object));
+            self.write(shared, &request)?;
             return Ok(true);
         }
         if request.flag("watch") {
@@ -194,6 +192,33 @@ impl Connection {
             }
         }
         Ok(String::from_utf8_lossy(&line).trim_end().to_owned())
+    }
+
+    /// Takes in what a client wants to be written. Of Events it is only
+    /// remembered that they came.
+    fn write(&mut self, shared: &Shared, request: &Request) -> io::Result<()> {
+        if request.method == "DELETE" {
+            let done =
+                shared.change(|state| request.name().is_some_and(|name| state.store.remove(&name)));
+            let (code, state) = if done {
+                (200, "Success")
+            } else {
+                (404, "Failure")
+            };
+            let answer = json!({
+                "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": state, "code": code,
+            });
+            return self.answer(code, &[], &answer.to_string());
+        }
+        let object: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+        let stored = shared.change(|state| {
+            if let Some(object) = request.new_object(object.clone()) {
+                return state.store.put(object);
+            }
+            state.posted.push(object.clone());
+            object
+        });
+        self.answer(201, &[], &stored.to_string())
     }
 
     fn list(&mut self, shared: &Shared, request: &Request) -> io::Result<()> {
@@ -449,6 +474,43 @@ impl Request {
     /// The last part of the path.
     fn kind(&self) -> &str {
         self.path.rsplit('/').next().unwrap_or_default()
+    }
+
+    /// The parts of the path behind the version: pairs of kind and name, the
+    /// last of which may be a kind alone.
+    fn parts(&self) -> Vec<&str> {
+        let parts = self.path.split('/').skip_while(|part| *part != "v1");
+        parts.skip(1).collect()
+    }
+
+    /// The object that the path names.
+    fn name(&self) -> Option<Name> {
+        match self.parts()[..] {
+            ["namespaces", namespace, kind, name] => Some(Name::new(kind, namespace, name)),
+            [kind, name] => Some(Name::new(kind, "", name)),
+            _ => None,
+        }
+    }
+
+    /// An object as it is stored: as the client sent it, with what a server
+    /// fills in. `None` for kinds that are not.
+    fn new_object(&self, mut object: Value) -> Option<Value> {
+        let parts = self.parts();
+        let (kind, version) = match *parts.last()? {
+            "services" => ("Service", "v1"),
+            "endpointslices" => ("EndpointSlice", "discovery.k8s.io/v1"),
+            "namespaces" => ("Namespace", "v1"),
+            _ => return None,
+        };
+        object["kind"] = json!(kind);
+        object["apiVersion"] = json!(version);
+        if let ["namespaces", namespace, _] = parts[..] {
+            object["metadata"]["namespace"] = json!(namespace);
+        }
+        if kind == "Service" && object["spec"]["clusterIP"].is_null() {
+            object["spec"]["clusterIP"] = json!("10.96.7.7");
+        }
+        Some(object)
     }
 
     /// Whether the selectors let an object through: as many of them as agents

@@ -55,7 +55,8 @@ pub(super) struct Page {
 }
 
 impl Store {
-    pub(super) fn put(&mut self, mut object: Value) {
+    /// Returns the object as it is stored.
+    pub(super) fn put(&mut self, mut object: Value) -> Value {
         let kind = object["kind"].as_str().expect("a kind").to_lowercase() + "s";
         let text = |pointer| object.pointer(pointer).and_then(Value::as_str);
         let is_namespaced = kind != "nodes" && kind != "namespaces";
@@ -75,8 +76,29 @@ impl Store {
             version: self.version,
             kind,
             before,
-            after: Some(object),
+            after: Some(object.clone()),
         });
+        object
+    }
+
+    /// Deletes an object, and what is in it if it is a namespace. Returns
+    /// whether it was there.
+    pub(super) fn remove(&mut self, name: &Name) -> bool {
+        if name.kind == "namespaces" {
+            let inside = self
+                .objects
+                .keys()
+                .filter(|other| other.namespace == name.own);
+            let inside: Vec<_> = inside.cloned().collect();
+            for other in inside {
+                self.delete(&other);
+            }
+        }
+        let is_there = self.objects.contains_key(name);
+        if is_there {
+            self.delete(name);
+        }
+        is_there
     }
 
     pub(super) fn delete(&mut self, name: &Name) {

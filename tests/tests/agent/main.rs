@@ -11,6 +11,7 @@ mod isolation;
 mod manifests;
 mod policies;
 mod privileges;
+mod real_api;
 mod reserved_ports;
 mod restarts;
 mod rollout;
