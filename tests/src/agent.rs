@@ -16,11 +16,12 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 
 use crate::{
+    cgroup::Cgroup,
     manifests::{Folder, NODE},
     netns::tool,
     process::{Output, Place, Process},
     scope,
-    topology::{Cluster, POD_DEVICES, UPLINK},
+    topology::{Cluster, POD_DEVICES, SecondNode, UPLINK},
     wait,
 };
 
@@ -112,6 +113,7 @@ impl Hooks {
 pub struct Agent {
     process: Option<Process>,
     place: Place,
+    node_name: &'static str,
     /// Where `klb` is; [`klb_path`] unless told otherwise.
     pub program: PathBuf,
     /// For its next start.
@@ -133,18 +135,28 @@ pub struct Agent {
 impl Agent {
     /// An agent that does not run yet.
     pub fn new(cluster: &Cluster, hooks: Hooks) -> Self {
+        Self::on(&cluster.node.place, cluster.cgroup(), NODE, hooks)
+    }
+
+    /// As [`Self::new`], on a second node.
+    pub fn second(second: &SecondNode, hooks: Hooks) -> Self {
+        Self::on(&second.node.place, second.cgroup(), "node-2", hooks)
+    }
+
+    fn on(place: &Place, cgroup: &Cgroup, node_name: &'static str, hooks: Hooks) -> Self {
         mount_bpffs();
-        let scope = cluster.scope();
+        let scope = place.scope();
         Self {
             process: None,
-            place: cluster.node.place.clone(),
+            place: place.clone(),
+            node_name,
             program: klb_path(),
             hooks,
             flags: Vec::new(),
             capabilities: None,
             variables: Vec::new(),
             kubeconfig: None,
-            cgroup: cluster.cgroup().path().to_owned(),
+            cgroup: cgroup.path().to_owned(),
             pins: scope::pin_folder(scope.name()),
             manifests: Folder::create(scope.folder().join("manifests")),
         }
@@ -168,7 +180,7 @@ impl Agent {
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "it runs");
         let mut command = self.confined();
-        command.args(["agent", "--node-name", NODE]);
+        command.args(["agent", "--node-name", self.node_name]);
         match &self.kubeconfig {
             Some(path) => command.arg("--kubeconfig").arg(path),
             None => command.arg("--manifests").arg(self.manifests.path()),

@@ -46,6 +46,10 @@ const SERVICES_V6: &str = "fd00:10:96::/112";
 const PODS_V4: &str = "10.244.0.0/24";
 const PODS_V6: &str = "fd00:10:244::/64";
 
+/// Of those, the pods of a second node: 130 to 139, as they are written.
+const SECOND_PODS_V4: &str = "10.244.0.128/25";
+const SECOND_PODS_V6: &str = "fd00:10:244::100/120";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
     V4,
@@ -80,6 +84,16 @@ impl Addresses {
     pub const OUTSIDE: Self = Self {
         v4: Ipv4Addr::new(192, 168, 50, 2),
         v6: Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 2),
+    };
+
+    /// Of a second node, and of the host outside on the link to it.
+    pub const NODE_2: Self = Self {
+        v4: Ipv4Addr::new(192, 168, 51, 1),
+        v6: Ipv6Addr::new(0xfd00, 0x51, 0, 0, 0, 0, 0, 1),
+    };
+    pub const OUTSIDE_2: Self = Self {
+        v4: Ipv4Addr::new(192, 168, 51, 2),
+        v6: Ipv6Addr::new(0xfd00, 0x51, 0, 0, 0, 0, 0, 2),
     };
 
     /// Those of the pod with that number: 12 is `10.244.0.12` and, as it is
@@ -224,6 +238,21 @@ pub struct Cluster {
     scope: Rc<Scope>,
 }
 
+/// A second node behind the host outside, which is the router between the two;
+/// with pods of its own. Removed on drop.
+#[derive(Debug)]
+pub struct SecondNode {
+    pub pods: Vec<Pod>,
+    pub node: Host,
+    cgroup: Rc<Cgroup>,
+}
+
+impl SecondNode {
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+}
+
 /// The client pod's number.
 const CLIENT: u8 = 9;
 
@@ -237,7 +266,7 @@ impl Cluster {
             cgroup: &cgroup,
             options: &options,
         };
-        let node = builder.node();
+        let node = builder.node(Addresses::NODE);
         let outside = builder.outside(&node);
         let client = builder.pod(&node, "client", CLIENT);
         Self {
@@ -281,6 +310,35 @@ impl Cluster {
             await_server(pod.server.as_mut().expect("started above"));
         }
         self.pods.append(&mut added);
+    }
+
+    /// Adds a second node with pods that serve, and waits until they do. Their
+    /// numbers are from 130 to 139: those are routed there.
+    ///
+    /// # Panics
+    /// If a pod does not serve.
+    pub fn second_node(&self, pods: &[(&str, u8)]) -> SecondNode {
+        let scope = Rc::new(Scope::test());
+        let cgroup = Rc::new(Cgroup::new(scope.name()));
+        let builder = Builder {
+            scope: &scope,
+            cgroup: &cgroup,
+            options: &self.options,
+        };
+        let node = builder.node(Addresses::NODE_2);
+        builder.plug_second(&node, &self.node, &self.outside);
+        let pods = pods.iter().map(|(name, number)| {
+            let mut pod = builder.pod(&node, name, *number);
+            let mut server = self.helper().serve(&pod.host.place, name);
+            await_server(&mut server);
+            pod.server = Some(server);
+            pod
+        });
+        SecondNode {
+            pods: pods.collect(),
+            node,
+            cgroup,
+        }
     }
 
     /// A namespace for a pod, which [`Self::plug`] connects.
@@ -340,8 +398,8 @@ impl Builder<'_> {
         }
     }
 
-    fn node(&self) -> Host {
-        let node = self.host("node", Addresses::NODE, Some(self.cgroup));
+    fn node(&self, addresses: Addresses) -> Host {
+        let node = self.host("node", addresses, Some(self.cgroup));
         let netns = node.place.netns();
         netns.sysctl("net/ipv4/ip_forward", "1");
         netns.sysctl("net/ipv6/conf/all/forwarding", "1");
@@ -385,6 +443,44 @@ impl Builder<'_> {
         }
         netns.ip(&commands);
         self.set_offloads(node, UPLINK, outside);
+    }
+
+    /// Connects a second node with the host outside, and has that forward.
+    fn plug_second(&self, second: &Host, first: &Host, outside: &Host) {
+        let router = outside.place.netns();
+        router.sysctl("net/ipv4/ip_forward", "1");
+        router.sysctl("net/ipv6/conf/all/forwarding", "1");
+        let (here, there) = (Addresses::NODE_2, Addresses::OUTSIDE_2);
+        second.place.netns().ip(&format!(
+            "link add {UPLINK} type veth peer name eth1 netns {}\n\
+             addr add {}/24 dev {UPLINK}\n\
+             addr add {}/64 dev {UPLINK} nodad\n\
+             link set {UPLINK} up\n\
+             route add 0.0.0.0/0 via {}\n\
+             route add ::/0 via {}\n",
+            router.name(),
+            here.v4,
+            here.v6,
+            there.v4,
+            there.v6,
+        ));
+        router.ip(&format!(
+            "addr add {}/24 dev eth1\n\
+             addr add {}/64 dev eth1 nodad\n\
+             link set eth1 up\n\
+             route add {SECOND_PODS_V4} via {}\n\
+             route add {SECOND_PODS_V6} via {}\n",
+            there.v4, there.v6, here.v4, here.v6,
+        ));
+        let Addresses { v4, v6 } = Addresses::OUTSIDE;
+        first.place.netns().ip(&format!(
+            "route add 0.0.0.0/0 via {v4}\n\
+             route add ::/0 via {v6}\n"
+        ));
+        if !self.options.offloads {
+            second.set_offload(UPLINK, false);
+            outside.set_offload("eth1", false);
+        }
     }
 
     fn pod(&self, node: &Host, name: &str, number: u8) -> Pod {

@@ -17,6 +17,7 @@ mod reveal;
 mod sockets;
 mod strangers;
 mod takeover;
+mod two_nodes;
 mod wire;
 
 use lb_tests::{agent::Hooks, topology::Options, world::World};

@@ -1,0 +1,142 @@
+//! Two nodes with klb on each, and a router between them: what enters by one
+//! for a pod of the other goes there, and comes back the way it went.
+
+use lb_tests::{
+    agent::{Agent, Hooks},
+    manifests::NODE,
+    topology::{Addresses, Family, Host, SecondNode},
+    traffic::{Protocol, Request},
+    world::{ENDPOINTS_FILE, Frontend, SERVICE_FILE, World, endpoints},
+};
+
+/// Name and number of the second node's pod.
+const FAR: (&str, u8) = ("far-1", 130);
+/// Of a pod of the first.
+const NEAR: (&str, u8) = ("pod-1", 5);
+
+struct TwoNodes {
+    // Before the nodes: they clean up in the nodes' namespaces.
+    agent: Agent,
+    world: World,
+    second: SecondNode,
+}
+
+impl TwoNodes {
+    /// With one endpoint behind the Service.
+    fn new(hooks: Hooks, endpoint: (&str, u8)) -> Self {
+        let world = crate::world(hooks);
+        let second = world.cluster.second_node(&[FAR]);
+        let mut agent = Agent::second(&second, hooks);
+        agent.flags.clone_from(&world.agent.flags);
+        let mut manifest = endpoints(&world.service, &[endpoint]).to_string();
+        if endpoint == FAR {
+            manifest = manifest.replace(&format!("nodeName: {NODE}"), "nodeName: node-2");
+        }
+        agent
+            .manifests
+            .put(SERVICE_FILE, &world.service.to_string());
+        for folder in [&agent.manifests, &world.agent.manifests] {
+            folder.put(ENDPOINTS_FILE, &manifest);
+        }
+        agent.start();
+        for agent in [&agent, &world.agent] {
+            agent.await_services("one endpoint", |services| {
+                let frontends = services.iter().flat_map(|service| &service.frontends);
+                let mut addresses = frontends.flat_map(|frontend| &frontend.backends);
+                addresses.all(|backend| {
+                    Family::ALL
+                        .map(|family| Addresses::pod(endpoint.1).ip(family))
+                        .contains(&backend.address)
+                })
+            });
+        }
+        Self {
+            agent,
+            world,
+            second,
+        }
+    }
+
+    /// Asks for the Service, and returns who the endpoint saw.
+    fn ask(&self, client: &Host, request: &Request, endpoint: &str) -> std::net::IpAddr {
+        let answer = client.ask(request).unwrap_or_else(|failure| {
+            let status = self.agent.status();
+            panic!(
+                "{request:?}: {failure:?}; the second node: {:?}",
+                status.counters
+            )
+        });
+        assert_eq!(answer.name, endpoint, "{request:?}");
+        answer.seen.ip()
+    }
+}
+
+/// Every family and protocol, with more than a packet where that is possible.
+fn requests(world: &World, kind: Frontend, node: Addresses) -> Vec<(Family, Request)> {
+    let both = |family| {
+        [
+            (family, Protocol::Tcp, 20_000),
+            (family, Protocol::Udp, 1300),
+        ]
+    };
+    let all = Family::ALL.into_iter().flat_map(both);
+    all.map(|(family, protocol, size)| {
+        let mut to = world.frontend(kind, family, protocol);
+        if kind == Frontend::NodePort {
+            to.set_ip(node.ip(family));
+        }
+        (family, Request::new(protocol, to).size(size))
+    })
+    .collect()
+}
+
+const ALL_HOOKS: [Hooks; 3] = [Hooks::ALL, Hooks::TC, Hooks::CLSACT];
+
+#[test]
+fn a_node_port_leads_to_a_pod_of_the_other_node_and_back() {
+    for hooks in ALL_HOOKS {
+        let nodes = TwoNodes::new(hooks, FAR);
+        let world = &nodes.world;
+        let outside = &world.cluster.outside;
+        for (family, request) in requests(world, Frontend::NodePort, Addresses::NODE) {
+            let seen = nodes.ask(outside, &request, FAR.0);
+            assert_eq!(seen, Addresses::NODE.ip(family), "{request:?}");
+        }
+        // Where the pod is, it sees who asks.
+        for (family, request) in requests(world, Frontend::NodePort, Addresses::NODE_2) {
+            let seen = nodes.ask(outside, &request, FAR.0);
+            assert_eq!(seen, Addresses::OUTSIDE_2.ip(family), "{request:?}");
+        }
+    }
+}
+
+#[test]
+fn the_second_node_leads_to_the_first() {
+    let nodes = TwoNodes::new(Hooks::ALL, NEAR);
+    let world = &nodes.world;
+    for (family, request) in requests(world, Frontend::NodePort, Addresses::NODE_2) {
+        let seen = nodes.ask(&world.cluster.outside, &request, NEAR.0);
+        assert_eq!(seen, Addresses::NODE_2.ip(family), "{request:?}");
+    }
+    let far = &nodes.second.pods[0].host;
+    for client in [far.clone(), far.without_cgroup()] {
+        for (family, request) in requests(world, Frontend::ClusterIp, Addresses::NODE) {
+            let seen = nodes.ask(&client, &request, NEAR.0);
+            assert_eq!(seen, Addresses::pod(FAR.1).ip(family), "{request:?}");
+        }
+    }
+}
+
+#[test]
+fn a_pod_reaches_a_pod_of_the_other_node_and_is_seen() {
+    for hooks in ALL_HOOKS {
+        let nodes = TwoNodes::new(hooks, FAR);
+        let pod = &nodes.world.cluster.client.host;
+        for client in [pod.clone(), pod.without_cgroup()] {
+            for (family, request) in requests(&nodes.world, Frontend::ClusterIp, Addresses::NODE) {
+                let seen = nodes.ask(&client, &request, FAR.0);
+                assert_eq!(seen, pod.addresses.ip(family), "{request:?}");
+            }
+        }
+    }
+}
