@@ -181,9 +181,10 @@ fn amend_transport<P: Packet, A>(packet: &P, quoted: &Quoted<A>, delta: Delta) -
     }
 }
 
-/// The message itself goes to the packet's sender, and if the packet's receiver
-/// sent it, then from the address that the sender knows it by. Routers on the
-/// way keep theirs.
+/// The message itself goes to the packet's sender, from the address that the
+/// sender knows the receiver by where it knows another than this side does,
+/// whoever sent it: as the kernel's NAT does. A router may be on both ways, and
+/// drops a message that comes to it from its own address.
 #[inline(always)]
 fn readdress<P: Packet, F: Family>(
     packet: &P,
@@ -196,7 +197,7 @@ fn readdress<P: Packet, F: Family>(
         src: outer.src,
         dst: entry.dst,
     };
-    if outer.src.same(&quoted.dst) {
+    if !entry.src.same(&quoted.dst) {
         new.src = entry.src;
     }
     let delta = Delta::new()

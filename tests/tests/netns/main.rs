@@ -10,6 +10,7 @@ mod kit;
 mod masquerade;
 mod matrix;
 mod orphans;
+mod pmtu;
 mod policies;
 mod ports;
 mod private;

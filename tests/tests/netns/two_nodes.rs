@@ -1,6 +1,8 @@
 //! Two nodes with klb on each, and a router between them: what enters by one
 //! for a pod of the other goes there, and comes back the way it went.
 
+use std::net::IpAddr;
+
 use lb_tests::{
     agent::{Agent, Hooks},
     manifests::NODE,
@@ -10,20 +12,20 @@ use lb_tests::{
 };
 
 /// Name and number of the second node's pod.
-const FAR: (&str, u8) = ("far-1", 130);
+pub(crate) const FAR: (&str, u8) = ("far-1", 130);
 /// Of a pod of the first.
 const NEAR: (&str, u8) = ("pod-1", 5);
 
-struct TwoNodes {
+pub(crate) struct TwoNodes {
     // Before the nodes: they clean up in the nodes' namespaces.
     agent: Agent,
-    world: World,
-    second: SecondNode,
+    pub(crate) world: World,
+    pub(crate) second: SecondNode,
 }
 
 impl TwoNodes {
     /// With one endpoint behind the Service.
-    fn new(hooks: Hooks, endpoint: (&str, u8)) -> Self {
+    pub(crate) fn new(hooks: Hooks, endpoint: (&str, u8)) -> Self {
         let world = crate::world(hooks);
         let second = world.cluster.second_node(&[FAR]);
         let mut agent = Agent::second(&second, hooks);
@@ -58,7 +60,7 @@ impl TwoNodes {
     }
 
     /// Asks for the Service, and returns who the endpoint saw.
-    fn ask(&self, client: &Host, request: &Request, endpoint: &str) -> std::net::IpAddr {
+    pub(crate) fn ask(&self, client: &Host, request: &Request, endpoint: &str) -> IpAddr {
         let answer = client.ask(request).unwrap_or_else(|failure| {
             let status = self.agent.status();
             panic!(
