@@ -1,5 +1,6 @@
 //! Real sockets and real devices: what crosses hooks, namespaces and stacks.
 
+mod asymmetric;
 mod bypass;
 mod combinations;
 mod devices;
