@@ -11,11 +11,13 @@ use serde_json::Value;
 
 /// The maps that have entries here, with a field of key and of value; none
 /// where that is just a number.
-const FIELDS: [(&str, Option<&str>, Option<&str>); 14] = [
+const FIELDS: [(&str, Option<&str>, Option<&str>); 16] = [
     (names::SERVICES4, Some("addr"), Some("slot_count")),
     (names::SERVICES6, Some("addr"), Some("slot_count")),
     (names::SLOTS4, None, Some("addr")),
     (names::SLOTS6, None, Some("addr")),
+    (names::RANGES4, Some("data"), None),
+    (names::RANGES6, Some("data"), None),
     (names::BACKENDS, None, None),
     (names::META, None, Some("namespace")),
     (names::FLOWS4, Some("src_port"), Some("last_seen")),
@@ -27,6 +29,20 @@ const FIELDS: [(&str, Option<&str>, Option<&str>); 14] = [
     (names::CONFIG, None, Some("timeouts")),
     (names::COUNTERS, None, None),
 ];
+
+/// A Service that not everybody may use.
+const RANGED: &str = "\
+apiVersion: v1
+kind: Service
+metadata: {name: ranged, namespace: default}
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.77
+  clusterIPs: [10.96.0.77, 'fd00:10:96::77']
+  loadBalancerSourceRanges: [192.0.2.0/24, '2001:db8::/32']
+  ports: [{port: 80}]
+status: {loadBalancer: {ingress: [{ip: 203.0.113.77}, {ip: '2001:db8:1::77'}]}}
+";
 
 /// The elements of a map as bpftool formats them by the map's type information.
 fn formatted(world: &World, map: &str) -> Vec<Value> {
@@ -45,6 +61,7 @@ fn formatted(world: &World, map: &str) -> Vec<Value> {
 #[test]
 fn every_map_shows_the_names_of_its_fields() {
     let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.manifests.put("ranged.yaml", RANGED);
     world.agent.start();
     let pod = &world.cluster.client.host;
     for family in Family::ALL {
