@@ -13,8 +13,9 @@ use lb_tests::{
     manifests::NODE,
     topology::{Addresses, Family, Host},
     traffic::{Answer, Failure, Protocol, Request},
-    world::World,
 };
+
+use crate::two_nodes::{FAR, NEAR, TwoNodes};
 
 const PAGE: &str = include_str!("../../../docs/matrix.md");
 
@@ -118,7 +119,7 @@ impl Service {
         }
     }
 
-    /// The Service with an endpoint here and one that is said to be elsewhere.
+    /// The Service with an endpoint on each node.
     fn manifest(self) -> String {
         let Self {
             number,
@@ -148,7 +149,7 @@ status: {{loadBalancer: {{ingress: [{{ip: '{l4}'}}, {{ip: '{l6}'}}]}}}}
 "
         );
         for family in Family::ALL {
-            let [here, there] = [5, 6].map(|pod| Addresses::pod(pod).ip(family));
+            let [near, far] = [NEAR, FAR].map(|(_, number)| Addresses::pod(number).ip(family));
             write!(
                 text,
                 "---
@@ -163,8 +164,8 @@ ports:
 - {{name: tcp, port: 3000, protocol: TCP}}
 - {{name: udp, port: 3053, protocol: UDP}}
 endpoints:
-- {{addresses: ['{here}'], nodeName: {NODE}}}
-- {{addresses: ['{there}'], nodeName: node-2}}
+- {{addresses: ['{near}'], nodeName: {NODE}}}
+- {{addresses: ['{far}'], nodeName: node-2}}
 ",
                 name = family.to_string().to_lowercase(),
             )
@@ -174,55 +175,88 @@ endpoints:
     }
 }
 
-const LOCAL: &str = "pod-1";
-const REMOTE: &str = "pod-2";
-
-/// Asks until all is seen that there is to see, and says it in the page's words.
-fn observe(
-    client: &Host,
-    to: SocketAddr,
-    family: Family,
-    protocol: Protocol,
-    expected: &str,
-) -> String {
-    let patience = if expected == "no route" {
-        Patience::Little
-    } else {
-        Patience::Much
-    };
-    let mut seen = BTreeSet::new();
-    for attempt in 1..=MORE_ATTEMPTS {
-        match ask(client, to, protocol, patience) {
-            Ok(answer) => {
-                assert_eq!(answer.from, to, "who answers");
-                let node = Addresses::NODE.ip(family);
-                let source = match answer.seen.ip() {
-                    ip if ip == client.addresses.ip(family) => "client",
-                    ip if ip == node => "node",
-                    _ => "somebody else",
-                };
-                seen.insert((answer.name, source));
-            }
-            // A router's "no route" may pass: some sockets try on.
-            Err(Failure::Unreachable | Failure::TimedOut) => return "no route".to_owned(),
-            Err(Failure::Refused) => return "refused".to_owned(),
-            Err(other) => return other.to_string(),
-        }
-        if attempt >= ATTEMPTS && in_words(&seen) == expected {
-            break;
-        }
-    }
-    in_words(&seen)
+/// Somebody who asks, and the node whose klb decides about it.
+struct Client<'a> {
+    host: &'a Host,
+    /// The node's endpoint, and the other node's.
+    endpoints: [&'static str; 2],
+    node: Addresses,
 }
 
-/// Who answered, and whom it saw, as the page says it.
-fn in_words(seen: &BTreeSet<(String, &str)>) -> String {
-    let seen: Vec<_> = seen.iter().map(|(pod, ip)| (pod.as_str(), *ip)).collect();
-    match seen[..] {
-        [(LOCAL, "client")] => "local".to_owned(),
-        [(LOCAL, "client"), (REMOTE, "client")] => "both".to_owned(),
-        [(LOCAL, "client"), (REMOTE, "node")] => "both, masqueraded".to_owned(),
-        _ => format!("{seen:?}"),
+impl<'a> Client<'a> {
+    fn new(nodes: &'a TwoNodes, name: &str, frontend: &str) -> Self {
+        let cluster = &nodes.world.cluster;
+        let host = match name {
+            "pod" => &cluster.client.host,
+            "node" => &cluster.node,
+            "outside" => &cluster.outside,
+            "far pod" => nodes.far_client(),
+            other => panic!("no client {other}"),
+        };
+        if name == "far pod" && frontend != "NodePort" {
+            return Self {
+                host,
+                endpoints: [FAR.0, NEAR.0],
+                node: Addresses::NODE_2,
+            };
+        }
+        Self {
+            host,
+            endpoints: [NEAR.0, FAR.0],
+            node: Addresses::NODE,
+        }
+    }
+
+    /// Asks until all is seen that there is to see, and says it in the page's
+    /// words.
+    fn observe(&self, to: SocketAddr, protocol: Protocol, expected: &str) -> String {
+        let patience = if expected == "no route" {
+            Patience::Little
+        } else {
+            Patience::Much
+        };
+        let mut seen = BTreeSet::new();
+        for attempt in 1..=MORE_ATTEMPTS {
+            match ask(self.host, to, protocol, patience) {
+                Ok(answer) => {
+                    assert_eq!(answer.from, to, "who answers");
+                    let source = self.name_of(answer.seen.ip());
+                    seen.insert((answer.name, source));
+                }
+                // A router's "no route" may pass: some sockets try on.
+                Err(Failure::Unreachable | Failure::TimedOut) => return "no route".to_owned(),
+                Err(Failure::Refused) => return "refused".to_owned(),
+                Err(other) => return other.to_string(),
+            }
+            if attempt >= ATTEMPTS && self.in_words(&seen) == expected {
+                break;
+            }
+        }
+        self.in_words(&seen)
+    }
+
+    fn name_of(&self, source: IpAddr) -> &'static str {
+        let is = |addresses: Addresses| Family::ALL.map(|f| addresses.ip(f)).contains(&source);
+        if is(self.host.addresses) {
+            "client"
+        } else if is(self.node) {
+            "node"
+        } else {
+            "somebody else"
+        }
+    }
+
+    /// Who answered, and whom it saw, as the page says it.
+    fn in_words(&self, seen: &BTreeSet<(String, &str)>) -> String {
+        let [local, remote] = self.endpoints;
+        let has = |pod: &str, source| seen.contains(&(pod.to_owned(), source));
+        let words = match seen.len() {
+            1 if has(local, "client") => "local",
+            2 if has(local, "client") && has(remote, "client") => "both",
+            2 if has(local, "client") && has(remote, "node") => "both, masqueraded",
+            _ => return format!("{seen:?}"),
+        };
+        words.to_owned()
     }
 }
 
@@ -241,7 +275,7 @@ fn ask(
     let request = request.timeout(Duration::from_millis(1200));
     match client.ask(&request) {
         Err(Failure::TimedOut) => {
-            eprintln!("{} asked {to} {protocol:?} once more", client.name);
+            eprintln!("{:?}: {to} {protocol:?}, once more", client.addresses.v4);
             client.ask(&request)
         }
         result => result,
@@ -255,51 +289,53 @@ enum Patience {
     Much,
 }
 
-fn world(hooks: Hooks) -> World {
-    let world = crate::world(hooks);
+fn nodes(hooks: Hooks) -> TwoNodes {
+    let nodes = TwoNodes::new(hooks, NEAR);
     let manifests: Vec<_> = SERVICES.into_iter().map(Service::manifest).collect();
     let manifests = manifests.join("---\n");
-    world.agent.manifests.put("matrix.yaml", &manifests);
-    world.agent.await_services("the matrix", |services| {
-        let ours = services
-            .iter()
-            .filter(|service| service.name.starts_with("matrix-"));
-        ours.filter(|service| service.frontends.len() == 8).count() == 2 * SERVICES.len()
-    });
+    for agent in nodes.agents() {
+        agent.manifests.put("matrix.yaml", &manifests);
+    }
+    for agent in nodes.agents() {
+        agent.await_services("the matrix", |services| {
+            let ours = services
+                .iter()
+                .filter(|service| service.name.starts_with("matrix-"));
+            let ready = ours.filter(|service| {
+                let backends = service.frontends.iter().flat_map(|f| &f.backends);
+                service.frontends.len() == 8 && backends.count() > 0
+            });
+            ready.count() == 2 * SERVICES.len()
+        });
+    }
     let node = Addresses::NODE;
-    world.cluster.outside.place.netns().ip(&format!(
+    nodes.world.cluster.outside.place.netns().ip(&format!(
         "route add 203.0.113.0/24 via {v4}\n\
          route add 198.51.100.0/24 via {v4}\n\
          route add 2001:db8::/32 via {v6}\n",
         v4 = node.v4,
         v6 = node.v6,
     ));
-    world
+    nodes
 }
 
-/// Checks one column; returns what is not as the page says.
-fn check(world: &World, column: usize, rows: &[Row]) -> Vec<String> {
-    let client_of = |name: &str| match name {
-        "pod" => &world.cluster.client.host,
-        "node" => &world.cluster.node,
-        "outside" => &world.cluster.outside,
-        other => panic!("no client {other}"),
-    };
+/// Checks a cell with every Service, family and protocol; returns what is not
+/// as the page says.
+fn check(nodes: &TwoNodes, row: &Row, column: usize) -> Vec<String> {
+    let client = Client::new(nodes, row.client, row.frontend);
+    let expected = row.expected[column];
     let mut wrong = Vec::new();
-    for row in rows {
-        for service in SERVICES.into_iter().filter(|s| s.is_meant(row.policy)) {
-            for family in Family::ALL {
-                for protocol in [Protocol::Tcp, Protocol::Udp] {
-                    let to = service.to(row.frontend, family, protocol);
-                    let client = client_of(row.client);
-                    let expected = row.expected[column];
-                    let observed = observe(client, to, family, protocol, expected);
-                    if observed != expected {
-                        wrong.push(format!(
-                            "{} at {} ({service:?}) {family} {protocol:?}: expected {expected}, observed {observed}",
-                            row.client, row.frontend,
-                        ));
-                    }
+    for service in SERVICES.into_iter().filter(|s| s.is_meant(row.policy)) {
+        for family in Family::ALL {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let to = service.to(row.frontend, family, protocol);
+                let observed = client.observe(to, protocol, expected);
+                if observed != expected {
+                    wrong.push(format!(
+                        "{} at {} ({service:?}) {family} {protocol:?}: \
+                         expected {expected}, observed {observed}",
+                        row.client, row.frontend,
+                    ));
                 }
             }
         }
@@ -309,9 +345,12 @@ fn check(world: &World, column: usize, rows: &[Row]) -> Vec<String> {
 
 fn check_column(hooks: Hooks, column: usize) {
     let rows = rows();
-    assert_eq!(rows.len(), 24, "every client, frontend and policy");
-    let world = world(hooks);
-    let wrong = check(&world, column, &rows);
+    assert_eq!(rows.len(), 32, "every client, frontend and policy");
+    let nodes = nodes(hooks);
+    let wrong: Vec<_> = rows
+        .iter()
+        .flat_map(|row| check(&nodes, row, column))
+        .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

@@ -11,10 +11,12 @@ use lb_tests::{
     world::{ENDPOINTS_FILE, Frontend, SERVICE_FILE, World, endpoints},
 };
 
-/// Name and number of the second node's pod.
+/// Name and number of a pod of the second node.
 pub(crate) const FAR: (&str, u8) = ("far-1", 130);
+/// Of another there, which is never an endpoint.
+const FAR_CLIENT: (&str, u8) = ("far-2", 131);
 /// Of a pod of the first.
-const NEAR: (&str, u8) = ("pod-1", 5);
+pub(crate) const NEAR: (&str, u8) = ("pod-1", 5);
 
 pub(crate) struct TwoNodes {
     // Before the nodes: they clean up in the nodes' namespaces.
@@ -27,7 +29,7 @@ impl TwoNodes {
     /// With one endpoint behind the Service.
     pub(crate) fn new(hooks: Hooks, endpoint: (&str, u8)) -> Self {
         let world = crate::world(hooks);
-        let second = world.cluster.second_node(&[FAR]);
+        let second = world.cluster.second_node(&[FAR, FAR_CLIENT]);
         let mut agent = Agent::second(&second, hooks);
         agent.flags.clone_from(&world.agent.flags);
         let mut manifest = endpoints(&world.service, &[endpoint]).to_string();
@@ -57,6 +59,16 @@ impl TwoNodes {
             world,
             second,
         }
+    }
+
+    /// Of both nodes.
+    pub(crate) fn agents(&self) -> [&Agent; 2] {
+        [&self.world.agent, &self.agent]
+    }
+
+    /// The pod of the second node that is never an endpoint.
+    pub(crate) fn far_client(&self) -> &Host {
+        &self.second.pods[1].host
     }
 
     /// Asks for the Service, and returns who the endpoint saw.
@@ -120,11 +132,11 @@ fn the_second_node_leads_to_the_first() {
         let seen = nodes.ask(&world.cluster.outside, &request, NEAR.0);
         assert_eq!(seen, Addresses::NODE_2.ip(family), "{request:?}");
     }
-    let far = &nodes.second.pods[0].host;
+    let far = nodes.far_client();
     for client in [far.clone(), far.without_cgroup()] {
         for (family, request) in requests(world, Frontend::ClusterIp, Addresses::NODE) {
             let seen = nodes.ask(&client, &request, NEAR.0);
-            assert_eq!(seen, Addresses::pod(FAR.1).ip(family), "{request:?}");
+            assert_eq!(seen, far.addresses.ip(family), "{request:?}");
         }
     }
 }
