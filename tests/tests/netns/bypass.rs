@@ -17,7 +17,10 @@ use lb_tests::{
     world::Frontend,
 };
 
-use crate::private::{in_private_namespace, ip};
+use crate::{
+    private::{in_private_namespace, ip},
+    two_nodes::{FAR, TwoNodes},
+};
 
 /// The addresses of one family and one protocol, by role.
 #[derive(Clone, Copy, Debug)]
@@ -324,6 +327,44 @@ fn connections_go_past_the_stack() {
                 }
                 let request = world.request(frontend, family, Protocol::Udp);
                 client.ask(&request.size(1300)).expect("an answer");
+            }
+        }
+    }
+}
+
+/// A remote backend behind the device by which the client comes: XDP sends each
+/// packet out where it came in, both ways.
+#[test]
+fn xdp_sends_back_by_the_wire_what_came_by_it() {
+    for hooks in [Hooks::XDP, Hooks::XDP_GENERIC] {
+        let nodes = TwoNodes::with_flags(hooks, FAR, &["--routing=bypass"]);
+        let world = &nodes.world;
+        let router = world.cluster.outside.place.netns();
+        // A veth takes what its peer's XDP program sends back only if it has a
+        // program of its own (`veth_xdp_flush`).
+        let mut bystander = Datapath::new();
+        router.within(|| bystander.attach(Hook::Xdp, "eth0"));
+        for family in Family::ALL {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let request = world.request(Frontend::NodePort, family, protocol);
+                // The first packets find out the neighbours.
+                for size in [
+                    1,
+                    if protocol == Protocol::Tcp {
+                        300_000
+                    } else {
+                        1300
+                    },
+                ] {
+                    let before = forwarded(&world.cluster.node);
+                    let request = request.clone().size(size);
+                    let seen = nodes.ask(&world.cluster.outside, &request, FAR.0);
+                    assert_eq!(seen, world.cluster.node.addresses.ip(family));
+                    let passed = forwarded(&world.cluster.node) - before;
+                    if size > 1 {
+                        assert_eq!(passed, 0, "{hooks:?} {family} {protocol:?}");
+                    }
+                }
             }
         }
     }

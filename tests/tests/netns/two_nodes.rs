@@ -28,7 +28,17 @@ pub(crate) struct TwoNodes {
 impl TwoNodes {
     /// With one endpoint behind the Service.
     pub(crate) fn new(hooks: Hooks, endpoint: (&str, u8)) -> Self {
-        let world = crate::world(hooks);
+        Self::with_flags(hooks, endpoint, &[])
+    }
+
+    /// With more flags for both agents.
+    pub(crate) fn with_flags(hooks: Hooks, endpoint: (&str, u8), flags: &[&str]) -> Self {
+        let mut world = crate::stopped_world(hooks);
+        world
+            .agent
+            .flags
+            .extend(flags.iter().map(|&flag| flag.to_owned()));
+        world.agent.start();
         let second = world.cluster.second_node(&[FAR, FAR_CLIENT]);
         let mut agent = Agent::second(&second, hooks);
         agent.flags.clone_from(&world.agent.flags);
