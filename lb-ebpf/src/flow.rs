@@ -141,7 +141,12 @@ impl<F: Family> Flow<F> {
             (*self.entry).edge = edge;
         }
         tell_peer(&parsed.tuple, self);
-        if self.young && parsed.is_connection() && is_confirmed(seen, entry.seen_peer) {
+        if !parsed.is_connection() {
+            return;
+        }
+        if !self.young {
+            leave_young(&parsed.tuple, self);
+        } else if is_confirmed(seen, entry.seen_peer) {
             confirm(&parsed.tuple, self);
         }
     }
@@ -185,25 +190,33 @@ fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     }
 }
 
-/// Moves both entries of a connection to the table of confirmed ones. A packet
-/// that meets it half-way finds an entry in one table or the other.
+/// Puts both entries of a connection into the table of confirmed ones.
+///
+/// They stay among the young for now: another CPU may have missed them there
+/// just before, and looks among the young next. If it missed them twice, its
+/// packet would pass untranslated, and whoever got it would reset the
+/// connection. [`leave_young`] ends it.
 #[inline(never)]
 fn confirm<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let peer_key = flow.entry().peer_key(tuple.protocol);
     let Some(peer) = find_young::<F>(&peer_key) else {
         return;
     };
-    if !peer.entry().mirrors(tuple)
-        || F::flows()
-            .insert(&peer_key, peer.get(), u64::from(BPF_ANY))
-            .is_err()
-        || F::flows()
-            .insert(tuple, flow.get(), u64::from(BPF_ANY))
-            .is_err()
-    {
+    if !peer.entry().mirrors(tuple) {
         return;
     }
-    let _ = F::young().remove(&peer_key);
+    // A failure leaves the connection young, as it was.
+    let is_there = F::flows().insert(&peer_key, peer.get(), u64::from(BPF_ANY));
+    if is_there.is_ok() {
+        let _ = F::flows().insert(tuple, flow.get(), u64::from(BPF_ANY));
+    }
+}
+
+/// Removes what [`confirm`] left of a connection among the young: with its first
+/// packet that brings something new, which is the next second's or a FIN.
+#[inline(never)]
+fn leave_young<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
+    let _ = F::young().remove(&flow.entry().peer_key(tuple.protocol));
     let _ = F::young().remove(tuple);
 }
 

@@ -582,12 +582,12 @@ impl Datapath {
 
     /// The IPv4 flows, confirmed and young.
     pub fn flows4(&self) -> BTreeMap<String, FlowEntry<Addr4>> {
-        self.dump([names::FLOWS4, names::YOUNG4])
+        self.dump([names::YOUNG4, names::FLOWS4])
     }
 
     /// The IPv6 flows, confirmed and young.
     pub fn flows6(&self) -> BTreeMap<String, FlowEntry<Addr6>> {
-        self.dump([names::FLOWS6, names::YOUNG6])
+        self.dump([names::YOUNG6, names::FLOWS6])
     }
 
     fn dump<A: FlowAddr>(&self, tables: [&str; 2]) -> BTreeMap<String, FlowEntry<A>>
@@ -596,6 +596,7 @@ impl Datapath {
         FlowEntry<A>: aya::Pod,
     {
         let table = |name| self.ebpf().map(name).expect("in the object");
+        // A connection that was just confirmed is in both; the second counts.
         tables
             .into_iter()
             .flat_map(|name| dump(table(name)))
@@ -607,7 +608,7 @@ impl Datapath {
         self.flows4().len() + self.flows6().len()
     }
 
-    /// Number of entries of both families that no answer has confirmed.
+    /// Number of entries of both families in the tables of the young.
     pub fn young_count(&self) -> usize {
         let table = |name| self.ebpf().map(name).expect("in the object");
         dump::<Addr4>(table(names::YOUNG4)).len() + dump::<Addr6>(table(names::YOUNG6)).len()

@@ -2,7 +2,8 @@
 //! and for the tool, which reads them with or without an agent.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{self, BTreeMap, BTreeSet},
+    hash::Hash as Hashed,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
@@ -38,7 +39,7 @@ use super::{
 use crate::termination::Orphan;
 
 /// A family's address as it stands in the maps.
-trait MapAddr: Address + Pod + Into<IpAddr> {
+trait MapAddr: Address + Pod + Into<IpAddr> + Hashed {
     /// `None` for an address of the other family.
     fn from_ip(addr: IpAddr) -> Option<Self>;
 }
@@ -405,9 +406,12 @@ where
     }
 
     fn flows(&self, now: u32, timeouts: Timeouts) -> Result<impl Iterator<Item = Flow>, MapError> {
-        let young = self.young.read_all()?;
-        let entries = self.flows.read_all()?.into_iter().chain(young);
-        Ok(entries.filter_map(move |(key, entry)| flow(&key, &entry, now, &timeouts)))
+        // A connection is in both tables for a while after it was confirmed.
+        let mut entries: collections::HashMap<_, _> = self.young.read_all()?.into_iter().collect();
+        entries.extend(self.flows.read_all()?);
+        Ok(entries
+            .into_iter()
+            .filter_map(move |(key, entry)| flow(&key, &entry, now, &timeouts)))
     }
 
     fn sockets(&self) -> Result<impl Iterator<Item = Socket>, MapError> {

@@ -244,6 +244,14 @@ fn an_sctp_association_goes_there_and_back() {
                 to_client,
             );
             pass(hook, &send(chunk::DATA, 80), Reason::Forward, to_backend);
+            datapath.age_flows(1);
+            translated(
+                &mut datapath,
+                hook,
+                &send(chunk::DATA, 80),
+                Reason::Forward,
+                to_backend,
+            );
             assert_eq!(datapath.young_count(), 0, "it is confirmed");
         }
     }

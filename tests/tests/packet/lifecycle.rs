@@ -115,6 +115,24 @@ impl Connection {
     }
 }
 
+/// A packet on another CPU may have missed it among the confirmed just before,
+/// and must find it among the young then.
+#[test]
+fn a_confirmed_connection_stays_among_the_young_until_its_next_news() {
+    for world in tcp_worlds() {
+        for news in [flags::ACK, flags::FIN | flags::ACK] {
+            let mut connection = Connection::established(world);
+            let counts = |datapath: &Datapath| (datapath.young_count(), datapath.flow_count());
+            assert_eq!(counts(&connection.datapath), (2, 2));
+            if news == flags::ACK {
+                connection.datapath.age_flows(1);
+            }
+            connection.client_sends(news);
+            assert_eq!(counts(&connection.datapath), (0, 2));
+        }
+    }
+}
+
 #[test]
 fn both_entries_go_through_the_states_together() {
     for world in tcp_worlds() {

@@ -87,8 +87,11 @@ fn a_connection_is_confirmed_in_both_of_its_flows() {
     for world in tcp_worlds() {
         let mut datapath = serve_remote(&world);
         let source = sent(&mut datapath, &world, world.client);
-        let mut pass = |hook, packet: &Packet| datapath.run(hook, &packet.bytes()).reason;
-        for (from_client, number) in [(false, 0), (true, 1), (false, 2)] {
+        for (from_client, number) in [(false, 0), (true, 1), (false, 2), (true, 3)] {
+            if number == 3 {
+                datapath.age_flows(1);
+            }
+            let mut pass = |hook, packet: &Packet| datapath.run(hook, &packet.bytes()).reason;
             let kind = if number == 0 {
                 flags::SYN | flags::ACK
             } else {
