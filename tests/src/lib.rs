@@ -20,6 +20,7 @@ pub mod cgroup;
 pub mod fragments;
 pub mod helper;
 pub mod icmp;
+pub mod lookups;
 pub mod manifests;
 pub mod netns;
 pub mod packet;

@@ -270,6 +270,11 @@ impl Datapath {
         }
     }
 
+    /// The maps, by name.
+    pub fn maps(&self) -> impl Iterator<Item = (&str, &Map)> {
+        self.ebpf().maps()
+    }
+
     fn ebpf(&self) -> &Ebpf {
         self.loaded.as_ref().expect("there until it is dropped")
     }

@@ -8,6 +8,7 @@ mod budget;
 mod headers;
 mod icmp;
 mod lifecycle;
+mod lookups;
 mod masquerade;
 mod policy;
 mod properties;
