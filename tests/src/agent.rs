@@ -405,6 +405,8 @@ impl Endpoint {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
     pub agent: Running,
+    /// Its release, and what it can do, by name.
+    pub kernel: BTreeMap<String, serde_json::Value>,
     pub devices: Vec<Device>,
     pub counters: Vec<Counter>,
     pub warnings: Vec<String>,

@@ -1,6 +1,6 @@
 //! A cluster with klb and one Service: where most tests begin.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use crate::{
     agent::{Agent, Hooks},
@@ -49,7 +49,7 @@ pub struct World {
 impl World {
     /// Everything, with the agent not yet started. `helper` is the path of
     /// `klb-traffic`.
-    pub fn new(helper: &str, hooks: Hooks) -> Self {
+    pub fn new(helper: impl Into<PathBuf>, hooks: Hooks) -> Self {
         let options = Options {
             helper: helper.into(),
             offloads: false,

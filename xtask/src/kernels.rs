@@ -1,13 +1,15 @@
-//! The packet tests on other kernels: Debian's, from the oldest that klb
-//! supports to the newest there is, in virtual machines without a disk.
+//! The packet tests, and one for each hook with the agent and real sockets, on
+//! other kernels: Debian's, from the oldest that klb supports to the newest
+//! there is, in virtual machines without a disk.
 //!
 //! A kernel is downloaded once. A machine gets an initramfs with a static build
-//! of the tests, the BPF object and a busybox, and says how it went on its
-//! serial console.
+//! of the tests, the BPF object, klb, the programs that the tests run and a
+//! busybox, and says how it went on its serial console.
 
 mod archive;
 mod image;
 mod initramfs;
+mod libraries;
 mod machine;
 mod modules;
 
@@ -65,6 +67,7 @@ const AT_ONCE: usize = 2;
 /// If something is missing and cannot be installed.
 pub(crate) fn fetch() -> Result<()> {
     apt::ensure(apt::KERNELS, "the kernel matrix")?;
+    apt::ensure(apt::NETWORK, "the kernel matrix")?;
     for kernel in &MATRIX {
         kernel.fetch()?;
     }
@@ -116,7 +119,11 @@ impl Matrix {
     /// # Errors
     /// If the tests do not compile, or a kernel lacks something.
     pub(crate) fn build() -> Result<Self> {
-        let tests = static_tests()?;
+        let contents = Contents {
+            tests: StaticTests::build()?,
+            object: paths::object(),
+            klb: paths::klb(),
+        };
         let scratch = paths::target().join("kernels");
         fs::create_dir_all(&scratch)?;
         let machines = MATRIX
@@ -124,7 +131,7 @@ impl Matrix {
             .map(|kernel| {
                 let image = Image::open(&kernel.folder()?)
                     .with_context(|| format!("kernel {}", kernel.name))?;
-                let archive = initramfs::build(&image, &tests, &paths::object())?;
+                let archive = initramfs::build(&image, &contents)?;
                 machine::Machine::new(image, archive, &scratch.join(kernel.name))
             })
             .collect::<Result<_>>()?;
@@ -174,24 +181,49 @@ fn report(release: &str, outcome: &Outcome) {
     }
 }
 
-/// The packet tests as one file that needs nothing else.
-fn static_tests() -> Result<PathBuf> {
-    let messages = process::text(
-        process::cargo()
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .args(["test", "--locked", "--release", "--no-run"])
-            .args(["--package=lb-tests", "--features=packet", "--test=packet"])
-            // With a target that is named, build scripts do not get the flags.
-            .args(["--target", TARGET])
-            .args(["--message-format", "json-render-diagnostics"])
-            .stderr(Stdio::inherit()),
-    )?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "packet")
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo built the packet tests, but names no executable")
+/// The tests, and what they run, as files that need nothing else.
+struct StaticTests {
+    packet: PathBuf,
+    netns: PathBuf,
+    helper: PathBuf,
+}
+
+impl StaticTests {
+    fn build() -> Result<Self> {
+        let messages = process::text(
+            process::cargo()
+                .env("RUSTFLAGS", "-C target-feature=+crt-static")
+                .args(["test", "--locked", "--release", "--no-run"])
+                .args(["--package=lb-tests", "--features=packet,netns"])
+                .args(["--test=packet", "--test=netns"])
+                // With a target that is named, build scripts do not get the flags.
+                .args(["--target", TARGET])
+                .args(["--message-format", "json-render-diagnostics"])
+                .stderr(Stdio::inherit()),
+        )?;
+        let messages: Vec<_> = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .collect();
+        let executable = |name: &str| {
+            let mut built = messages.iter().filter(|it| it["target"]["name"] == name);
+            built
+                .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+                .with_context(|| format!("cargo built {name}, but names no executable"))
+        };
+        Ok(Self {
+            packet: executable("packet")?,
+            netns: executable("netns")?,
+            helper: executable("klb-traffic")?,
+        })
+    }
+}
+
+/// What every machine gets.
+struct Contents {
+    tests: StaticTests,
+    object: PathBuf,
+    klb: PathBuf,
 }
 
 /// What the machines are: Debian's amd64.

@@ -29,7 +29,8 @@ pub(crate) enum Selection {
     Netns,
     /// The agent from manifests to maps (root)
     Agent,
-    /// The packet tests on other kernels, in virtual machines
+    /// The packet tests and one for each hook on other kernels, in virtual
+    /// machines
     Kernels,
     /// Every level, `kernels` included
     All,
@@ -92,7 +93,7 @@ impl Level {
 
     /// Whether it runs the `klb` program.
     fn needs_klb(self) -> bool {
-        matches!(self, Self::Netns | Self::Agent)
+        matches!(self, Self::Netns | Self::Agent | Self::Kernels)
     }
 
     /// Compiles this level's tests.

@@ -111,7 +111,7 @@ fn join_by_vxlan(world: &World) -> Process {
 /// another node.
 fn serve_outside(world: &World, [v4, v6]: [&str; 2]) -> Process {
     let outside = &world.cluster.outside.place;
-    let mut server = Helper::new(env!("CARGO_BIN_EXE_klb-traffic")).serve(outside, "remote");
+    let mut server = Helper::new(crate::helper()).serve(outside, "remote");
     await_server(&mut server);
     let addresses = Addresses {
         v4: v4.parse().expect("IPv4"),

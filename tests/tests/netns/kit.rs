@@ -21,7 +21,7 @@ use lb_tests::{
 
 fn cluster() -> Cluster {
     let options = Options {
-        helper: env!("CARGO_BIN_EXE_klb-traffic").into(),
+        helper: crate::helper(),
         offloads: false,
     };
     let mut cluster = Cluster::new(Scope::test(), options);

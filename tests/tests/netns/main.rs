@@ -7,6 +7,7 @@ mod devices;
 mod devices_addresses;
 mod devices_frames;
 mod devices_kinds;
+mod kernels;
 mod kit;
 mod masquerade;
 mod matrix;
@@ -22,7 +23,15 @@ mod takeover;
 mod two_nodes;
 mod wire;
 
+use std::{env, path::PathBuf};
+
 use lb_tests::{agent::Hooks, topology::Options, world::World};
+
+/// `klb-traffic`: `KLB_TRAFFIC`, or where cargo has put it.
+fn helper() -> PathBuf {
+    let built = env!("CARGO_BIN_EXE_klb-traffic");
+    env::var_os("KLB_TRAFFIC").map_or_else(|| built.into(), PathBuf::from)
+}
 
 /// A world whose agent is ready.
 fn world(hooks: Hooks) -> World {
@@ -33,7 +42,7 @@ fn world(hooks: Hooks) -> World {
 /// packets larger than a frame.
 fn world_with_offloads(hooks: Hooks, offloads: bool) -> World {
     let options = Options {
-        helper: env!("CARGO_BIN_EXE_klb-traffic").into(),
+        helper: helper(),
         offloads,
     };
     let mut world = World::with_options(options, hooks);
@@ -43,5 +52,5 @@ fn world_with_offloads(hooks: Hooks, offloads: bool) -> World {
 
 /// A world whose agent does not run yet.
 fn stopped_world(hooks: Hooks) -> World {
-    World::new(env!("CARGO_BIN_EXE_klb-traffic"), hooks)
+    World::new(helper(), hooks)
 }

@@ -186,7 +186,7 @@ fn gateway(host: &Host) -> [u8; 6] {
 
 #[test]
 fn strangers_pass_unchanged() {
-    let helper = env!("CARGO_BIN_EXE_klb-traffic");
+    let helper = crate::helper();
     let mut world = World::new(helper, Hooks::ALL);
     let before: Vec<_> = {
         let ways = [&world.cluster.client.host, &world.cluster.outside];

@@ -80,7 +80,7 @@ impl Machine {
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-display", "none", "-serial", "stdio"])
-            .args(["-no-reboot", "-m", "1024", "-smp", "2"])
+            .args(["-no-reboot", "-m", "1536", "-smp", "2"])
             // qemu 7.2 emulates `cmpxchg16b` wrongly: a third of the boots of
             // 6.12 crashed in its slab allocator, and none of 60 without it.
             .args(["-cpu", "max,cx16=off"])
