@@ -29,7 +29,7 @@ pub trait Address: Copy + Eq + 'static {
         w0 | w1 | w2 | w3 == 0
     }
 
-    /// Whether the address is in the network. A network without a mask is none.
+    /// Whether the address is in the network.
     #[inline(always)]
     fn is_in(&self, network: &Network<Self>) -> bool
     where
@@ -37,8 +37,10 @@ pub trait Address: Copy + Eq + 'static {
     {
         let ([a0, a1, a2, a3], [m0, m1, m2, m3]) = (self.words(), network.mask.words());
         let [n0, n1, n2, n3] = network.addr.words();
-        !network.mask.is_zero()
-            && ((a0 & m0) ^ n0) | ((a1 & m1) ^ n1) | ((a2 & m2) ^ n2) | ((a3 & m3) ^ n3) == 0
+        if network.mask.is_zero() {
+            return !network.addr.is_zero();
+        }
+        ((a0 & m0) ^ n0) | ((a1 & m1) ^ n1) | ((a2 & m2) ^ n2) | ((a3 & m3) ^ n3) == 0
     }
 }
 

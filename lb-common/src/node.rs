@@ -36,7 +36,8 @@ pub const CONFIG_LOOPBACK_NODE_PORTS: u32 = 1 << 1;
 /// Translated packets go past the node's stack (`--routing bypass`).
 pub const CONFIG_BYPASS: u32 = 1 << 2;
 
-/// A network: the address has no bits outside of the mask.
+/// A network: the address has no bits outside of the mask. Without a mask it is
+/// every address if its own is not zero, and none if it is.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Network<A> {

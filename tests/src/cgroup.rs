@@ -44,6 +44,37 @@ impl Cgroup {
             .open(&path)
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
+
+    /// Moves this process into the group, until the guard drops.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn enter(&self) -> Inside<'_> {
+        let own = fs::read_to_string("/proc/self/cgroup").expect("proc is mounted");
+        let v2 = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        let home = root().join(v2.expect("a group of version 2"));
+        let inside = Inside { home, _of: self };
+        join(&self.path);
+        inside
+    }
+}
+
+/// This process is in a group. Dropping it moves the process back.
+#[derive(Debug)]
+pub struct Inside<'a> {
+    home: PathBuf,
+    _of: &'a Cgroup,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        join(&self.home);
+    }
+}
+
+fn join(group: &Path) {
+    fs::write(group.join("cgroup.procs"), "0")
+        .unwrap_or_else(|error| panic!("{}: {error}", group.display()));
 }
 
 impl Drop for Cgroup {

@@ -1,5 +1,5 @@
-//! How many lookups a packet costs: the packet programs of the object, with
-//! every lookup in a map counted.
+//! How many lookups a packet or a `connect()` costs: the programs of the object,
+//! with every lookup in a map counted.
 //!
 //! Each call of `bpf_map_lookup_elem` is replaced by a call of a subprogram
 //! that counts and then does it. One instruction stands for one instruction, so
@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::CStr,
+    fs::File,
     io,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
 };
@@ -17,7 +18,10 @@ use aya::maps::{Map, MapData};
 use aya_obj::{Object, generated::bpf_insn};
 use lb_common::{Hook, names};
 
-use crate::program::{Datapath, object};
+use crate::{
+    cgroup::Cgroup,
+    program::{Datapath, object},
+};
 
 /// `bpf_map_lookup_elem` (`linux/bpf.h`).
 const LOOKUP: i32 = 1;
@@ -40,10 +44,16 @@ const MAP_CREATE: i32 = 0;
 const MAP_LOOKUP: i32 = 1;
 const MAP_UPDATE: i32 = 2;
 const PROG_LOAD: i32 = 5;
+const PROG_ATTACH: i32 = 8;
 const PROG_TEST_RUN: i32 = 10;
 const ARRAY: u32 = 2;
 const SCHED_CLS: u32 = 3;
 const XDP: u32 = 6;
+const CGROUP_SOCK_ADDR: u32 = 18;
+
+/// Ways to be attached.
+const INET4_CONNECT: u32 = 10;
+const INET6_CONNECT: u32 = 11;
 
 /// More than there are maps.
 const COUNTERS: usize = 64;
@@ -93,14 +103,26 @@ impl From<&bpf_insn> for Instruction {
     }
 }
 
-/// The packet programs once more, on the maps of a [`Datapath`].
+/// Programs once more, on the maps of a [`Datapath`].
 pub struct Counting {
-    programs: Vec<(Hook, OwnedFd)>,
+    programs: BTreeMap<&'static str, OwnedFd>,
     counters: OwnedFd,
     /// The maps that count, by the number of their counter: all but arrays,
     /// whose lookups the kernel compiles into an address.
     maps: Vec<String>,
 }
+
+/// Lookups by map.
+pub type Counts<'a> = BTreeMap<&'a str, u64>;
+
+/// Name, type and how it is to be attached.
+const PROGRAMS: [(&str, u32, u32); 5] = [
+    (names::XDP, XDP, 0),
+    (names::TC_INGRESS, SCHED_CLS, 0),
+    (names::TC_EGRESS, SCHED_CLS, 0),
+    (names::CONNECT4, CGROUP_SOCK_ADDR, INET4_CONNECT),
+    (names::CONNECT6, CGROUP_SOCK_ADDR, INET6_CONNECT),
+];
 
 impl Counting {
     /// # Panics
@@ -112,17 +134,12 @@ impl Counting {
         let counted: Vec<_> = counted.map(|(name, map)| (*name, raw(map))).collect();
         let counters = create_counters();
         let mut object = linked_object(&maps);
-        let hooks = [
-            (Hook::Xdp, names::XDP, XDP),
-            (Hook::TcIngress, names::TC_INGRESS, SCHED_CLS),
-            (Hook::TcEgress, names::TC_EGRESS, SCHED_CLS),
-        ];
-        let programs = hooks.map(|(hook, name, kind)| {
+        let programs = PROGRAMS.map(|(name, kind, attach)| {
             let program = object.programs.remove(name).expect("in the object");
             let function = &object.functions[&program.function_key()];
             let mut code: Vec<_> = function.instructions.iter().map(Into::into).collect();
             count_lookups(&mut code, &counted, counters.as_raw_fd());
-            (hook, load(name, kind, &code, &program.license))
+            (name, load(name, (kind, attach), &code, &program.license))
         });
         Self {
             programs: programs.into(),
@@ -136,18 +153,51 @@ impl Counting {
     ///
     /// # Panics
     /// If the kernel refuses.
-    pub fn run(&self, hook: Hook, frame: &[u8]) -> (Vec<u8>, BTreeMap<&str, u64>) {
+    pub fn run(&self, hook: Hook, frame: &[u8]) -> (Vec<u8>, Counts<'_>) {
+        let name = match hook {
+            Hook::Xdp => names::XDP,
+            Hook::TcIngress => names::TC_INGRESS,
+            Hook::TcEgress => names::TC_EGRESS,
+            Hook::Socket => panic!("the kernel has no test run for sockets"),
+        };
+        self.count(|| test_run(&self.programs[name], frame))
+    }
+
+    /// How often it is looked into which map meanwhile.
+    pub fn count<T>(&self, work: impl FnOnce() -> T) -> (T, Counts<'_>) {
         self.transfer(MAP_UPDATE, &mut [0; COUNTERS]);
-        let (_, program) = self
-            .programs
-            .iter()
-            .find(|(of, _)| *of == hook)
-            .expect("a packet hook");
-        let out = test_run(program, frame);
+        let result = work();
         let mut counts = [0; COUNTERS];
         self.transfer(MAP_LOOKUP, &mut counts);
         let counts = self.maps.iter().map(String::as_str).zip(counts);
-        (out, counts.filter(|(_, count)| *count > 0).collect())
+        (result, counts.filter(|(_, count)| *count > 0).collect())
+    }
+
+    /// Lets processes of a group connect by these programs, as long as the group
+    /// is there.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn attach_connect(&self, group: &Cgroup) {
+        #[repr(C)]
+        struct Attributes {
+            target: u32,
+            program: u32,
+            kind: u32,
+            flags: u32,
+        }
+        let target = File::open(group.path()).expect("the group");
+        for (name, _, kind) in PROGRAMS.iter().filter(|(_, _, kind)| *kind != 0) {
+            let mut attributes = Attributes {
+                target: target.as_raw_fd().cast_unsigned(),
+                program: self.programs[name].as_raw_fd().cast_unsigned(),
+                kind: *kind,
+                flags: 0,
+            };
+            // SAFETY: there are no addresses in it.
+            unsafe { bpf(PROG_ATTACH, &mut attributes) }
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
     }
 
     /// Reads or writes all counters.
@@ -179,7 +229,7 @@ fn data(map: &Map) -> &MapData {
         | Map::LpmTrie(data)
         | Map::LruHashMap(data)
         | Map::PerCpuArray(data) => data,
-        other => panic!("no packet program has a map such as {other:?}"),
+        other => panic!("no program has a map such as {other:?}"),
     }
 }
 
@@ -293,7 +343,7 @@ fn create_counters() -> OwnedFd {
     unsafe { open(MAP_CREATE, &mut attributes) }.expect("a map of counters")
 }
 
-fn load(name: &str, kind: u32, code: &[Instruction], license: &CStr) -> OwnedFd {
+fn load(name: &str, (kind, attach): (u32, u32), code: &[Instruction], license: &CStr) -> OwnedFd {
     #[repr(C)]
     struct Attributes {
         kind: u32,
@@ -303,6 +353,11 @@ fn load(name: &str, kind: u32, code: &[Instruction], license: &CStr) -> OwnedFd 
         log_level: u32,
         log_size: u32,
         log: u64,
+        kernel: u32,
+        flags: u32,
+        name: [u8; 16],
+        device: u32,
+        attach: u32,
     }
     let mut log = vec![0_u8; 1 << 20];
     let mut attributes = Attributes {
@@ -313,6 +368,11 @@ fn load(name: &str, kind: u32, code: &[Instruction], license: &CStr) -> OwnedFd 
         log_level: 0,
         log_size: 0,
         log: 0,
+        kernel: 0,
+        flags: 0,
+        name: [0; 16],
+        device: 0,
+        attach,
     };
     // SAFETY: code and license live through the call.
     if let Ok(program) = unsafe { open(PROG_LOAD, &mut attributes) } {

@@ -436,16 +436,25 @@ fn frontend_key<A: MapAddr>(key: &ServiceKey<A>) -> FrontendKey {
     }
 }
 
-/// `None` for one without a mask.
+/// `None` for one without a mask and an address.
 fn network<A: MapAddr>(network: Network<A>) -> Option<IpNet> {
+    if network.mask.is_zero() && network.addr.is_zero() {
+        return None;
+    }
     let network = IpNet::with_netmask(network.addr.into(), network.mask.into());
-    network.ok().filter(|network| network.prefix_len() != 0)
+    network.ok().map(|network| network.trunc())
 }
 
 /// `None` for a network of the other family.
 fn map_network<A: MapAddr>(network: IpNet) -> Option<Network<A>> {
+    // That of every address needs one that is not zero.
+    let addr = if network.prefix_len() == 0 {
+        network.hostmask()
+    } else {
+        network.network()
+    };
     Some(Network {
-        addr: A::from_ip(network.network())?,
+        addr: A::from_ip(addr)?,
         mask: A::from_ip(network.netmask())?,
     })
 }
@@ -901,7 +910,13 @@ mod tests {
 
     #[test]
     fn networks_survive_their_map() {
-        for text in ["10.96.0.0/12", "10.96.0.1/32", "fd00:10:96::/112"] {
+        for text in [
+            "10.96.0.0/12",
+            "10.96.0.1/32",
+            "fd00:10:96::/112",
+            "0.0.0.0/0",
+            "::/0",
+        ] {
             let expected: IpNet = text.parse().expect("a network");
             let (v4, v6) = (
                 map_network::<Addr4>(expected),

@@ -1,20 +1,28 @@
 //! The lookups in hash maps that each kind of packet costs, as the table in
 //! `docs/verifier-budget.md` has them.
 
-use std::{collections::BTreeMap, fmt::Write as _, mem, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    mem,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use lb_common::{
     Hook,
-    node::{Config, Network},
+    node::{CONFIG_LOOPBACK_NODE_PORTS, Config},
     service::FRONTEND_REFUSE,
 };
 use lb_tests::{
+    cgroup::Cgroup,
     lookups::Counting,
     packet::{Packet, flags},
     program::{Backend, Datapath, MASQUERADE_PORTS, NODE4, NODE6},
+    scope::Scope,
 };
+use socket2::{Domain, Socket, Type};
 
-use crate::world::{World, worlds};
+use crate::world::{World, with_cluster_network, worlds};
 
 const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
 
@@ -47,7 +55,7 @@ impl Observer {
         let (addr, frontend) = (world.backend, world.frontend);
         let backends = [Backend { addr, local }];
         self.datapath.serve(world.protocol, frontend, &backends);
-        let config = with_cluster_network(self.datapath.config(), frontend);
+        let config = with_cluster_network(self.datapath.config(), frontend.ip());
         self.datapath.configure(&config);
         self.datapath.put_address(frontend.ip(), FRONTEND_REFUSE);
     }
@@ -69,6 +77,14 @@ impl Observer {
         self.note(what, Hook::TcEgress, &packet.bytes())
     }
 
+    /// A socket of this process is connected, which must be in a group with the
+    /// programs. Whether that leads anywhere does not matter.
+    fn connects(&mut self, what: &str, socket: &Socket, to: SocketAddr) {
+        let (_, counts) = self.counting.count(|| socket.connect(&to.into()));
+        let what = format!("connect(), {what}");
+        self.table.insert((what, "socket"), in_words(&counts));
+    }
+
     fn note(&mut self, what: &str, hook: Hook, frame: &[u8]) -> Vec<u8> {
         let (out, counts) = self.counting.run(hook, frame);
         let hook = match hook {
@@ -76,29 +92,9 @@ impl Observer {
             Hook::TcIngress => "TC in",
             _ => "TC out",
         };
-        let cell = in_words(&counts);
-        self.table.insert((what.to_owned(), hook), cell);
+        self.table
+            .insert((what.to_owned(), hook), in_words(&counts));
         out
-    }
-}
-
-/// With a network of the `ClusterIP`s that holds just this one.
-fn with_cluster_network(config: Config, frontend: SocketAddr) -> Config {
-    match frontend {
-        SocketAddr::V4(addr) => Config {
-            cluster_net4: Network {
-                addr: (*addr.ip()).into(),
-                mask: lb_common::Addr4 { octets: [255; 4] },
-            },
-            ..config
-        },
-        SocketAddr::V6(addr) => Config {
-            cluster_net6: Network {
-                addr: (*addr.ip()).into(),
-                mask: lb_common::Addr6 { octets: [255; 16] },
-            },
-            ..config
-        },
     }
 }
 
@@ -205,6 +201,36 @@ fn masqueraded(world: &World, observer: &mut Observer) {
     observer.enters("TCP, answer to the node", &back(source, flags::ACK, 5001));
 }
 
+/// Sockets of processes. Datagrams: nothing is sent when they connect.
+fn connections(world: &World, observer: &mut Observer) {
+    let group = Cgroup::new(Scope::test().name());
+    observer.counting.attach_connect(&group);
+    let _inside = group.enter();
+    let domain = Domain::for_address(world.client);
+    let socket = || Socket::new(domain, Type::DGRAM, None).expect("a socket");
+    let local = |v4: IpAddr, v6: IpAddr, port| {
+        SocketAddr::new(if world.client.is_ipv4() { v4 } else { v6 }, port)
+    };
+    observer.connects("no service", &socket(), world.stranger);
+    observer.connects("a Service", &socket(), world.frontend);
+    let loopback = local(Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), 9);
+    let config = observer.datapath.config();
+    observer.datapath.configure(&Config {
+        flags: CONFIG_LOOPBACK_NODE_PORTS,
+        ..config
+    });
+    observer.connects("no service, loopback", &socket(), loopback);
+    observer.datapath.configure(&config);
+    let any = local(
+        Ipv4Addr::UNSPECIFIED.into(),
+        Ipv6Addr::UNSPECIFIED.into(),
+        0,
+    );
+    let bound = socket();
+    bound.bind(&any.into()).expect("a port");
+    observer.connects("no service, with a port of its own", &bound, world.stranger);
+}
+
 /// Everything, in one family.
 fn observe(observer: &mut Observer, is_v4: bool) -> Table {
     for mut world in worlds() {
@@ -217,6 +243,9 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
             world.client.set_port(port);
             strangers(&world, observer);
             flow(&world, observer);
+        }
+        if !world.is_tcp() {
+            connections(&world, observer);
         }
         if world.is_tcp() {
             let remote = World {
@@ -240,9 +269,12 @@ fn packets_cost_the_lookups_that_the_page_says() {
     assert_eq!(table, other, "both families cost the same");
     for ((packet, hook), cell) in &table {
         let cost: Option<u32> = cell.split(' ').next().and_then(|sum| sum.parse().ok());
-        if packet.starts_with("no service") {
-            assert!(cost <= Some(2), "{packet}, {hook}: {cell}");
-        }
+        let limit = match packet.as_str() {
+            "connect(), no service" => 1,
+            packet if packet.starts_with("no service") => 2,
+            _ => continue,
+        };
+        assert!(cost <= Some(limit), "{packet}, {hook}: {cell}");
     }
     let mut rows = String::from("| packet | hook | lookups | in |\n|---|---|---|---|\n");
     for ((packet, hook), cell) in &table {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use lb_common::{
-    Hook, Reason,
+    Addr4, Addr6, Hook, Reason,
     node::{Config, DEVICE_POD, Device, Network},
     service::{
         FRONTEND_DROP, FRONTEND_MAGLEV, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind,
@@ -17,7 +17,7 @@ use lb_tests::{
     program::{Backend, Datapath},
 };
 
-use crate::world::{World, dropped, local, tcp_worlds, untouched, worlds};
+use crate::world::{World, dropped, local, tcp_worlds, untouched, with_cluster_network, worlds};
 
 /// A test run comes in by the loopback device.
 const HERE: u32 = 1;
@@ -318,23 +318,7 @@ fn other_ports_of_a_cluster_ip_are_refused() {
             &packet.bytes(),
             Reason::NotService,
         );
-        let network = |addr: IpAddr, bytes: [u8; 4]| match addr {
-            IpAddr::V4(addr) => Network {
-                addr: addr.into(),
-                mask: lb_common::Addr4 { octets: bytes },
-            },
-            IpAddr::V6(_) => Network::default(),
-        };
-        let mut config = Config {
-            cluster_net4: network(world.frontend.ip(), [255; 4]),
-            ..datapath.config()
-        };
-        if let IpAddr::V6(addr) = world.frontend.ip() {
-            config.cluster_net6 = Network {
-                addr: addr.into(),
-                mask: lb_common::Addr6 { octets: [255; 16] },
-            };
-        }
+        let config = with_cluster_network(datapath.config(), world.frontend.ip());
         datapath.configure(&config);
         // No entry for the address: it is no ClusterIP.
         let frame = packet.bytes();
@@ -343,6 +327,21 @@ fn other_ports_of_a_cluster_ip_are_refused() {
         let outcome = datapath.run(Hook::TcIngress, &frame);
         assert_eq!(outcome.reason, Reason::NoSuchPort);
         untouched(&mut datapath, Hook::Xdp, &frame, Reason::LeftToTc);
+        // ClusterIPs in both halves of the address space are in every network.
+        let everything = Config {
+            cluster_net4: Network {
+                mask: Addr4::default(),
+                ..config.cluster_net4
+            },
+            cluster_net6: Network {
+                mask: Addr6::default(),
+                ..config.cluster_net6
+            },
+            ..config
+        };
+        datapath.configure(&everything);
+        let outcome = datapath.run(Hook::TcIngress, &frame);
+        assert_eq!(outcome.reason, Reason::NoSuchPort);
         backend_of(&mut datapath, Hook::TcIngress, &world.first(world.frontend));
     }
 }

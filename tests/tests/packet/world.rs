@@ -1,10 +1,11 @@
 //! Who is who in the packet tests, and one step of a script.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use lb_common::{
-    Hook, Reason,
+    Addr4, Addr6, Hook, Reason,
     flow::{TCP, UDP},
+    node::{Config, Network},
     reason::Effect,
 };
 use lb_tests::{
@@ -135,5 +136,25 @@ const fn go_on(hook: Hook) -> u32 {
         XDP_PASS
     } else {
         TC_GO_ON
+    }
+}
+
+/// Settings with a network of the `ClusterIP`s that holds just this one.
+pub(crate) fn with_cluster_network(config: Config, addr: IpAddr) -> Config {
+    match addr {
+        IpAddr::V4(addr) => Config {
+            cluster_net4: Network {
+                addr: addr.into(),
+                mask: Addr4 { octets: [255; 4] },
+            },
+            ..config
+        },
+        IpAddr::V6(addr) => Config {
+            cluster_net6: Network {
+                addr: addr.into(),
+                mask: Addr6 { octets: [255; 16] },
+            },
+            ..config
+        },
     }
 }
