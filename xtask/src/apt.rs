@@ -1,10 +1,15 @@
 //! What the system has to provide, and Debian's packages for it.
 
-use std::process::Command;
+pub(crate) mod sources;
+
+use std::{fs, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::{self, step};
+use crate::{
+    paths,
+    process::{self, step},
+};
 
 /// Something that has to be installed.
 pub(crate) struct Need {
@@ -101,12 +106,51 @@ fn install(packages: &[&str]) -> Result<()> {
         // One broken source of many need not matter.
         eprintln!("{error:#}");
     }
+    let Err(error) = process::run(install_with(apt_get()).args(packages)) else {
+        return Ok(());
+    };
+    // What is installed may be from backports, and fit nothing else: qemu's
+    // packages of one version break those of another.
+    eprintln!("{error:#}");
+    step("Trying once more, with the suite's backports");
+    install_from_backports(packages)
+}
+
+fn install_with(mut apt_get: Command) -> Command {
+    apt_get
+        .args(["-qq", "--yes", "--no-install-recommends"])
+        // rustc-web conflicts with Debian's old rustc, which may be in use.
+        .arg("--no-remove")
+        .arg("install");
+    apt_get
+}
+
+/// With sources and lists of its own: those of the system stay as they are.
+fn install_from_backports(packages: &[&str]) -> Result<()> {
+    let suite = sources::codename()?;
+    let backports = format!("{suite}-backports");
+    let folder = paths::cache()?.join("backports");
+    fs::create_dir_all(folder.join("lists/partial"))?;
+    let list = folder.join("sources.list");
+    let suites = [&*suite, &format!("{suite}-security"), &backports];
+    fs::write(&list, sources::list(&suites))?;
+    let apt_get = || {
+        let mut command = apt_get();
+        command
+            .args(["-o", "Dir::Etc::sourceparts=/dev/null"])
+            .args(["-o", &format!("Dir::Etc::sourcelist={}", list.display())])
+            .args([
+                "-o",
+                &format!("Dir::State::lists={}/lists", folder.display()),
+            ])
+            // The user `_apt` cannot enter the cache folder of another user.
+            .args(["-o", "APT::Sandbox::User=root"]);
+        command
+    };
+    process::run(apt_get().args(["-qq", "update"]))?;
     process::run(
-        apt_get()
-            .args(["-qq", "--yes", "--no-install-recommends"])
-            // rustc-web conflicts with Debian's old rustc, which may be in use.
-            .arg("--no-remove")
-            .arg("install")
+        install_with(apt_get())
+            .args(["--target-release", &backports])
             .args(packages),
     )
 }

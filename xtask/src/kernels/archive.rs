@@ -7,15 +7,13 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
-use crate::process;
+use crate::{apt::sources, process};
 
 /// The package that always depends on a suite's newest kernel for virtual
 /// machines.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
-
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Some suites of Debian, with their lists read.
 pub(super) struct Archive {
@@ -32,7 +30,7 @@ impl Archive {
             fs::create_dir_all(folder.join(part))?;
         }
         fs::write(folder.join("status"), "")?;
-        fs::write(folder.join("sources.list"), sources(suites))?;
+        fs::write(folder.join("sources.list"), sources::list(suites))?;
         let archive = Self {
             folder: folder.into(),
         };
@@ -142,67 +140,6 @@ fn is_kernel_package(line: &str) -> bool {
         .any(is_versioned)
 }
 
-fn sources(suites: &[&str]) -> String {
-    let mirrors = Mirrors::of_the_system().unwrap_or_default();
-    let line = |suite: &&str| {
-        let mirror = if suite.ends_with("-security") {
-            &mirrors.security
-        } else {
-            &mirrors.main
-        };
-        format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n")
-    };
-    suites.iter().map(line).collect()
-}
-
-/// Where Debian's packages come from.
-#[derive(Debug, PartialEq, Eq)]
-struct Mirrors {
-    main: String,
-    security: String,
-}
-
-impl Default for Mirrors {
-    fn default() -> Self {
-        Self {
-            main: "http://deb.debian.org/debian".into(),
-            security: "http://deb.debian.org/debian-security".into(),
-        }
-    }
-}
-
-impl Mirrors {
-    fn of_the_system() -> Result<Self> {
-        let release = fs::read_to_string("/etc/os-release")?;
-        let codename = release
-            .lines()
-            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-            .context("/etc/os-release names no suite")?;
-        let targets = process::text(Command::new("apt-get").args([
-            "indextargets",
-            "--format=$(RELEASE) $(REPO_URI)",
-            "Created-By: Packages",
-        ]))?;
-        Ok(Self::read(&targets, codename))
-    }
-
-    /// Reads lines of a suite and its mirror each.
-    fn read(targets: &str, codename: &str) -> Self {
-        let mirror = |suite: &str| {
-            targets
-                .lines()
-                .filter_map(|line| line.split_once(' '))
-                .find(|(release, _)| *release == suite)
-                .map(|(_, mirror)| mirror.to_owned())
-        };
-        let known = Self::default();
-        Self {
-            main: mirror(codename).unwrap_or(known.main),
-            security: mirror(&format!("{codename}-security")).unwrap_or(known.security),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -225,22 +162,5 @@ mod tests {
         ] {
             assert!(!is_kernel_package(line), "{line}");
         }
-    }
-
-    #[test]
-    fn the_mirrors_are_those_of_the_systems_own_suite() {
-        let targets = "nodistro https://example.com/node/\n\
-                       bookworm http://mirror.example/debian/\n\
-                       bookworm-security http://mirror.example/security/\n";
-        let expected = Mirrors {
-            main: "http://mirror.example/debian/".into(),
-            security: "http://mirror.example/security/".into(),
-        };
-        assert_eq!(Mirrors::read(targets, "bookworm"), expected);
-    }
-
-    #[test]
-    fn without_a_mirror_of_its_own_the_system_uses_debians() {
-        assert_eq!(Mirrors::read("", "noble"), Mirrors::default());
     }
 }
