@@ -87,13 +87,16 @@ pub mod seen {
     pub const SYN: u8 = 1 << 1;
     pub const FIN: u8 = 1 << 2;
     pub const RST: u8 = 1 << 3;
+    /// The client has acknowledged the backend's SYN, whose number it can only
+    /// know if that reached it.
+    pub const ACKED: u8 = 1 << 4;
 }
 
 /// Whether both sides of a connection have shown that the other's packets reach
 /// them. A sender that forges its address cannot make it look so.
 #[inline(always)]
 pub const fn is_confirmed(one: u8, other: u8) -> bool {
-    one & other & seen::DATA != 0
+    one & other & seen::DATA != 0 || (one | other) & seen::ACKED != 0
 }
 
 /// One direction of a flow: the value of the flow table.
@@ -120,6 +123,9 @@ pub struct FlowEntry<A> {
     /// one is another connection, and so is a SYN-ACK that does not
     /// acknowledge it.
     pub isn: u32,
+    /// TCP: the number with which the client acknowledges the backend's SYN, once
+    /// that has been seen.
+    pub syn_ack: u32,
     /// Seconds of the monotonic clock at the last packet of either direction,
     /// at most one second late.
     pub last_seen: u32,
@@ -166,6 +172,7 @@ impl<A: Address> FlowEntry<A> {
             service: self.service,
             backend: self.backend,
             isn: self.isn,
+            syn_ack: self.syn_ack,
             last_seen: self.last_seen,
             edge: self.edge,
         }
@@ -273,7 +280,7 @@ impl State {
             Self::Closed
         } else if either & seen::FIN != 0 {
             Self::HalfClosed
-        } else if both & seen::DATA != 0 {
+        } else if is_confirmed(one, other) {
             Self::Established
         } else {
             Self::Opening
@@ -353,11 +360,11 @@ mod tests {
     }
 
     prop_compose! {
-        fn entry()(to in tuple(), direction in 0u8..=1, seen in any::<u8>(), seen_peer in any::<u8>(), isn in any::<u32>()) -> FlowEntry<Addr6> {
+        fn entry()(to in tuple(), direction in 0u8..=1, seen in any::<u8>(), seen_peer in any::<u8>(), isn in any::<u32>(), syn_ack in any::<u32>()) -> FlowEntry<Addr6> {
             FlowEntry {
                 src: to.src, dst: to.dst, src_port: to.src_port, dst_port: to.dst_port,
                 direction, seen, seen_peer, flags: 0, service: 1,
-                backend: BackendRef { id: 2, generation: 3 }, isn, last_seen: 4, edge: 5,
+                backend: BackendRef { id: 2, generation: 3 }, isn, syn_ack, last_seen: 4, edge: 5,
             }
         }
     }
@@ -385,12 +392,14 @@ mod tests {
 
     #[test]
     fn tcp_goes_through_its_states() {
-        use seen::{DATA, FIN, RST, SYN};
+        use seen::{ACKED, DATA, FIN, RST, SYN};
         for (client, backend, state) in [
             (SYN, 0, State::Opening),
             (SYN, SYN, State::Opening),
             (SYN | DATA, SYN, State::Opening),
             (SYN | DATA, SYN | DATA, State::Established),
+            (SYN | DATA | ACKED, SYN, State::Established),
+            (SYN | DATA | ACKED | FIN, SYN, State::HalfClosed),
             (SYN | DATA | FIN, SYN | DATA, State::HalfClosed),
             (SYN | DATA, SYN | DATA | FIN, State::HalfClosed),
             (SYN | DATA | FIN, SYN | DATA | FIN, State::Closed),
@@ -422,6 +431,7 @@ mod tests {
             service: 0,
             backend: BackendRef::default(),
             isn: 0,
+            syn_ack: 0,
             last_seen: 1000,
             edge: 0,
         };

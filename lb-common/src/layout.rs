@@ -49,8 +49,8 @@ layout!(ServiceMeta, 196, align 2, [64, 64, 64, 2, 1, 1]);
 
 layout!(Tuple<Addr4>, 16, align 4, [4, 4, 2, 2, 1, 1, 2]);
 layout!(Tuple<Addr6>, 40, align 4, [16, 16, 2, 2, 1, 1, 2]);
-layout!(FlowEntry<Addr4>, 40, align 4, [4, 4, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4]);
-layout!(FlowEntry<Addr6>, 64, align 4, [16, 16, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4]);
+layout!(FlowEntry<Addr4>, 44, align 4, [4, 4, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4, 4]);
+layout!(FlowEntry<Addr6>, 68, align 4, [16, 16, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4, 4]);
 
 layout!(SocketKey<Addr4>, 16, align 4, [8, 4, 2, 1, 1]);
 layout!(SocketKey<Addr6>, 28, align 4, [8, 16, 2, 1, 1]);

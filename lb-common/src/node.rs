@@ -63,6 +63,9 @@ pub const DEVICE_POD: u32 = 1 << 0;
 /// The other end of the device is the pod's own (veth, netkit), so that packets
 /// can be handed over to it.
 pub const DEVICE_PEER: u32 = 1 << 1;
+/// XDP can send frames out of the device: klb's program is on it in native mode,
+/// and drivers that can run one also take frames from one.
+pub const DEVICE_XDP: u32 = 1 << 2;
 
 /// A network namespace, by its cookie (`SO_NETNS_COOKIE`) in `klb_netns`: a pod.
 #[repr(C)]

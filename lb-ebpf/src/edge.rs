@@ -94,7 +94,7 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
         return Outcome::of(reason);
     };
     let mut outcome = Outcome::of(reason);
-    if route::look_up::<P, F>(packet) {
+    if route::look_up::<P, F>(packet) && route::count_hop::<P, F>(packet) {
         if P::LEAVES_RARE_TO_TC {
             // No egress hook comes behind XDP, so its work is done here.
             go_out::<P, F>(packet);

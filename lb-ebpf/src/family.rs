@@ -41,8 +41,9 @@ pub trait Family {
     /// Whether a message of this type quotes the packet that it is about.
     fn is_icmp_error(kind: u8) -> bool;
 
-    /// Reads the IP header at an offset.
-    fn header<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason>;
+    /// Reads the IP header at an offset, that of the packet or of one that it
+    /// quotes.
+    fn header<P: Packet>(packet: &P, offset: usize, quoted: bool) -> Result<Header, Reason>;
 
     /// Writes an IP header for an ICMP message of `length` bytes.
     fn write_header<P: Packet>(
@@ -154,8 +155,8 @@ impl Family for V4 {
         matches!(kind, 3 | 11 | 12)
     }
     #[inline(always)]
-    fn header<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
-        header_v4(packet, offset)
+    fn header<P: Packet>(packet: &P, offset: usize, quoted: bool) -> Result<Header, Reason> {
+        header_v4(packet, offset, quoted)
     }
     #[inline(always)]
     fn write_header<P: Packet>(
@@ -290,8 +291,8 @@ impl Family for V6 {
         matches!(kind, 1..=4)
     }
     #[inline(always)]
-    fn header<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
-        header_v6(packet, offset)
+    fn header<P: Packet>(packet: &P, offset: usize, quoted: bool) -> Result<Header, Reason> {
+        header_v6(packet, offset, quoted)
     }
     #[inline(always)]
     fn write_header<P: Packet>(

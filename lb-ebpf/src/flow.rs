@@ -17,8 +17,8 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
     Reason,
     flow::{
-        FLOW_MASQUERADED, FORWARD, FlowEntry, MASQUERADE, REPLY, Tuple, is_confirmed,
-        is_from_client,
+        EDGE_XDP, FLOW_MASQUERADED, FORWARD, FlowEntry, MASQUERADE, REPLY, Tuple, is_confirmed,
+        is_from_client, seen,
     },
 };
 
@@ -121,16 +121,30 @@ impl<F: Family> Flow<F> {
     #[inline(always)]
     pub fn advance(&self, parsed: &Parsed<F::Addr>, now: u32, edge: u32) {
         let entry = self.entry();
-        let seen = entry.seen | parsed.seen();
+        let mut seen = entry.seen | parsed.seen();
         let mut isn = entry.isn;
+        let mut syn_ack = entry.syn_ack;
         let mut edge = edge;
-        if parsed.is_syn() && is_from_client(entry.direction) {
-            isn = parsed.signals.seq;
+        if is_from_client(entry.direction) {
+            if parsed.is_syn() {
+                isn = parsed.signals.seq;
+            } else if parsed.acknowledges(entry.syn_ack) {
+                seen |= seen::ACKED;
+            }
+        } else if parsed.is_syn_ack() {
+            syn_ack = parsed.signals.seq.wrapping_add(1);
         }
-        if entry.direction != FORWARD {
+        // TC and XDP may share a flow: fragments go through TC. What XDP has
+        // translated TC sees too, so XDP is what is to be remembered.
+        if entry.direction != FORWARD || entry.edge == edge | EDGE_XDP {
             edge = entry.edge;
         }
-        if seen == entry.seen && now == entry.last_seen && isn == entry.isn && edge == entry.edge {
+        if seen == entry.seen
+            && now == entry.last_seen
+            && isn == entry.isn
+            && syn_ack == entry.syn_ack
+            && edge == entry.edge
+        {
             return;
         }
         // SAFETY: see the head of this file.
@@ -138,6 +152,7 @@ impl<F: Family> Flow<F> {
             (*self.entry).seen = seen;
             (*self.entry).last_seen = now;
             (*self.entry).isn = isn;
+            (*self.entry).syn_ack = syn_ack;
             (*self.entry).edge = edge;
         }
         tell_peer(&parsed.tuple, self);
@@ -173,6 +188,7 @@ fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
                 (*peer.entry).seen_peer = entry.seen;
                 (*peer.entry).last_seen = entry.last_seen;
                 (*peer.entry).isn = entry.isn;
+                (*peer.entry).syn_ack = entry.syn_ack;
                 (*peer.entry).edge = entry.edge;
             }
         }

@@ -42,7 +42,7 @@ pub fn handle<P: Packet, F: Family>(packet: &P, side: Side) -> Reason {
 
 #[inline(always)]
 fn try_handle<P: Packet, F: Family>(packet: &P, side: Side) -> Result<Reason, Reason> {
-    let header = F::header(packet, L3)?;
+    let header = F::header(packet, L3, false)?;
     if header.protocol != F::ICMP {
         return Err(Reason::OtherProtocol);
     }
@@ -95,7 +95,7 @@ fn translate_error<P: Packet, F: Family>(
 
 #[inline(always)]
 fn quoted<P: Packet, F: Family>(packet: &P, l3: usize) -> Result<Quoted<F::Addr>, Reason> {
-    let header = F::header(packet, l3)?;
+    let header = F::header(packet, l3, true)?;
     let l4 = l3 + header.length;
     let addresses: Pair<F::Addr> = read(packet, l3 + F::ADDRESSES)?;
     let ports: Pair<Port> = read(packet, l4)?;

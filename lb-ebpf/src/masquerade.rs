@@ -20,9 +20,15 @@ use crate::{
     route,
 };
 
-/// How many ports are tried for one flow. The next flow goes on where this one
-/// stopped, so every port gets its turn.
-const ATTEMPTS: u32 = 32;
+/// How many ports are tried for one flow, the next ones first: so every port
+/// gets its turn.
+const ATTEMPTS: u32 = 48;
+/// How many of these are the next ones. If all are taken, by connections that
+/// are as old as one another, the others are spread over the whole range.
+const NEXT: u32 = 16;
+/// Of the others, the binary logarithm.
+const SPREAD_BITS: u32 = 5;
+const _: () = assert!(ATTEMPTS - NEXT == 1 << SPREAD_BITS);
 
 /// Opens the second flow of the one that `work` has just opened: from the client
 /// to the backend, as if from this node. [`Reason::NewMasqueradedFlow`] if it is
@@ -39,8 +45,13 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
         return Reason::MasqueradeExhausted;
     };
     work.entry.src = address;
-    for _ in 0..ATTEMPTS {
-        let Some(port) = next_port(config, &work.key) else {
+    for attempt in 0..ATTEMPTS {
+        let step = if attempt < NEXT {
+            1
+        } else {
+            (u32::from(config.port_count) >> SPREAD_BITS) + 1
+        };
+        let Some(port) = next_port(config, &work.key, step) else {
             break;
         };
         work.entry.src_port = port;
@@ -66,11 +77,12 @@ fn link_client<F: Family>(work: &Opening<F::Addr>) -> Reason {
     Reason::NewMasqueradedFlow
 }
 
-/// The next of the node's ports to try: by turns for each backend, from a place
-/// that outsiders do not know (RFC 6056, 3.3.4, "double-hash port selection").
-/// By turns, a port rests for as long as possible before it is used again.
+/// The next of the node's ports to try, `step` after the one before: by turns for
+/// each backend, from a place that outsiders do not know (RFC 6056, 3.3.4,
+/// "double-hash port selection"). By turns, a port rests for as long as possible
+/// before it is used again.
 #[inline(always)]
-fn next_port<A: lb_common::Address>(config: &Config, key: &Tuple<A>) -> Option<Port> {
+fn next_port<A: lb_common::Address>(config: &Config, key: &Tuple<A>, step: u32) -> Option<Port> {
     let [a, b, c, d] = key.dst.words();
     let backend = (a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24))
         .wrapping_add(u32::from(key.dst_port.get()))
@@ -79,8 +91,8 @@ fn next_port<A: lb_common::Address>(config: &Config, key: &Tuple<A>) -> Option<P
     // SAFETY: the entry is shared by all CPUs; if two read the same number,
     // one of them finds the port in use and takes the next.
     let turn = unsafe {
-        let turn = *cursor;
-        *cursor = turn.wrapping_add(1);
+        let turn = (*cursor).wrapping_add(step);
+        *cursor = turn;
         turn
     };
     let start = (backend ^ config.secret).wrapping_mul(0x85eb_ca6b) >> 8;
@@ -116,6 +128,13 @@ fn way_out<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> u32
         dst: work.key.dst,
     };
     let protocol = work.key.protocol;
-    route::find::<P, F>(packet, &mut work.route, &addresses, protocol, work.ifindex);
+    route::find::<P, F>(
+        packet,
+        &mut work.route,
+        &addresses,
+        protocol,
+        0,
+        work.ifindex,
+    );
     work.route.ifindex
 }

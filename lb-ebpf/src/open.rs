@@ -2,17 +2,14 @@
 
 use core::ptr;
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup},
-    helpers::bpf_get_prandom_u32,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup};
 use lb_common::{
     Address, Port, Reason,
     flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple},
     node::{CONFIG_BYPASS, DEVICE_POD, Device},
     service::{
-        AffinityKey, FRONTEND_LOCAL_POLICY, FRONTEND_SOURCE_RANGES, FrontendKind, SLOT_LOCAL,
-        ServiceEntry, Slot,
+        AffinityKey, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES, FrontendKind,
+        SLOT_LOCAL, ServiceEntry, Slot,
     },
 };
 
@@ -143,9 +140,16 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
     };
     let hash = select::hash(&work.parsed.tuple);
     for attempt in 0..ATTEMPTS {
+        let number = if work.service.flags & FRONTEND_MAGLEV != 0 {
+            hash
+        } else if attempt == 0 {
+            select::draw(hash, work.entry.isn)
+        } else {
+            select::random()
+        };
         let slot = match kept {
             Some(slot) => slot,
-            None => match select::slot::<F>(&work.service, window, hash) {
+            None => match window.slot::<F>(number) {
                 Ok(slot) => slot,
                 Err(reason) => return reason,
             },
@@ -171,10 +175,9 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
 #[inline(always)]
 fn any_port() -> Port {
     const FIRST: u16 = 1024;
-    // SAFETY: the helper takes nothing and may be called from every program.
-    let random = unsafe { bpf_get_prandom_u32() };
     let ports = u32::from(u16::MAX - FIRST);
-    Port::from(FIRST.wrapping_add(((random >> 16).wrapping_mul(ports) >> 16) as u16))
+    let random = select::random() >> 16;
+    Port::from(FIRST.wrapping_add((random.wrapping_mul(ports) >> 16) as u16))
 }
 
 /// What the agent has noted about a device.
@@ -253,6 +256,7 @@ fn begin_entry<A: Address>(work: &mut Opening<A>) {
     };
     work.entry.service = work.service.service;
     work.entry.isn = work.parsed.signals.seq;
+    work.entry.syn_ack = 0;
     work.entry.last_seen = work.now;
     work.entry.edge = work.edge;
 }

@@ -71,9 +71,23 @@ pub trait Packet {
     /// Where the packet comes in, as flows note it.
     fn edge(&self) -> u32;
 
-    /// Whether the whole frame has `length` bytes, those included that
-    /// [`Self::data_end`] leaves out.
-    fn reaches(&self, length: usize) -> bool;
+    /// Bytes of the whole frame, those included that [`Self::data_end`] leaves
+    /// out.
+    fn length(&self) -> usize;
+
+    /// Of how many frames it consists on the wire: the kernel joins those of a
+    /// flow on their way in (GRO), and splits them as late as it can (GSO).
+    fn frames(&self) -> u32;
+
+    /// Whether the kernel keeps a VLAN's tag beside the frame, which is there to
+    /// be taken off by a device above this one.
+    fn is_tagged(&self) -> bool;
+
+    /// Whether the whole frame has `length` bytes.
+    #[inline(always)]
+    fn reaches(&self, length: usize) -> bool {
+        self.length() >= length
+    }
 
     /// Tries to make the first `length` bytes readable. Pointers taken before
     /// are void.
@@ -197,15 +211,23 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn reaches(&self, length: usize) -> bool {
-        let whole = if HAS_XDP_FRAGS.load() == 0 {
-            Self::data_end(self) - Self::data(self)
-        } else {
-            // SAFETY: the context is the kernel's, and the loader sets the
-            // constant only where the helper exists.
-            unsafe { bpf_xdp_get_buff_len(self.ctx) as usize }
-        };
-        whole >= length
+    fn length(&self) -> usize {
+        if HAS_XDP_FRAGS.load() == 0 {
+            return Self::data_end(self) - Self::data(self);
+        }
+        // SAFETY: the context is the kernel's, and the loader sets the constant
+        // only where the helper exists.
+        unsafe { bpf_xdp_get_buff_len(self.ctx) as usize }
+    }
+
+    #[inline(always)]
+    fn frames(&self) -> u32 {
+        1
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        false
     }
 
     #[inline(always)]
@@ -354,8 +376,23 @@ impl Packet for TcContext {
     }
 
     #[inline(always)]
-    fn reaches(&self, length: usize) -> bool {
-        self.len() as usize >= length
+    fn length(&self) -> usize {
+        self.len() as usize
+    }
+
+    #[inline(always)]
+    fn frames(&self) -> u32 {
+        // SAFETY: the context is the kernel's.
+        match unsafe { (*self.skb.skb).gso_segs } {
+            0 => 1,
+            frames => frames,
+        }
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.skb.skb).vlan_present != 0 }
     }
 
     #[inline(always)]

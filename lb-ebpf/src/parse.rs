@@ -111,6 +111,19 @@ impl<A> Parsed<A> {
         self.signals.flags & (SYN | ACK | RST | FIN) == SYN
     }
 
+    /// Whether this packet answers one that opens a connection.
+    #[inline(always)]
+    pub const fn is_syn_ack(&self) -> bool {
+        self.signals.flags & (SYN | ACK | RST | FIN) == SYN | ACK
+    }
+
+    /// Whether this packet of a client acknowledges the backend's SYN, and
+    /// nothing behind it.
+    #[inline(always)]
+    pub const fn acknowledges(&self, syn_ack: u32) -> bool {
+        self.signals.flags & (SYN | ACK | RST) == ACK && self.signals.ack == syn_ack && syn_ack != 0
+    }
+
     /// Whether this packet may open a flow.
     #[inline(always)]
     pub const fn may_open(&self) -> bool {
@@ -123,7 +136,7 @@ impl<A> Parsed<A> {
     /// that came with the SYN (TCP Fast Open, RFC 7413).
     #[inline(always)]
     pub const fn answers_other(&self, flow: &FlowEntry<A>) -> bool {
-        let is_answer = self.signals.flags & (SYN | ACK) == SYN | ACK
+        let is_answer = self.is_syn_ack()
             || self.signals.flags & (RST | ACK) == RST | ACK && self.signals.seq == 0;
         let most = if flow.flags & FLOW_SYN_DATA == 0 {
             0
@@ -538,31 +551,54 @@ pub struct Header {
 
 /// The IPv4 header at `offset`.
 #[inline(always)]
-pub fn header_v4<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
-    /// More fragments, or an offset: anything but "don't fragment".
-    const IS_FRAGMENT: u16 = 0x3fff;
+pub fn header_v4<P: Packet>(packet: &P, offset: usize, quoted: bool) -> Result<Header, Reason> {
+    const MORE_FRAGMENTS: u16 = 0x2000;
+    const OFFSET: u16 = 0x1fff;
+    // Of a quoted packet in fragments the first has ports as well.
+    let fragment = if quoted {
+        OFFSET
+    } else {
+        OFFSET | MORE_FRAGMENTS
+    };
     let Aligned { header } = read::<P, Aligned<Ipv4Hdr>>(packet, offset)?;
     let length = usize::from(header.vihl & 0x0f) << 2;
     if header.vihl >> 4 != 4 || length < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    let is_fragment = u16::from_be_bytes(header.frags) & IS_FRAGMENT != 0;
+    let is_fragment = u16::from_be_bytes(header.frags) & fragment != 0;
     Ok(Header {
         length,
         protocol: if is_fragment { 0 } else { header.proto },
     })
 }
 
-/// The IPv6 header at `offset`; extension headers count as a protocol.
+/// The IPv6 header at `offset`; extension headers count as a protocol, but for
+/// that of a first fragment that is quoted.
 #[inline(always)]
-pub fn header_v6<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
+pub fn header_v6<P: Packet>(packet: &P, offset: usize, quoted: bool) -> Result<Header, Reason> {
     let Aligned { header } = read::<P, Aligned<Ipv6Hdr>>(packet, offset)?;
     let [version, ..] = header.vcf;
     if version >> 4 != 6 {
         return Err(Reason::Malformed);
     }
+    if quoted && header.next_hdr == FRAGMENT {
+        return first_fragment(packet, offset + Ipv6Hdr::LEN);
+    }
     Ok(Header {
         length: Ipv6Hdr::LEN,
         protocol: header.next_hdr,
+    })
+}
+
+/// The IPv6 header with the fragment header at `offset` (RFC 8200, 4.5).
+#[inline(always)]
+fn first_fragment<P: Packet>(packet: &P, offset: usize) -> Result<Header, Reason> {
+    const BYTES: usize = 8;
+    let word: u32 = read(packet, offset)?;
+    let [protocol, _, high, low] = word.to_ne_bytes();
+    let is_first = u16::from_be_bytes([high, low]) >> 3 == 0;
+    Ok(Header {
+        length: Ipv6Hdr::LEN + BYTES,
+        protocol: if is_first { protocol } else { 0 },
     })
 }

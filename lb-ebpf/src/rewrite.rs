@@ -106,8 +106,11 @@ fn translate_sctp<P: Packet, A>(
     }
     let at = parsed.l4() + SCTP_CHECKSUM;
     let checksum: u32 = packet.read(at).ok_or(Refused)?;
-    let delta = crc32c_delta(old.to_le(), new.to_le(), parsed.l4_length);
-    packet.patch(at, checksum ^ delta.to_le())?;
+    // 0 is what stands there while the device is to compute it.
+    if checksum != 0 {
+        let delta = crc32c_delta(old.to_le(), new.to_le(), parsed.l4_length);
+        packet.patch(at, checksum ^ delta.to_le())?;
+    }
     packet.patch(parsed.l4(), ports)
 }
 

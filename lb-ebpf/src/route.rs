@@ -6,7 +6,7 @@
 use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, helpers::bpf_fib_lookup};
 use lb_common::{
     Reason,
-    node::{DEVICE_PEER, DEVICE_POD},
+    node::{DEVICE_PEER, DEVICE_XDP},
 };
 
 use crate::{
@@ -25,23 +25,27 @@ const _: () = assert!(size_of::<FibLookup>() == SIZE as usize);
 /// The kernel has found route and neighbour (`BPF_FIB_LKUP_RET_SUCCESS`).
 const FOUND: i64 = 0;
 
-/// Asks the kernel by which device a packet leaves that comes in at `ifindex`,
-/// and between which Ethernet addresses. Whether it knows all of it; the device
-/// it may know anyway.
+/// Asks the kernel by which device a packet of `length` bytes leaves that comes
+/// in at `ifindex`, and between which Ethernet addresses. Whether it knows all of
+/// it, and the packet is not too large for the way; the device it may know
+/// anyway. A length of 0 is not compared under XDP, and under TC the kernel knows
+/// it by itself.
 #[inline(always)]
 pub fn find<P: Packet, F: Family>(
     packet: &P,
     route: &mut FibLookup,
     addresses: &Pair<F::Addr>,
     protocol: u8,
+    length: u16,
     ifindex: u32,
 ) -> bool {
     F::set_route_ends(route, &addresses.src, &addresses.dst);
-    // Family, protocol, no ports, no length; the device; no type of service.
+    // Family, protocol, no ports, the length; the device; no type of service.
     // Field by field the compiler would call `memset`.
+    let [low, high] = length.to_ne_bytes();
     let head = [
-        u32::from_le_bytes([F::ADDRESS_FAMILY, protocol, 0, 0]).to_le(),
-        0,
+        u32::from_ne_bytes([F::ADDRESS_FAMILY, protocol, 0, 0]),
+        u32::from_ne_bytes([0, 0, low, high]),
         ifindex,
         0,
     ];
@@ -55,18 +59,37 @@ pub fn find<P: Packet, F: Family>(
 /// Whether it can be taken; if not, the stack has to see.
 #[inline(never)]
 pub fn look_up<P: Packet, F: Family>(packet: &P) -> bool {
+    // The tag of a VLAN would stay with the frame on its way.
+    if packet.is_tagged() {
+        return false;
+    }
     let Some(work) = opening::<F>() else {
         return false;
     };
     let Some(addresses) = packet.read(L3 + F::ADDRESSES) else {
         return false;
     };
-    if !find::<P, F>(packet, &mut work.route, &addresses, 0, packet.ifindex()) {
+    let length = if P::LEAVES_RARE_TO_TC {
+        packet.length().wrapping_sub(L3) as u16
+    } else {
+        0
+    };
+    let here = packet.ifindex();
+    if !find::<P, F>(packet, &mut work.route, &addresses, 0, length, here) {
         return false;
     }
-    // XDP can send to a pod's device only what its driver takes in bulk, and a
-    // veth often does not.
-    !P::LEAVES_RARE_TO_TC || device_flags(work.route.ifindex) & DEVICE_POD == 0
+    // XDP can send only to a device whose driver takes frames from XDP, and
+    // nobody tells if it does not: they are lost.
+    let there = work.route.ifindex;
+    !P::LEAVES_RARE_TO_TC || there == here || device_flags(there) & DEVICE_XDP != 0
+}
+
+/// Takes one off the time to live of a packet that is to go past the stack, which
+/// would do so. Whether there was one to take: else the stack has to tell the
+/// sender.
+#[inline(always)]
+pub fn count_hop<P: Packet, F: Family>(packet: &P) -> bool {
+    F::count_hop(packet).is_ok()
 }
 
 /// Sends a packet, translated for `reason`, on the way that [`look_up`] has
@@ -77,7 +100,7 @@ pub fn send<P: Packet, F: Family>(packet: &P, reason: Reason) -> Way {
         return Way::On;
     };
     let macs = macs(&work.route);
-    if F::count_hop(packet).is_err() || packet.write(0, macs).is_err() {
+    if packet.write(0, macs).is_err() {
         return Way::On;
     }
     let there = work.route.ifindex;

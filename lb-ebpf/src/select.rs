@@ -4,12 +4,13 @@ use aya_ebpf::{bindings::BPF_ANY, helpers::bpf_get_prandom_u32};
 use lb_common::{
     Reason,
     flow::Tuple,
-    service::{
-        Affinity, AffinityKey, BackendRef, FRONTEND_DROP, FRONTEND_MAGLEV, ServiceEntry, Slot,
-    },
+    service::{Affinity, AffinityKey, BackendRef, FRONTEND_DROP, ServiceEntry, Slot},
 };
 
-use crate::family::{Family, is_alive};
+use crate::{
+    config,
+    family::{Family, is_alive},
+};
 
 /// The slots that a client may get.
 #[derive(Clone, Copy)]
@@ -45,25 +46,28 @@ impl Window {
     /// without a division (Lemire, "Fast random integer generation in an
     /// interval").
     #[inline(always)]
-    fn slot<F: Family>(self, number: u32) -> Result<&'static Slot<F::Addr>, Reason> {
+    pub fn slot<F: Family>(self, number: u32) -> Result<&'static Slot<F::Addr>, Reason> {
         let n = (u64::from(number) * u64::from(self.count)) >> 32;
         F::slot(self.first.wrapping_add(n as u32))
     }
 }
 
-/// A slot for a new flow: each as likely as the others, or what the Maglev
-/// table says for the client's `hash`.
+/// A number that nobody knows beforehand.
 #[inline(always)]
-pub fn slot<F: Family>(
-    service: &ServiceEntry,
-    window: Window,
-    hash: u32,
-) -> Result<&'static Slot<F::Addr>, Reason> {
-    if service.flags & FRONTEND_MAGLEV != 0 {
-        return window.slot::<F>(hash);
-    }
+pub fn random() -> u32 {
     // SAFETY: the helper takes nothing and may be called from every program.
-    window.slot::<F>(unsafe { bpf_get_prandom_u32() })
+    unsafe { bpf_get_prandom_u32() }
+}
+
+/// A number as good as random, and the same for one packet at every hook: what
+/// XDP leaves to TC because its backend is remote must get that backend there
+/// too, or backends of this node would get more than their share.
+#[inline(always)]
+pub fn draw(hash: u32, isn: u32) -> u32 {
+    mix(
+        mix(hash, isn),
+        config::get().map_or(0, |config| config.secret),
+    )
 }
 
 /// What a Maglev table is asked for: the same on every node, so without the

@@ -9,7 +9,7 @@
 use aya_ebpf::{
     EbpfContext as _, Global,
     bindings::{BPF_ANY, bpf_sock_addr},
-    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie},
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     programs::SockAddrContext,
 };
 use lb_common::{
@@ -238,13 +238,19 @@ pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
 impl Action for Connect {
     #[inline(always)]
     fn run<C: Call>(call: &C) -> Reason {
-        let reason = assign(call);
-        if reason == Reason::NotService && was_used(call.context()) {
-            // It may name a backend that it was given before: then it wants to
-            // be shown just that.
-            let _ = C::Family::sockets().remove(&call.key(SOCKET_REVERSE));
+        match assign(call) {
+            // Nothing is sent by this. `ping`, and those who sort addresses by
+            // how they are reached, connect a UDP socket to any port to learn
+            // their own address. A datagram itself is refused.
+            Reason::NoSuchPort if call.protocol() == UDP => Reason::NotService,
+            Reason::NotService if was_used(call.context()) => {
+                // It may name a backend that it was given before: then it wants
+                // to be shown just that.
+                let _ = C::Family::sockets().remove(&call.key(SOCKET_REVERSE));
+                Reason::NotService
+            }
+            reason => reason,
         }
-        reason
     }
 }
 
@@ -469,10 +475,8 @@ fn choose<F: Family>(
         }
     }
     let window = Window::of(service, true)?;
-    // SAFETY: the helper takes nothing and may be called from every program.
-    let random = unsafe { bpf_get_prandom_u32() };
     if service.affinity == 0 {
-        return select::slot::<F>(service, window, random);
+        return window.slot::<F>(select::random());
     }
     let now = clock::seconds();
     let client = AffinityKey {
@@ -481,7 +485,7 @@ fn choose<F: Family>(
     };
     let slot = match select::kept::<F>(&client, window, service.affinity, now) {
         Some(slot) => slot,
-        None => select::slot::<F>(service, window, random)?,
+        None => window.slot::<F>(select::random())?,
     };
     select::keep::<F>(&client, slot.backend, now);
     Ok(slot)

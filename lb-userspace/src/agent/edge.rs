@@ -3,9 +3,14 @@
 //! A task of its own, and the only owner of the programs: a new pod's device
 //! gets them at once, even while thousands of Services are being written.
 
-use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
 
 use anyhow::Context as _;
+use lb_common::node::{DEVICE_XDP, Device as Entry};
 use tokio::{sync::watch, time::timeout};
 use tracing::{info, warn};
 
@@ -49,11 +54,14 @@ pub(super) async fn follow(
             changed
         });
         // Before the programs: they look at it when a flow begins.
-        let written = table.write(&edge.table);
+        let mut written = table.write(&with_xdp(&edge.table, hooks.native_xdp()));
+        let failures = hooks.apply(&edge.devices);
+        if written.is_ok() {
+            written = table.write(&with_xdp(&edge.table, hooks.native_xdp()));
+        }
         if let Err(error) = &written {
             warn!(error = %Chain(error), "the programs do not know all devices; trying again");
         }
-        let failures = hooks.apply(&edge.devices);
         for failure in &failures {
             warn!(error = %Chain(failure), "a program is not attached; trying again");
         }
@@ -74,6 +82,17 @@ pub(super) async fn follow(
             hooks.forget_lost_filters();
         }
     }
+}
+
+/// The table, with the devices named that XDP can send frames to.
+fn with_xdp(table: &BTreeMap<u32, Entry>, native: &BTreeSet<u32>) -> BTreeMap<u32, Entry> {
+    let mut table = table.clone();
+    for (index, entry) in &mut table {
+        if native.contains(index) {
+            entry.flags |= DEVICE_XDP;
+        }
+    }
+    table
 }
 
 /// Says which devices are uplinks, whenever that changes: by default they follow

@@ -5,7 +5,11 @@
 //! program of a link or filter that is there is replaced in place, so that no
 //! packet meets a hook without one.
 
-use std::{collections::BTreeMap, fs, io, mem, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io, mem,
+    path::Path,
+};
 
 use aya::{
     Ebpf,
@@ -84,6 +88,8 @@ pub struct Hooks {
     xdp: XdpChoice,
     /// What this process has attached, by index of the device.
     attached: BTreeMap<u32, Role>,
+    /// Of these, the devices whose driver runs XDP.
+    native_xdp: BTreeSet<u32>,
 }
 
 impl Hooks {
@@ -97,6 +103,7 @@ impl Hooks {
             tc,
             xdp,
             attached: BTreeMap::new(),
+            native_xdp: BTreeSet::new(),
         })
     }
 
@@ -142,6 +149,11 @@ impl Hooks {
                 Ok(xdp) => {
                     info!(device = device.name, role = %device.role, tc = self.tc.name(), xdp, "attached");
                     self.attached.insert(*index, device.role);
+                    if xdp == mode_name(XdpMode::Driver) {
+                        self.native_xdp.insert(*index);
+                    } else {
+                        self.native_xdp.remove(index);
+                    }
                 }
                 Err(AttachError { source, .. }) if source.is_gone() => {
                     debug!(device = device.name, "gone before it was attached");
@@ -150,6 +162,11 @@ impl Hooks {
             }
         }
         errors
+    }
+
+    /// The devices whose driver runs XDP, by index.
+    pub fn native_xdp(&self) -> &BTreeSet<u32> {
+        &self.native_xdp
     }
 
     fn detach_all_but(&mut self, wanted: &BTreeMap<u32, Device>) {
@@ -165,6 +182,7 @@ impl Hooks {
             .filter(|index| !wanted.contains_key(index))
         {
             self.attached.remove(&index);
+            self.native_xdp.remove(&index);
             match detach(&self.pins, &self.netlink, &self.owner, index) {
                 Ok(()) => info!(
                     index,

@@ -856,6 +856,7 @@ mod tests {
             service: 7,
             backend: BackendRef::default(),
             isn: 0,
+            syn_ack: 0,
             last_seen,
             edge: 2,
         }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use lb_common::{
     Hook, Reason,
     flow::{TCP, UDP},
-    node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, Device},
+    node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, DEVICE_XDP, Device},
 };
 use lb_tests::{
     agent::Hooks,
@@ -130,6 +130,21 @@ fn serve(world: &World) -> Datapath {
     datapath
 }
 
+/// The client's first packet, at the last router that it may pass.
+fn last_hop(world: &World) -> Vec<u8> {
+    let mut frame = world.first(world.frontend).bytes();
+    if world.client.is_ipv4() {
+        frame[22] = 1;
+        // The header's checksum, for 63 less in the high byte of a word.
+        let sum = u32::from(u16::from_be_bytes([frame[24], frame[25]])) + 0x3f00;
+        let sum = (sum & 0xffff) + (sum >> 16);
+        frame[24..26].copy_from_slice(&(sum as u16).to_be_bytes());
+    } else {
+        frame[21] = 1;
+    }
+    frame
+}
+
 /// Where time to live or hop limit stands.
 fn hops(world: &World, frame: &[u8]) -> u8 {
     frame[if world.client.is_ipv4() { 22 } else { 21 }]
@@ -177,17 +192,8 @@ fn what_the_route_lookup_does_not_know_goes_up_the_stack() {
     in_a_router(|| {
         for world in worlds() {
             let mut datapath = serve(&world);
-            // The last hop: a router has to answer.
-            let mut last = world.first(world.frontend).bytes();
-            let at = if world.client.is_ipv4() { 22 } else { 21 };
-            last[at] = 1;
-            if world.client.is_ipv4() {
-                // The header's checksum, for 63 less in the high byte of a word.
-                let sum = u32::from(u16::from_be_bytes([last[24], last[25]])) + 0x3f00;
-                let sum = (sum & 0xffff) + (sum >> 16);
-                last[24..26].copy_from_slice(&(sum as u16).to_be_bytes());
-            }
-            let outcome = datapath.run(Hook::TcIngress, &last);
+            // A router has to answer.
+            let outcome = datapath.run(Hook::TcIngress, &last_hop(&world));
             assert_eq!(outcome.action, TC_GO_ON, "{world:?}");
             assert_eq!(read(&outcome.frame).dst, world.backend);
             assert_eq!(hops(&world, &outcome.frame), 1);
@@ -209,6 +215,27 @@ fn what_the_route_lookup_does_not_know_goes_up_the_stack() {
     });
 }
 
+/// Has the datapath know that XDP can send frames to a device.
+fn takes_from_xdp(datapath: &mut Datapath, name: &str) {
+    let index = nix::net::if_::if_nametoindex(name).expect("there");
+    let device = Device {
+        flags: DEVICE_XDP,
+        ..Device::default()
+    };
+    datapath.set_device(index, device);
+}
+
+/// The backend of the world, on another node.
+fn serve_remote(world: &World) -> Datapath {
+    let mut datapath = serve(world);
+    let remote = Backend {
+        addr: world.backend,
+        local: false,
+    };
+    datapath.serve(world.protocol, world.frontend, &[remote]);
+    datapath
+}
+
 /// At XDP no egress hook comes behind, so both translations are made at once.
 #[test]
 fn xdp_sends_to_a_remote_backend_and_back_by_itself() {
@@ -216,12 +243,10 @@ fn xdp_sends_to_a_remote_backend_and_back_by_itself() {
         ip("neigh add 192.168.50.2 lladdr 02:00:00:00:03:03 dev in0 nud permanent");
         ip("neigh add fd00:50::2 lladdr 02:00:00:00:03:03 dev in0 nud permanent");
         for world in worlds() {
-            let mut datapath = serve(&world);
-            let remote = Backend {
-                addr: world.backend,
-                local: false,
-            };
-            datapath.serve(world.protocol, world.frontend, &[remote]);
+            let mut datapath = serve_remote(&world);
+            for device in ["in0", "out0"] {
+                takes_from_xdp(&mut datapath, device);
+            }
             let packet = world.first(world.frontend);
             let outcome = datapath.run(Hook::Xdp, &packet.bytes());
             let what = (outcome.reason, outcome.action);
@@ -248,17 +273,12 @@ fn xdp_sends_to_a_remote_backend_and_back_by_itself() {
     });
 }
 
+/// A VXLAN or VLAN device, or a pod's veth: frames from XDP would be lost there.
 #[test]
-fn xdp_leaves_pods_to_the_stack() {
+fn xdp_leaves_to_the_stack_what_goes_to_devices_without_xdp() {
     in_a_router(|| {
-        let index = nix::net::if_::if_nametoindex("out0").expect("made above");
         for world in worlds() {
             let mut datapath = serve(&world);
-            let device = Device {
-                flags: DEVICE_POD,
-                ..Device::default()
-            };
-            datapath.set_device(index, device);
             let outcome = datapath.run(Hook::Xdp, &world.first(world.frontend).bytes());
             assert_eq!(
                 (outcome.reason, outcome.action),
@@ -266,6 +286,29 @@ fn xdp_leaves_pods_to_the_stack() {
             );
             assert_eq!(read(&outcome.frame).dst, world.backend);
             assert_eq!(hops(&world, &outcome.frame), 64);
+        }
+    });
+}
+
+/// What the stack has to refuse, so that the sender is told, goes up as the stack
+/// expects it: from the client, not from the node itself.
+#[test]
+fn xdp_leaves_to_the_stack_what_is_at_its_last_hop_or_too_large() {
+    in_a_router(|| {
+        ip("link set out0 mtu 1280");
+        for world in worlds() {
+            let last = last_hop(&world);
+            let large = world.first(world.frontend).payload([7; 1300]).bytes();
+            for frame in [last, large] {
+                let mut datapath = serve_remote(&world);
+                takes_from_xdp(&mut datapath, "out0");
+                let outcome = datapath.run(Hook::Xdp, &frame);
+                let what = (outcome.reason, outcome.action);
+                assert_eq!(what, (Reason::NewMasqueradedFlow, XDP_PASS));
+                let seen = read(&outcome.frame);
+                assert_eq!((seen.src, seen.dst), (world.client, world.backend));
+                assert_eq!(hops(&world, &outcome.frame), hops(&world, &frame));
+            }
         }
     });
 }

@@ -270,6 +270,24 @@ fn sctp_answers_to_somebody_else_are_left_alone() {
     }
 }
 
+/// A sender leaves SCTP's checksum to a device that can compute it, and 0 stands
+/// there until then.
+#[test]
+fn a_checksum_of_sctp_that_a_device_computes_is_left_to_it() {
+    for world in sctp_worlds() {
+        let mut datapath = world.serve_one();
+        let at = if world.client.is_ipv4() { 34 } else { 54 } + 8;
+        let mut frame = Packet::sctp(world.client, world.frontend, chunk::INIT, 70).bytes();
+        let finished = datapath.run(Hook::TcIngress, &frame).frame;
+        frame[at..at + 4].fill(0);
+        let mut unfinished = datapath.run(Hook::TcIngress, &frame);
+        assert_eq!(unfinished.reason, Reason::Forward);
+        assert_eq!(unfinished.frame[at..at + 4], [0; 4]);
+        unfinished.frame[at..at + 4].copy_from_slice(&finished[at..at + 4]);
+        assert_eq!(unfinished.frame, finished);
+    }
+}
+
 #[test]
 fn sctp_packets_of_every_length_keep_their_checksum() {
     for world in sctp_worlds() {

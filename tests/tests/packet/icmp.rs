@@ -5,11 +5,12 @@ use std::net::IpAddr;
 
 use lb_common::{Hook, Reason, service::FRONTEND_ECHO};
 use lb_tests::{
+    fragments::cut,
     icmp::{Message, echo, is_sent_back, port_unreachable, too_big},
     program::{Backend, Datapath, NODE4, NODE6, TC_REDIRECT},
 };
 
-use crate::world::{World, dropped, untouched, worlds};
+use crate::world::{World, dropped, udp_worlds, untouched, worlds};
 
 const ETHERNET: usize = 14;
 
@@ -57,6 +58,22 @@ fn errors_on_the_way_to_the_backend_come_back_about_what_the_client_sent() {
                 }
             }
         }
+    }
+}
+
+/// As path MTU discovery of datagrams that are larger than any link needs it.
+#[test]
+fn errors_about_the_first_of_several_fragments_come_back() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        let large = world.first(world.frontend).payload(vec![7; 3000]);
+        let sent = cut(&large, 7, 1440).remove(0);
+        let forwarded = datapath.run(Hook::TcIngress, &sent).frame;
+        let from = router(&world);
+        let error = Message::about(&forwarded, 600, from, world.client.ip(), too_big(from));
+        let seen = error_through(&mut datapath, Hook::TcEgress, &error);
+        assert_eq!(seen.dst, world.client.ip());
+        assert_quotes(&seen, &sent);
     }
 }
 

@@ -8,6 +8,7 @@ use lb_common::{
     flow::{FORWARD, REPLY, State},
 };
 use lb_tests::{
+    fragments::cut,
     packet::{self, Packet, flags},
     program::Datapath,
 };
@@ -29,7 +30,8 @@ impl Connection {
         Self { world, datapath }
     }
 
-    fn established(world: World) -> Self {
+    /// The handshake is over, and nothing has been sent.
+    fn accepted(world: World) -> Self {
         let mut connection = Self::opening(world);
         let answer = world.answer(world.backend).bytes();
         assert_eq!(
@@ -37,6 +39,11 @@ impl Connection {
             Reason::Reply
         );
         connection.client_sends(flags::ACK);
+        connection
+    }
+
+    fn established(world: World) -> Self {
+        let mut connection = Self::accepted(world);
         connection.backend_sends(flags::ACK);
         connection.assert_state(State::Established);
         connection
@@ -121,7 +128,7 @@ impl Connection {
 fn a_confirmed_connection_stays_among_the_young_until_its_next_news() {
     for world in tcp_worlds() {
         for news in [flags::ACK, flags::FIN | flags::ACK] {
-            let mut connection = Connection::established(world);
+            let mut connection = Connection::accepted(world);
             let counts = |datapath: &Datapath| (datapath.young_count(), datapath.flow_count());
             assert_eq!(counts(&connection.datapath), (2, 2));
             if news == flags::ACK {
@@ -363,6 +370,60 @@ fn udp_leaves_a_backend_that_has_gone_with_the_next_packet() {
             Reason::Forward,
             (world.client, world.other_backend),
         );
+    }
+}
+
+/// As pools of connections do, and who waits for a peer that has nothing to say.
+#[test]
+fn a_connection_may_be_silent_from_its_handshake_on() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::accepted(world);
+        connection.assert_state(State::Established);
+        connection.datapath.age_flows(23 * 60 * 60);
+        connection.backend_sends(flags::ACK);
+        connection.client_sends(flags::ACK);
+    }
+}
+
+/// Whoever forges the client's address cannot know what the backend's SYN says.
+#[test]
+fn a_guessed_acknowledgment_confirms_nothing() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::opening(world);
+        let answer = world.answer(world.backend).bytes();
+        connection.datapath.run(Hook::TcEgress, &answer);
+        for guess in [0, 5000, 5002] {
+            let ack = Packet::tcp(world.client, world.frontend, flags::ACK).numbers(1001, guess);
+            connection.datapath.run(Hook::TcIngress, &ack.bytes());
+        }
+        connection.assert_state(State::Opening);
+        assert_eq!(connection.datapath.young_count(), 2);
+    }
+}
+
+/// Fragments go through TC where XDP translates all else: what XDP has translated
+/// is not taken for a direct datagram then.
+#[test]
+fn xdp_and_tc_share_a_flow_of_datagrams() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        let datagram = world.first(world.frontend);
+        let translated = datapath.run(Hook::Xdp, &datagram.bytes());
+        assert_eq!(translated.reason, Reason::NewFlow);
+        let large = datagram.payload(vec![7; 3000]);
+        for frame in cut(&large, 7, 1000) {
+            assert_eq!(
+                datapath.run(Hook::TcIngress, &frame).reason,
+                Reason::Forward
+            );
+        }
+        untouched(
+            &mut datapath,
+            Hook::TcIngress,
+            &translated.frame,
+            Reason::NotService,
+        );
+        assert_eq!(datapath.flow_count(), 2);
     }
 }
 

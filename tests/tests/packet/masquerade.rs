@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use lb_common::{
     Hook, Reason,
     flow::TCP,
-    node::{DEVICE_POD, Device},
+    node::{Config, DEVICE_POD, Device},
     service::{FRONTEND_LOCAL_POLICY, FrontendKind},
 };
 use lb_tests::{
@@ -171,6 +171,53 @@ fn ports_are_used_to_the_last_and_running_out_harms_nobody() {
             );
         }
     }
+}
+
+/// Connections that last for long take ports one after the other, and in the next
+/// turn they come one after the other.
+#[test]
+fn a_long_run_of_ports_that_are_taken_is_jumped_over() {
+    const COUNT: u16 = 96;
+    const AGAIN: u16 = 8;
+    for world in tcp_worlds() {
+        let mut datapath = serve_remote(&world);
+        let config = Config {
+            port_count: COUNT,
+            ..datapath.config()
+        };
+        datapath.configure(&config);
+        let client = |n: u16| SocketAddr::new(world.client.ip(), 10_000 + n);
+        let mut sources = Vec::new();
+        for n in 0..COUNT + AGAIN {
+            if n == COUNT {
+                end_connections(&mut datapath, &world, (0..AGAIN).map(client), &sources);
+            }
+            sources.push(sent(&mut datapath, &world, client(n)));
+        }
+        // The turn is behind these, and everything before them is taken.
+        let last = COUNT..COUNT + AGAIN;
+        let free = &sources[usize::from(last.start)..];
+        end_connections(&mut datapath, &world, last.map(client), free);
+        let source = sent(&mut datapath, &world, client(COUNT + AGAIN));
+        assert!(free.contains(&source), "{source}");
+    }
+}
+
+/// Clients reset connections of which the backend sees these sources, which are
+/// over then.
+fn end_connections(
+    datapath: &mut Datapath,
+    world: &World,
+    clients: impl Iterator<Item = SocketAddr>,
+    sources: &[SocketAddr],
+) {
+    for (client, source) in clients.zip(sources) {
+        let reset = |to| Packet::tcp(client, to, flags::RST).bytes();
+        datapath.run(Hook::TcIngress, &reset(world.frontend));
+        let left = datapath.run(Hook::TcEgress, &reset(world.backend));
+        assert_eq!(read(&left.frame).src, *source);
+    }
+    datapath.age_flows(11);
 }
 
 #[test]

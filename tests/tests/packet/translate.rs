@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_common::{Hook, Reason, flow::TCP};
+use lb_common::{Hook, Reason, flow::TCP, node::Config};
 use lb_tests::{
     packet::{self, Packet, flags},
     program::{Backend, Datapath},
@@ -95,6 +95,40 @@ fn new_flows_spread_over_the_backends_and_flows_stay() {
         // 200 throws of a fair coin: fewer than 50 of one side has a chance of
         // about one in 10¹³.
         assert!(counts.iter().all(|count| *count >= 50), "{counts:?}");
+    }
+}
+
+/// What XDP leaves to TC gets there the backend that XDP has drawn. If TC drew
+/// once more, backends of this node would get three of four connections here.
+#[test]
+fn xdp_does_not_prefer_backends_of_this_node() {
+    for world in worlds() {
+        let mut datapath = Datapath::new();
+        let config = Config {
+            port_count: 10_000,
+            ..datapath.config()
+        };
+        datapath.configure(&config);
+        let remote = Backend {
+            addr: world.other_backend,
+            local: false,
+        };
+        let backends = [local(world.backend), remote];
+        datapath.serve(world.protocol, world.frontend, &backends);
+        let mut stays = 0;
+        for port in 20_000..20_400 {
+            let mut client = world.client;
+            client.set_port(port);
+            let first = Packet::first(world.protocol, client, world.frontend).bytes();
+            if datapath.run(Hook::Xdp, &first).reason == Reason::RemoteBackend {
+                let left = datapath.run(Hook::TcIngress, &first);
+                assert_eq!(left.reason, Reason::NewMasqueradedFlow);
+            } else {
+                stays += 1;
+            }
+        }
+        // A fair coin is below or above that once in 10¹² times.
+        assert!((130..=270).contains(&stays), "{stays} of 400");
     }
 }
 
