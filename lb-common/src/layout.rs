@@ -10,6 +10,7 @@ use crate::{
         SourceRange,
     },
     socket::{SocketEntry, SocketKey},
+    traffic::Traffic,
 };
 
 /// Asserts that a type has the given size and alignment and that its fields,
@@ -68,3 +69,4 @@ layout!(EarlyKey<Addr4>, 20, align 4, [16, 4]);
 layout!(EarlyKey<Addr6>, 44, align 4, [40, 4]);
 layout!(Early, 2052, align 4, [4, 2048]);
 layout!(FragmentPorts, 4, align 2, [2, 2]);
+layout!(Traffic, 48, align 8, [4, 4, 8, 8, 8, 8, 8]);

@@ -25,6 +25,7 @@ pub mod node;
 pub mod reason;
 pub mod service;
 pub mod socket;
+pub mod traffic;
 
 pub use addr::{Addr4, Addr6, Address, Port};
 pub use reason::{Hook, Reason};

@@ -55,8 +55,11 @@ pub const SCRATCH: &str = "klb_scratch";
 /// Hook and reason → packets (or calls); per CPU, written by every program.
 pub const COUNTERS: &str = "klb_count";
 
+/// Backend id → what flows through it; per CPU, written by every program.
+pub const TRAFFIC: &str = "klb_traffic";
+
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 28] = [
+pub const MAPS: [&str; 29] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -85,6 +88,7 @@ pub const MAPS: [&str; 28] = [
     ANSWERS,
     SCRATCH,
     COUNTERS,
+    TRAFFIC,
 ];
 
 pub const XDP: &str = "klb_xdp";

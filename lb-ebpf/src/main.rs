@@ -46,6 +46,7 @@ mod rewrite;
 mod route;
 mod select;
 mod socket;
+mod traffic;
 mod verdict;
 
 use aya_ebpf::{

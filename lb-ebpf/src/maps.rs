@@ -16,6 +16,7 @@ use lb_common::{
     reason::COUNTERS as COUNTER_COUNT,
     service::{Affinity, AffinityKey, ServiceEntry, ServiceKey, ServiceMeta, Slot, SourceRange},
     socket::{SocketEntry, SocketKey},
+    traffic::Traffic,
 };
 
 use crate::answer::Answers;
@@ -132,3 +133,7 @@ pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 /// Hook and reason → runs, by CPU; every program.
 #[btf_map(name = "klb_count")]
 pub static COUNTERS: PerCpuArray<u64, { COUNTER_COUNT as usize }> = PerCpuArray::new();
+
+/// Backend id → what flows through it, by CPU; every program.
+#[btf_map(name = "klb_traffic")]
+pub static TRAFFIC: PerCpuArray<Traffic, { size::BACKENDS }> = PerCpuArray::new();

@@ -12,6 +12,7 @@ use crate::{
     fragment,
     packet::{ChecksumField, Packet, Refused},
     parse::{Fragment, L3, Parsed},
+    traffic,
 };
 
 /// Source and destination as they follow each other in a header.
@@ -36,7 +37,10 @@ pub fn translate<P: Packet, F: Family>(
     done: Reason,
 ) -> Reason {
     match try_translate::<P, F>(packet, parsed, flow) {
-        Ok(()) => done,
+        Ok(()) => {
+            traffic::count_packet(packet, flow, done);
+            done
+        }
         Err(Refused) => Reason::RewriteFailed,
     }
 }

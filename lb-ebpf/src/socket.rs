@@ -29,6 +29,7 @@ use crate::{
     maps::NETNS,
     open::device,
     select::{self, Window},
+    traffic,
 };
 
 #[unsafe(no_mangle)]
@@ -299,6 +300,7 @@ fn assign<C: Call>(call: &C) -> Reason {
         Ok(slot) => {
             call.set_addr(slot.addr);
             call.set_port(slot.port);
+            traffic::count_flow(slot.backend);
             Reason::NewFlow
         }
         Err(reason) => reason,

@@ -4,15 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::service::{BackendRef, is_living};
 
+/// How many numbers rest before the first of them is used again.
+const RESTING: usize = 4096;
+
 /// Hands out numbers, from 1.
 ///
-/// One that was given back is used again only when all have been used once: a
-/// flow that still names it would show under another name.
+/// One that was given back rests for a while: a flow that still names it would
+/// show under another name. Numbers stay low all the same, so that not every one
+/// that there may be needs counters (`klb_traffic`).
 #[derive(Clone, Debug)]
 pub struct Numbers {
     free: BTreeSet<u32>,
     next: u32,
     end: u32,
+    /// Below it are those that were used again last: they go by turns.
+    turn: u32,
 }
 
 impl Numbers {
@@ -22,16 +28,21 @@ impl Numbers {
             free: BTreeSet::new(),
             next: 1,
             end,
+            turn: 0,
         }
     }
 
     /// `None` if all are in use.
     pub fn take(&mut self) -> Option<u32> {
-        if self.next < self.end {
+        if self.next < self.end && self.free.len() <= RESTING {
             self.next += 1;
             return Some(self.next - 1);
         }
-        self.free.pop_first()
+        let number = self.free.range(self.turn..).next();
+        let number = *number.or_else(|| self.free.first())?;
+        self.free.remove(&number);
+        self.turn = number + 1;
+        Some(number)
     }
 
     /// Takes a given number; `false` if it is in use or none of these.
@@ -133,6 +144,19 @@ mod tests {
         numbers.release(4);
         let taken: Vec<_> = (0..5).map(|_| numbers.take()).collect();
         assert_eq!(taken, [Some(5), Some(1), Some(2), Some(4), None]);
+    }
+
+    #[test]
+    fn numbers_stay_low_and_go_by_turns() {
+        let mut numbers = Numbers::new(1 << 20);
+        let mut last = 0;
+        for _ in 0..20 * RESTING {
+            let number = numbers.take().expect("there are plenty");
+            assert!(number <= RESTING as u32 + 2, "{number}");
+            assert_ne!(number, last, "it has just been given back");
+            last = number;
+            numbers.release(number);
+        }
     }
 
     #[test]

@@ -32,6 +32,7 @@ use lb_common::{
         Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
         Slot, SourceRange,
     },
+    traffic::Traffic,
 };
 
 /// What TC and XDP return, by what it means.
@@ -168,6 +169,7 @@ pub struct Datapath {
     next_slot: u32,
     next_service: u32,
     next_backend: u32,
+    generation: u32,
 }
 
 impl Default for Datapath {
@@ -196,6 +198,7 @@ impl Datapath {
             next_slot: 0,
             next_service: 1,
             next_backend: 1,
+            generation: 7,
         };
         this.clear();
         this.configure(&Config {
@@ -238,12 +241,9 @@ impl Datapath {
         clear::<u32, Device>(self.map(names::DEVICES));
         for id in 0..BACKENDS {
             set(self.map(names::BACKENDS), id, 0_u32);
+            set_per_cpu(self.map(names::TRAFFIC), id, Traffic::default());
         }
-        let answers = self.map(names::ANSWERS);
-        let mut answers: PerCpuArray<_, [u32; 2]> = answers.try_into().expect("an array");
-        let none = vec![[0; 2]; aya::util::nr_cpus().expect("a number of CPUs")];
-        let none = PerCpuValues::try_from(none).expect("a value for each CPU");
-        answers.set(0, none, 0).expect("an index within the map");
+        set_per_cpu(self.map(names::ANSWERS), 0, [0_u32; 2]);
     }
 
     fn clear_family<A: FlowAddr>(
@@ -429,10 +429,17 @@ impl Datapath {
         }
     }
 
+    /// Has the backends that are served from now on get the ids of those before
+    /// them, for another life.
+    pub fn use_ids_again(&mut self) {
+        self.next_backend = 1;
+        self.generation += 2;
+    }
+
     fn put_backend(&mut self, backend: &Backend) -> BackendRef {
         let reference = BackendRef {
             id: self.next_backend,
-            generation: 7,
+            generation: self.generation,
         };
         let index = self.next_slot;
         self.next_backend += 1;
@@ -585,6 +592,24 @@ impl Datapath {
             .collect()
     }
 
+    /// What was counted for the backend with this id.
+    pub fn traffic(&self, id: u32) -> Traffic {
+        let map = self.ebpf().map(names::TRAFFIC).expect("in the object");
+        let map: PerCpuArray<_, Traffic> = map.try_into().expect("a per-CPU array");
+        let values = map.get(&id, 0).expect("an index within the map");
+        values
+            .iter()
+            .fold(Traffic::default(), |sum, value| Traffic {
+                generation: sum.generation.max(value.generation),
+                pad: 0,
+                flows: sum.flows + value.flows,
+                packets_in: sum.packets_in + value.packets_in,
+                bytes_in: sum.bytes_in + value.bytes_in,
+                packets_out: sum.packets_out + value.packets_out,
+                bytes_out: sum.bytes_out + value.bytes_out,
+            })
+    }
+
     /// The IPv4 flows, confirmed and young.
     pub fn flows4(&self) -> BTreeMap<String, FlowEntry<Addr4>> {
         self.dump([names::YOUNG4, names::FLOWS4])
@@ -721,6 +746,15 @@ fn clear<K: aya::Pod, V: aya::Pod>(map: &mut Map) {
     for key in keys {
         map.remove(&key).expect("an entry to remove");
     }
+}
+
+fn set_per_cpu<V: aya::Pod>(map: &mut Map, index: u32, value: V) {
+    let mut array: PerCpuArray<_, V> = map.try_into().expect("a per-CPU array");
+    let values = vec![value; aya::util::nr_cpus().expect("a number of CPUs")];
+    let values = PerCpuValues::try_from(values).expect("a value for each CPU");
+    array
+        .set(index, values, 0)
+        .expect("an index within the map");
 }
 
 fn put<K: aya::Pod, V: aya::Pod>(map: &mut Map, key: K, value: V) {

@@ -11,7 +11,7 @@ use aya::{
     maps::{MapData, MapError, MapInfo},
     programs::{Program, ProgramError},
 };
-use lb_common::names;
+use lb_common::{names, traffic::Traffic};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
@@ -210,6 +210,7 @@ fn wanted_entries(sizes: &MapSizes, name: &str) -> Option<u32> {
         names::SERVICES4 | names::SERVICES6 => Some(sizes.map_services),
         names::SLOTS4 | names::SLOTS6 => Some(sizes.map_slots),
         names::BACKENDS => Some(sizes.map_backends),
+        names::TRAFFIC => Some(traffic_entries(sizes.map_backends, cpus())),
         names::META => Some(sizes.map_service_ports),
         names::FLOWS4 | names::FLOWS6 => Some(sizes.map_flows),
         names::YOUNG4 | names::YOUNG6 => Some(sizes.map_young_flows),
@@ -218,6 +219,22 @@ fn wanted_entries(sizes: &MapSizes, name: &str) -> Option<u32> {
         names::SOCKETS4 | names::SOCKETS6 => Some(sizes.map_sockets),
         _ => None,
     }
+}
+
+/// Bytes that the counters by backend may take, however many CPUs there are.
+const TRAFFIC_BYTES: usize = 64 << 20;
+
+/// Backends with counters of their own: all of them, unless there are so many
+/// CPUs, each with its own counters, that it would take too much memory. What
+/// has none is counted in entry 0.
+fn traffic_entries(backends: u32, cpus: usize) -> u32 {
+    let room = TRAFFIC_BYTES / (size_of::<Traffic>() * cpus);
+    backends.min(u32::try_from(room).unwrap_or(u32::MAX)).max(1)
+}
+
+/// As many as the kernel makes a map per CPU for.
+fn cpus() -> usize {
+    aya::util::nr_cpus().unwrap_or(1).max(1)
 }
 
 /// A pinned map is kept with all it holds, whatever the flags say now.
@@ -296,7 +313,21 @@ mod tests {
         };
         let wanted = names::MAPS.map(|name| wanted_entries(&sizes, name));
         let wanted: Vec<u32> = wanted.into_iter().flatten().collect();
-        assert_eq!(wanted, [1, 1, 2, 2, 3, 4, 8, 8, 5, 5, 6, 6, 7, 7, 9, 9]);
+        assert_eq!(wanted, [1, 1, 2, 2, 3, 4, 8, 8, 5, 5, 6, 6, 7, 7, 9, 9, 3]);
+    }
+
+    #[test]
+    fn counters_do_not_take_more_memory_on_larger_machines() {
+        assert_eq!(traffic_entries(1000, 4), 1000);
+        assert_eq!(traffic_entries(262_144, 2), 262_144);
+        for cpus in [64, 512] {
+            let bytes = traffic_entries(262_144, cpus) as usize * cpus * size_of::<Traffic>();
+            assert!(
+                (TRAFFIC_BYTES / 2..=TRAFFIC_BYTES).contains(&bytes),
+                "{bytes}"
+            );
+        }
+        assert_eq!(traffic_entries(262_144, usize::MAX / 64), 1);
     }
 
     #[test]

@@ -14,7 +14,7 @@ const BUDGET: [(&str, u32, u32); 11] = [
     (names::XDP, 72_000, 400_000),
     (names::TC_INGRESS, 98_000, 450_000),
     (names::TC_EGRESS, 36_000, 170_000),
-    (names::CONNECT4, 4_900, 6_200),
+    (names::CONNECT4, 5_300, 6_600),
     (names::CONNECT6, 12_500, 30_000),
     (names::SENDMSG4, 5_400, 6_400),
     (names::SENDMSG6, 12_500, 30_000),

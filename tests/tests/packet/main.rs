@@ -12,6 +12,7 @@ mod lookups;
 mod masquerade;
 mod policy;
 mod properties;
+mod traffic;
 mod translate;
 mod untouched;
 mod world;
