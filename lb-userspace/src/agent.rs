@@ -32,7 +32,7 @@ use crate::{
         attach::{self, Hooks, TcMode},
         cgroup,
         features::Features,
-        kernel::{Counters, DeviceTable, KernelMaps, NetnsTable},
+        kernel::{DeviceTable, KernelMaps, NetnsTable},
         load::{
             load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit, require_object,
         },
@@ -94,11 +94,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let _pins_lock = PinsLock::take(&pins)?;
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
-    let (metrics, parts) = Metrics::new(
-        Counters::open(&pins)?,
-        KernelMaps::open(&pins)?,
-        pins.clone(),
-    );
+    let (metrics, parts) = Metrics::new(&pins, args.traffic_metrics)?;
     let (source, events) = open_source(args, parts.api).await?;
     events.tell_node(Reason::Starting, "");
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;

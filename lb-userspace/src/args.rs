@@ -20,6 +20,7 @@ use lb_common::{
 
 use crate::{
     maglev,
+    metrics::Detail,
     model::Algorithm,
     plan::{Ping, Settings},
 };
@@ -138,6 +139,10 @@ pub struct AgentArgs {
         value_parser = |text: &str| bind_address(text, 10249)
     )]
     pub metrics_bind: SocketAddr,
+    /// What /metrics tells of the traffic of Services: each backend takes six time series, and so
+    /// does each Service port
+    #[arg(long, value_enum, default_value_t = Detail::Services)]
+    pub traffic_metrics: Detail,
 
     /// For how long changes are gathered, at most, before they are written; up to 1s
     #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = batch_delay)]

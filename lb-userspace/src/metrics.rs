@@ -3,6 +3,7 @@
 mod api;
 mod control;
 mod probes;
+mod traffic;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -14,11 +15,14 @@ use prometheus_client::{
 };
 use tracing::warn;
 
-pub use self::{api::ApiMetrics, control::ControlMetrics, probes::ProbeMetrics};
+use self::traffic::ServiceTraffic;
+pub use self::{api::ApiMetrics, control::ControlMetrics, probes::ProbeMetrics, traffic::Detail};
 use crate::datapath::{
     inspect::{self, DeviceHooks},
     kernel::{Counter, Counters, Fill, KernelMaps},
+    load::LoadError,
     pins::Pins,
+    traffic::TrafficTable,
 };
 
 /// The metrics of one pin folder.
@@ -31,9 +35,14 @@ impl Metrics {
     pub const CONTENT_TYPE: &'static str =
         "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-    /// Those of a pin folder; the parts are for those who have something to
-    /// count.
-    pub fn new(counters: Counters, maps: KernelMaps, pins: Pins) -> (Self, Parts) {
+    /// Those of a pin folder, with so much detail of its Services; the parts are
+    /// for those who have something to count.
+    pub fn new(pins: &Pins, detail: Detail) -> Result<(Self, Parts), LoadError> {
+        let counters = Counters::open(pins)?;
+        let maps = KernelMaps::open(pins)?;
+        let table = TrafficTable::open(pins)?;
+        let traffic = ServiceTraffic::new(KernelMaps::open(pins)?, table, detail);
+        let pins = pins.clone();
         let mut registry = Registry::default();
         let parts = Parts {
             control: ControlMetrics::register(&mut registry),
@@ -43,7 +52,8 @@ impl Metrics {
         let own = registry.sub_registry_with_prefix("klb");
         own.register_collector(Box::new(Outcomes { counters }));
         own.register_collector(Box::new(State { maps, pins }));
-        (Self { registry }, parts)
+        own.register_collector(Box::new(traffic));
+        Ok((Self { registry }, parts))
     }
 
     /// The metrics in the text format.

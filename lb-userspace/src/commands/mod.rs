@@ -114,7 +114,7 @@ impl Names {
 }
 
 /// A protocol as Kubernetes spells it.
-fn protocol_name(protocol: u8) -> String {
+pub fn protocol_name(protocol: u8) -> String {
     match protocol {
         flow::TCP => "TCP".to_owned(),
         flow::UDP => "UDP".to_owned(),

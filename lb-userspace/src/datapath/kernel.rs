@@ -207,6 +207,14 @@ impl<V: Pod> Table<V> {
         result.map_err(|error| map_error("read", self.name, error))
     }
 
+    fn read_all(&self) -> Result<Vec<(u32, V)>, MapError> {
+        sys::read_all(&self.fd).map_err(|source| MapError {
+            operation: "read",
+            map: self.name,
+            source,
+        })
+    }
+
     fn put(&mut self, index: u32, value: V) -> Result<(), MapError> {
         let result = self.entries.set(index, value, 0);
         result.map_err(|error| map_error("write", self.name, error))
@@ -227,7 +235,7 @@ fn open(pins: &Pins, name: &'static str) -> Result<(MapData, OwnedFd, u32), Load
 }
 
 /// Gives a map its type, which is refused for keys or values of another size.
-fn typed<T>(data: MapData, name: &'static str) -> Result<T, LoadError>
+pub(super) fn typed<T>(data: MapData, name: &'static str) -> Result<T, LoadError>
 where
     T: TryFrom<Map, Error = aya::maps::MapError>,
 {
@@ -236,7 +244,11 @@ where
         .map_err(|source| LoadError::Map { name, source })
 }
 
-fn map_error(operation: &'static str, map: &'static str, error: aya::maps::MapError) -> MapError {
+pub(super) fn map_error(
+    operation: &'static str,
+    map: &'static str,
+    error: aya::maps::MapError,
+) -> MapError {
     let source = match error {
         aya::maps::MapError::SyscallError(error) => error.io_error,
         aya::maps::MapError::KeyNotFound | aya::maps::MapError::ElementNotFound => {
@@ -385,6 +397,40 @@ where
         self.slots.put(index, slot)
     }
 
+    /// Who is in the slots of frontends, whether or not it gets new flows.
+    fn members(&self, members: &mut BTreeMap<BackendRef, Member>) -> Result<(), MapError> {
+        /// Above so many the whole array is read at once.
+        const FEW: u32 = 1024;
+        let mut ranges = BTreeMap::<(u32, u32), u32>::new();
+        for (_, entry) in self.services()? {
+            let outer = entry.slot_count.saturating_add(entry.parked.into());
+            ranges.insert((entry.first_slot, outer), entry.service);
+            let inner = (entry.inner_first_slot, entry.inner_slot_count);
+            ranges.entry(inner).or_insert(entry.service);
+        }
+        let total = ranges
+            .keys()
+            .fold(0_u32, |sum, (_, n)| sum.saturating_add(*n));
+        let all: collections::HashMap<u32, Slot<A>> = if total > FEW {
+            self.slots.read_all()?.into_iter().collect()
+        } else {
+            collections::HashMap::new()
+        };
+        for ((first, count), service) in ranges {
+            for index in first..first.saturating_add(count) {
+                let slot = match all.get(&index) {
+                    Some(slot) => *slot,
+                    None => self.slots.get(index)?,
+                };
+                if slot.backend.id != 0 {
+                    let addr = socket_addr(slot.addr, slot.port);
+                    members.insert(slot.backend, Member { service, addr });
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The slots that frontends hold; those of one Service may share them.
     fn slots_fill(&self) -> Result<Fill, MapError> {
         let mut ranges = BTreeMap::<u32, u32>::new();
@@ -469,6 +515,8 @@ pub struct Flow {
     pub backend: SocketAddr,
     /// Service port, the key of the names.
     pub service: u32,
+    /// Which life of the backend it is of.
+    pub life: BackendRef,
     pub state: State,
     /// Seconds since the last packet of either direction.
     pub idle: u32,
@@ -491,6 +539,7 @@ fn flow<A: MapAddr>(
         frontend: socket_addr(key.dst, key.dst_port),
         backend: socket_addr(entry.dst, entry.dst_port),
         service: entry.service,
+        life: entry.backend,
         state: entry.state(key.protocol),
         idle: now.saturating_sub(entry.last_seen),
     })
@@ -524,6 +573,14 @@ fn socket<A: MapAddr>(key: &SocketKey<A>, entry: &SocketEntry<A>) -> Option<Sock
         service: entry.service,
         life: entry.backend,
     })
+}
+
+/// A backend in the slots of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Service port, the key of the names.
+    pub service: u32,
+    pub addr: SocketAddr,
 }
 
 /// How full a map is.
@@ -582,6 +639,14 @@ impl KernelMaps {
         let timeouts = self.config()?.timeouts;
         let v4 = self.v4.flows(now, timeouts)?;
         Ok(v4.chain(self.v6.flows(now, timeouts)?).collect())
+    }
+
+    /// The backends of all Services, those included that get no new flows.
+    pub fn members(&self) -> Result<BTreeMap<BackendRef, Member>, MapError> {
+        let mut members = BTreeMap::new();
+        self.v4.members(&mut members)?;
+        self.v6.members(&mut members)?;
+        Ok(members)
     }
 
     /// UDP sockets that were given a backend which has gone.
@@ -757,12 +822,7 @@ impl Maps for KernelMaps {
     }
 
     fn backends(&self) -> Result<BTreeMap<u32, u32>, MapError> {
-        let table = &self.backends;
-        let entries = sys::read_all::<u32, u32>(&table.fd).map_err(|source| MapError {
-            operation: "read",
-            map: table.name,
-            source,
-        })?;
+        let entries = self.backends.read_all()?;
         Ok(entries
             .into_iter()
             .filter(|(_, generation)| *generation != 0)

@@ -14,6 +14,7 @@ pub mod load;
 pub mod memory;
 pub mod pins;
 mod sys;
+pub mod traffic;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

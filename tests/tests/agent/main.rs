@@ -15,6 +15,7 @@ mod real_api;
 mod reserved_ports;
 mod restarts;
 mod rollout;
+mod traffic;
 
 use lb_tests::{agent::Hooks, world::World};
 

@@ -1,0 +1,397 @@
+//! What flows through Services and backends.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+};
+
+use clap::ValueEnum;
+use lb_common::service::{BackendRef, ServiceMeta};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    registry::Unit,
+};
+use tracing::warn;
+
+use crate::{
+    commands::protocol_name,
+    datapath::{
+        MapError, Maps as _,
+        kernel::{KernelMaps, Member},
+        traffic::{Totals, TrafficTable},
+    },
+};
+
+/// How much is told of each Service: the number of time series follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Detail {
+    /// Nothing
+    Off,
+    /// Six series for each Service port
+    Services,
+    /// And six for each backend of each
+    Backends,
+}
+
+/// Reads the counters when it is asked.
+pub(super) struct ServiceTraffic {
+    maps: KernelMaps,
+    table: TrafficTable,
+    detail: Detail,
+    history: Mutex<History>,
+}
+
+/// What a Service's counters must keep although its backends come and go: they
+/// never count back.
+#[derive(Debug, Default)]
+struct History {
+    services: BTreeMap<u32, Totals>,
+    /// What was read of each backend, and whose it was.
+    backends: BTreeMap<BackendRef, (u32, Totals)>,
+}
+
+impl History {
+    /// Takes in what the backends' counters say now. `members` says whose they
+    /// are; of one that has gone the last count is taken, and then it is
+    /// forgotten.
+    fn update<E>(
+        &mut self,
+        members: &BTreeMap<BackendRef, Member>,
+        read: impl Fn(BackendRef) -> Result<Totals, E>,
+    ) -> Result<(), E> {
+        for (&backend, member) in members {
+            let known = (member.service, Totals::default());
+            self.backends.entry(backend).or_insert(known);
+        }
+        for (&backend, (service, last)) in &mut self.backends {
+            let now = read(backend)?;
+            *self.services.entry(*service).or_default() += now - *last;
+            *last = now;
+        }
+        self.backends
+            .retain(|backend, _| members.contains_key(backend));
+        Ok(())
+    }
+}
+
+/// All that one answer tells.
+struct Snapshot {
+    ports: BTreeMap<u32, ServiceMeta>,
+    members: BTreeMap<BackendRef, Member>,
+    backends: BTreeMap<BackendRef, Totals>,
+    services: BTreeMap<u32, Totals>,
+    active: BTreeMap<BackendRef, i64>,
+    /// Of flows that have outlived their backends, and of backends without
+    /// counters of their own.
+    rest: Totals,
+}
+
+impl fmt::Debug for ServiceTraffic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServiceTraffic").finish_non_exhaustive()
+    }
+}
+
+impl ServiceTraffic {
+    /// Counts of Services begin now, as those of every process that starts; those
+    /// of backends are the kernel's.
+    pub(super) fn new(maps: KernelMaps, table: TrafficTable, detail: Detail) -> Self {
+        let this = Self {
+            maps,
+            table,
+            detail,
+            history: Mutex::default(),
+        };
+        if let Err(error) = this.snapshot() {
+            warn!(%error, "what has flowed through backends is not known");
+        }
+        let mut history = this.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.services.clear();
+        drop(history);
+        this
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, MapError> {
+        let members = self.maps.members()?;
+        let ports = self.maps.metas()?;
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.update(&members, |backend| self.table.read(backend))?;
+        history
+            .services
+            .retain(|service, _| ports.contains_key(service));
+        let mut active = BTreeMap::new();
+        for flow in self.maps.flows()? {
+            *active.entry(flow.life).or_default() += 1;
+        }
+        Ok(Snapshot {
+            backends: history
+                .backends
+                .iter()
+                .map(|(&backend, (_, totals))| (backend, *totals))
+                .collect(),
+            services: history.services.clone(),
+            rest: self.table.rest()?,
+            ports,
+            members,
+            active,
+        })
+    }
+}
+
+impl Collector for ServiceTraffic {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        if self.detail == Detail::Off {
+            return Ok(());
+        }
+        match self.snapshot() {
+            Ok(snapshot) => snapshot.encode(&mut encoder, self.detail),
+            Err(error) => {
+                warn!(%error, "metrics without traffic of Services");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Labels of one time series.
+type Labels = Vec<(&'static str, String)>;
+
+impl Snapshot {
+    fn encode(&self, encoder: &mut DescriptorEncoder<'_>, detail: Detail) -> fmt::Result {
+        let services: Vec<_> = self
+            .ports
+            .iter()
+            .map(|(id, port)| (labels(port), self.services.get(id).copied()))
+            .map(|(labels, totals)| (labels, totals.unwrap_or_default()))
+            .collect();
+        encode_totals(encoder, "service", &services)?;
+        encode_gauge(encoder, "service_active_flows", &self.active_by_service())?;
+        let rest = [(Labels::new(), self.rest)];
+        encode_totals(encoder, "unattributed", &rest)?;
+        if detail != Detail::Backends {
+            return Ok(());
+        }
+        let of = |backend: &BackendRef| {
+            let member = self.members.get(backend)?;
+            Some(backend_labels(
+                self.ports.get(&member.service)?,
+                member.addr,
+            ))
+        };
+        let backends: Vec<_> = self
+            .backends
+            .iter()
+            .filter_map(|(backend, totals)| Some((of(backend)?, *totals)))
+            .collect();
+        encode_totals(encoder, "backend", &backends)?;
+        let active: Vec<_> = self
+            .members
+            .keys()
+            .filter_map(|backend| {
+                let count = self.active.get(backend).copied();
+                Some((of(backend)?, count.unwrap_or_default()))
+            })
+            .collect();
+        encode_gauge(encoder, "backend_active_flows", &active)
+    }
+
+    fn active_by_service(&self) -> Vec<(Labels, i64)> {
+        let mut counts: BTreeMap<u32, i64> = self.ports.keys().map(|id| (*id, 0)).collect();
+        for (backend, count) in &self.active {
+            let member = self.members.get(backend);
+            if let Some(sum) = member.and_then(|member| counts.get_mut(&member.service)) {
+                *sum += count;
+            }
+        }
+        let named = counts.into_iter();
+        named
+            .filter_map(|(id, count)| Some((labels(self.ports.get(&id)?), count)))
+            .collect()
+    }
+}
+
+fn labels(port: &ServiceMeta) -> Labels {
+    vec![
+        ("namespace", port.namespace.as_str().to_owned()),
+        ("service", port.name.as_str().to_owned()),
+        ("port", port.port.get().to_string()),
+        ("port_name", port.port_name.as_str().to_owned()),
+        ("protocol", protocol_name(port.protocol)),
+    ]
+}
+
+fn backend_labels(port: &ServiceMeta, addr: SocketAddr) -> Labels {
+    let mut labels = labels(port);
+    labels.push(("backend", addr.to_string()));
+    labels
+}
+
+/// Counters of flows, packets and bytes, whose names begin with `of`.
+fn encode_totals(
+    encoder: &mut DescriptorEncoder<'_>,
+    of: &str,
+    rows: &[(Labels, Totals)],
+) -> fmt::Result {
+    type Value = fn(&Totals) -> u64;
+    const FLOWS: [(Option<&str>, Value); 1] = [(None, |totals| totals.flows)];
+    const PACKETS: [(Option<&str>, Value); 2] = [
+        (Some("in"), |totals| totals.packets_in),
+        (Some("out"), |totals| totals.packets_out),
+    ];
+    const BYTES: [(Option<&str>, Value); 2] = [
+        (Some("in"), |totals| totals.bytes_in),
+        (Some("out"), |totals| totals.bytes_out),
+    ];
+    let kinds: [(&str, &str, Option<&Unit>, &[(Option<&str>, Value)]); 3] = [
+        (
+            "flows",
+            "Flows opened, at sockets and by packets",
+            None,
+            &FLOWS,
+        ),
+        (
+            "packets",
+            "Packets translated, to backends (in) and from them (out); none of what was translated at a socket",
+            None,
+            &PACKETS,
+        ),
+        (
+            "traffic",
+            "Bytes of the frames translated, likewise",
+            Some(&Unit::Bytes),
+            &BYTES,
+        ),
+    ];
+    for (kind, help, unit, values) in kinds {
+        let name = format!("{of}_{kind}");
+        let mut family = encoder.encode_descriptor(&name, help, unit, MetricType::Counter)?;
+        for (labels, totals) in rows {
+            for (direction, value) in values {
+                let mut labels = labels.clone();
+                labels.extend(direction.map(|direction| ("direction", direction.to_owned())));
+                let metric = family.encode_family(&labels)?;
+                ConstCounter::new(value(totals)).encode(metric)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn encode_gauge(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    rows: &[(Labels, i64)],
+) -> fmt::Result {
+    let help = "Flows that packets are translated by now; none of what was translated at a socket";
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, count) in rows {
+        let metric = family.encode_family(labels)?;
+        ConstGauge::new(*count).encode(metric)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::{Port, flow::TCP, service::Name};
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    const fn backend(id: u32) -> BackendRef {
+        BackendRef { id, generation: 1 }
+    }
+
+    fn member(service: u32) -> Member {
+        Member {
+            service,
+            addr: SocketAddr::from(([10, 244, 0, 5], 3000)),
+        }
+    }
+
+    const fn flows(flows: u64) -> Totals {
+        Totals {
+            flows,
+            packets_in: 2 * flows,
+            bytes_in: 300 * flows,
+            packets_out: 0,
+            bytes_out: 0,
+        }
+    }
+
+    #[test]
+    fn a_service_never_counts_back_when_backends_go() {
+        let mut history = History::default();
+        let mut update = |members: &[u32], counts: &[(u32, u64)]| {
+            let members = members.iter().map(|id| (backend(*id), member(7)));
+            let counts: BTreeMap<_, _> = counts.iter().copied().collect();
+            let read = |backend: BackendRef| {
+                Ok::<_, ()>(flows(counts.get(&backend.id).copied().unwrap_or(0)))
+            };
+            history.update(&members.collect(), read).expect("readable");
+            history.services[&7].flows
+        };
+        assert_eq!(update(&[1, 2], &[(1, 10), (2, 5)]), 15);
+        assert_eq!(update(&[1, 2], &[(1, 12), (2, 5)]), 17);
+        // It has gone, and what came before it went is counted.
+        assert_eq!(update(&[2], &[(1, 13), (2, 5)]), 18);
+        assert_eq!(update(&[2], &[(1, 13), (2, 6)]), 19);
+        // One that comes anew counts from nothing.
+        assert_eq!(update(&[2, 3], &[(2, 6), (3, 1)]), 20);
+    }
+
+    #[derive(Debug)]
+    struct Fixed(Detail);
+
+    impl Collector for Fixed {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+            let port = ServiceMeta {
+                namespace: Name::new("default").expect("fits"),
+                name: Name::new("web").expect("fits"),
+                port_name: Name::new("http").expect("fits"),
+                port: Port::from(80),
+                protocol: TCP,
+                pad: 0,
+            };
+            let snapshot = Snapshot {
+                ports: BTreeMap::from([(7, port)]),
+                members: BTreeMap::from([(backend(1), member(7))]),
+                backends: BTreeMap::from([(backend(1), flows(3))]),
+                services: BTreeMap::from([(7, flows(4))]),
+                active: BTreeMap::from([(backend(1), 2)]),
+                rest: Totals::default(),
+            };
+            snapshot.encode(&mut encoder, self.0)
+        }
+    }
+
+    fn text(detail: Detail) -> String {
+        let mut registry = Registry::with_prefix("klb");
+        registry.register_collector(Box::new(Fixed(detail)));
+        super::super::Metrics { registry }
+            .encode()
+            .expect("encoded")
+    }
+
+    #[test]
+    fn services_and_backends_are_named_as_far_as_is_asked() {
+        const PORT: &str = "namespace=\"default\",service=\"web\",port=\"80\",port_name=\"http\",\
+                            protocol=\"TCP\"";
+        let all = text(Detail::Backends);
+        for line in [
+            format!("klb_service_flows_total{{{PORT}}} 4"),
+            format!("klb_service_packets_total{{{PORT},direction=\"in\"}} 8"),
+            format!("klb_service_traffic_bytes_total{{{PORT},direction=\"in\"}} 1200"),
+            format!("klb_service_active_flows{{{PORT}}} 2"),
+            format!("klb_backend_flows_total{{{PORT},backend=\"10.244.0.5:3000\"}} 3"),
+            format!("klb_backend_active_flows{{{PORT},backend=\"10.244.0.5:3000\"}} 2"),
+        ] {
+            assert!(all.contains(&line), "{line}: {all}");
+        }
+        assert!(!text(Detail::Services).contains("klb_backend_"));
+    }
+}
