@@ -305,10 +305,14 @@ fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
     rewrite::translate::<P, F>(packet, &parsed, flow.get(), flow.reason())
 }
 
-/// The frontend that the packet is sent to.
+/// The frontend that the packet is sent to. Those at loopback addresses are for
+/// sockets only: a packet from elsewhere with such a receiver is a lie.
 #[inline(always)]
 fn service_of<F: Family>(parsed: &Parsed<F::Addr>) -> Option<&'static ServiceEntry> {
     let tuple = &parsed.tuple;
+    if F::is_loopback(&tuple.dst) {
+        return None;
+    }
     F::service(&ServiceKey::new(tuple.dst, tuple.dst_port, tuple.protocol))
 }
 

@@ -122,12 +122,14 @@ impl Rules {
     }
 
     /// The addresses on which `NodePort`s answer: those of the node that are
-    /// reachable from elsewhere. A router's may well be on the loopback device.
+    /// reachable from elsewhere, of which a router's may well be on the loopback
+    /// device; and 127.0.0.1 or ::1 if a network is named that holds it.
     pub fn node_addresses(&self, node: &Listing) -> BTreeSet<IpAddr> {
         let ipvs = node.links.iter().find(|link| link.name == IPVS_DEVICE);
         let ipvs = ipvs.map(|link| link.index);
         let usable = node.addresses.iter().filter(|address| {
-            address.global && is_in_use(address.flags) && Some(address.device) != ipvs
+            let is_named = address.addr.is_loopback() && !self.nodeport_addresses.is_empty();
+            (address.global || is_named) && is_in_use(address.flags) && Some(address.device) != ipvs
         });
         usable
             .map(|address| address.addr)
@@ -487,6 +489,10 @@ mod tests {
         );
         assert_eq!(node_addresses(&["192.0.2.0/24"]), ["192.0.2.1"]);
         assert_eq!(node_addresses(&["10.2.0.0/16"]), [""; 0]);
+        assert_eq!(
+            node_addresses(&["127.0.0.0/8", "192.0.2.0/24"]),
+            ["127.0.0.1", "192.0.2.1"]
+        );
     }
 
     fn set_kinds(node: &mut Listing, kinds: &[Option<&str>]) {

@@ -258,13 +258,15 @@ fn plan_addresses(
     let ping = node.settings.ping;
     let echo = if ping == Ping::All { FRONTEND_ECHO } else { 0 };
     add(cluster_ip, service.internal_policy, FRONTEND_REFUSE | echo);
-    if ping == Ping::Off {
-        return;
-    }
-    for ip in &service.load_balancer_ips {
+    let balancer = if ping == Ping::Off { 0 } else { FRONTEND_ECHO };
+    let balancers = service.load_balancer_ips.iter().map(|ip| (*ip, balancer));
+    // That an external address is one of a Service at all is what fragments are
+    // kept for.
+    let external = service.external_ips.iter().map(|ip| (*ip, 0));
+    for (ip, flags) in balancers.chain(external) {
         // The node answers for its own addresses.
-        if Family::of(*ip) == Family::of(cluster_ip) && !node.addresses.contains(ip) {
-            add(*ip, Policy::Cluster, FRONTEND_ECHO);
+        if Family::of(ip) == Family::of(cluster_ip) && !node.addresses.contains(&ip) {
+            add(ip, Policy::Cluster, flags);
         }
     }
 }

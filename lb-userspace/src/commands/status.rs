@@ -211,7 +211,8 @@ fn limits(status: &Status, uses_sctp: bool) -> Vec<&'static str> {
         (
             sockets_are_served && status.kernel.features.set_retval == Some(false),
             "this kernel lets no hook choose an error (it came with 5.18): \
-             a Service without endpoints refuses by ICMP, not at connect()",
+             a Service without endpoints refuses by ICMP, not at connect(), and a process of the \
+             node itself waits until its time is over",
         ),
         (
             status.devices.iter().any(|device| device.xdp.is_some())

@@ -371,6 +371,7 @@ fn frontends_of_every_kind_and_family() {
             "NodePort 192.168.50.1:30080/TCP → 10.244.0.5:3000",
             "Address 10.96.0.1 → 10.244.0.5:3000",
             "Address 203.0.113.1 → 10.244.0.5:3000",
+            "Address 198.51.100.1 → 10.244.0.5:3000",
             "ClusterIp [fd00:10:96::1]:80/TCP → [fd00:10:244::5]:3000",
             "LoadBalancer [2001:db8::1]:80/TCP → [fd00:10:244::5]:3000",
             "NodePort [fd00:50::1]:30080/TCP → [fd00:10:244::5]:3000",
@@ -518,11 +519,12 @@ fn addresses_refuse_other_ports_and_answer_pings() {
     let mut service = service();
     // The last one is the node's own, which answers for itself.
     service.load_balancer_ips = vec![ip("203.0.113.1"), ip("192.168.50.1")];
+    service.external_ips = vec![ip("198.51.100.1")];
     let slices = [slice("a", endpoints(&["rs"]))];
     for (ping, cluster_ip, balancer) in [
-        (Ping::LoadBalancer, FRONTEND_REFUSE, Some(FRONTEND_ECHO)),
-        (Ping::All, BOTH, Some(FRONTEND_ECHO)),
-        (Ping::Off, FRONTEND_REFUSE, None),
+        (Ping::LoadBalancer, FRONTEND_REFUSE, FRONTEND_ECHO),
+        (Ping::All, BOTH, FRONTEND_ECHO),
+        (Ping::Off, FRONTEND_REFUSE, 0),
     ] {
         let mut node = node();
         node.settings.ping = ping;
@@ -536,8 +538,13 @@ fn addresses_refuse_other_ports_and_answer_pings() {
             );
             assert_eq!(
                 address(&plan, "203.0.113.1"),
-                balancer.map(with),
+                Some(with(balancer)),
                 "{ping:?}"
+            );
+            assert_eq!(
+                address(&plan, "198.51.100.1"),
+                Some(with(0)),
+                "its fragments are kept"
             );
             assert_eq!(address(&plan, "192.168.50.1"), None, "{ping:?}");
         }

@@ -1,12 +1,14 @@
 //! What is no business of klb: it leaves every hook as it came.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
 use lb_common::{Hook, Reason, reason::Effect};
 use lb_tests::{
     packet::Packet,
     program::{Datapath, TC_GO_ON, XDP_PASS},
 };
 
-use crate::world::{untouched, worlds};
+use crate::world::{local, untouched, worlds};
 
 const PACKET_HOOKS: [Hook; 3] = [Hook::Xdp, Hook::TcIngress, Hook::TcEgress];
 
@@ -178,5 +180,25 @@ fn dont_fragment_is_translated() {
         let outcome = datapath.run(Hook::TcIngress, &frame);
         assert_eq!(outcome.reason, Reason::NewFlow);
         assert_eq!(outcome.frame[20], 0x40);
+    }
+}
+
+/// A frontend at a loopback address is for the node's sockets alone: whoever
+/// shares a wire with the node could send a packet there.
+#[test]
+fn packets_to_loopback_addresses() {
+    for world in worlds() {
+        let loopback: IpAddr = if world.client.is_ipv4() {
+            Ipv4Addr::LOCALHOST.into()
+        } else {
+            Ipv6Addr::LOCALHOST.into()
+        };
+        let frontend = SocketAddr::new(loopback, 30_080);
+        let mut datapath = world.serve_one();
+        datapath.serve(world.protocol, frontend, &[local(world.backend)]);
+        for hook in PACKET_HOOKS {
+            let packet = world.first(frontend).bytes();
+            untouched(&mut datapath, hook, &packet, Reason::NotService);
+        }
     }
 }
