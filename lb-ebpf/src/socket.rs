@@ -242,8 +242,11 @@ impl Action for Connect {
         match assign(call) {
             // Nothing is sent by this. `ping`, and those who sort addresses by
             // how they are reached, connect a UDP socket to any port to learn
-            // their own address. A datagram itself is refused.
-            Reason::NoSuchPort if call.protocol() == UDP => Reason::NotService,
+            // their own address. A datagram itself is refused, where it leaves
+            // the pod; what the node's own processes send meets no hook.
+            Reason::NoSuchPort if call.protocol() == UDP && !is_of_node(call.context()) => {
+                Reason::NotService
+            }
             Reason::NotService if was_used(call.context()) => {
                 // It may name a backend that it was given before: then it wants
                 // to be shown just that.
@@ -451,6 +454,12 @@ impl<F: Family> Caller<F> {
             is_known: false,
         }
     }
+}
+
+/// Whether the socket is in the node's own network namespace.
+#[inline(always)]
+fn is_of_node(context: *mut bpf_sock_addr) -> bool {
+    config::get().is_some_and(|config| config.host_netns == netns_cookie(context))
 }
 
 /// The kernel's name for the socket's network namespace, low word first.

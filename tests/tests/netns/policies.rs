@@ -156,6 +156,23 @@ fn node_ports_answer_on_loopback() {
     assert_eq!(refused, 0);
 }
 
+/// What kube-proxy's users ask for who want `NodePort`s for the node alone.
+#[test]
+fn node_ports_may_answer_on_loopback_only() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    let networks = "--nodeport-addresses=127.0.0.0/8,::1/128";
+    world.agent.flags.push(networks.to_owned());
+    world.agent.start();
+    for (family, loopback) in [(Family::V4, "127.0.0.1"), (Family::V6, "::1")] {
+        let request = world.request(Frontend::NodePort, family, Protocol::Tcp);
+        let told = world.cluster.outside.ask(&request);
+        assert_eq!(told.expect_err("nobody answers"), Failure::Refused);
+        let to = SocketAddr::new(loopback.parse().expect("an address"), request.to.port());
+        let answer = world.cluster.node.ask(&Request::new(Protocol::Tcp, to));
+        assert_eq!(answer.expect("an answer").from, to);
+    }
+}
+
 #[test]
 fn pods_can_be_left_to_tc() {
     let mut hooks = Hooks::ALL;
