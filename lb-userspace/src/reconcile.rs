@@ -95,6 +95,8 @@ struct Range {
     family: Family,
     first: u32,
     slots: Vec<SlotValue>,
+    /// An entry has led here, so it rests before it is used again.
+    rests: bool,
 }
 
 #[derive(Debug)]
@@ -143,15 +145,19 @@ impl<M: Maps> Reconciler<M> {
         let before = self.writes;
         let mut report = Report::default();
         self.release_retired(now);
-        let mut done = Vec::new();
-        for plan in plans {
-            match self.add_or_make_room(plan) {
-                Ok(()) => done.push(plan),
-                Err(error) => report.failed.push((plan.service.clone(), error)),
-            }
-        }
-        for plan in done {
-            if let Err(error) = self.remove_rest(plan, now) {
+        let results: Vec<_> = plans
+            .iter()
+            .map(|plan| self.add_or_make_room(plan))
+            .collect();
+        for (plan, result) in plans.iter().zip(results) {
+            let result = match result {
+                Ok(()) => self.remove_rest(plan, now),
+                Err(error) => {
+                    // Another try begins where this one did.
+                    self.shed(&plan.service, now).and(Err(error))
+                }
+            };
+            if let Err(error) = result {
                 report.failed.push((plan.service.clone(), error));
             }
         }
@@ -234,6 +240,7 @@ impl<M: Maps> Reconciler<M> {
             if self.entries.get(&key) != Some(&entry) {
                 self.write(|maps| maps.put_service(key, &entry))?;
                 self.entries.insert(key, entry);
+                state.led_by(&key, &entry);
             }
         }
         Ok(())
@@ -336,6 +343,7 @@ impl<M: Maps> Reconciler<M> {
             family,
             first,
             slots,
+            rests: false,
         });
         Ok(first)
     }
@@ -436,9 +444,44 @@ impl<M: Maps> Reconciler<M> {
                 state.backends.remove(&addr);
             }
         }
+        self.retire_unused(state, now);
+        Ok(())
+    }
+
+    /// Gives back what a change that failed has left of a Service: what no entry
+    /// leads to. What is in force stays.
+    fn shed(&mut self, service: &NamespacedName, now: Instant) -> Result<(), MapError> {
+        for id in self.ports_of(service) {
+            let Some(mut state) = self.ports.remove(&id) else {
+                continue;
+            };
+            self.retire_unused(&mut state, now);
+            let result = self.end_unnamed(id.protocol, &mut state);
+            self.ports.insert(id, state);
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Ends the backends that no slot of the port names.
+    fn end_unnamed(&mut self, protocol: Protocol, state: &mut PortState) -> Result<(), MapError> {
+        let slots = state.ranges.iter().flat_map(|range| &range.slots);
+        let named: BTreeSet<_> = slots.map(|slot| slot.addr).collect();
+        let backends = state.backends.clone().into_iter();
+        for (addr, backend) in backends.filter(|(addr, _)| !named.contains(addr)) {
+            self.end_backend(backend)?;
+            self.ended |= protocol == Protocol::Udp;
+            state.backends.remove(&addr);
+        }
+        Ok(())
+    }
+
+    /// Retires the ranges that none of the port's entries leads to.
+    fn retire_unused(&mut self, state: &mut PortState, now: Instant) {
         let entries = state.frontends.iter();
         let entries =
             entries.filter_map(|key| Some((Family::of(key.addr), self.entries.get(key)?)));
+        let entries = entries.filter(|(_, entry)| entry.service == state.id);
         let used: BTreeSet<_> = entries
             .flat_map(|(family, entry)| first_slots(entry).map(move |first| (family, first)))
             .collect();
@@ -447,12 +490,11 @@ impl<M: Maps> Reconciler<M> {
             .partition(|range: &Range| used.contains(&(range.family, range.first)));
         state.ranges = kept;
         self.retire(retired, now);
-        Ok(())
     }
 
     fn retire(&mut self, ranges: impl IntoIterator<Item = Range>, now: Instant) {
         self.retired.extend(ranges.into_iter().map(|range| Retired {
-            until: now + GRACE,
+            until: if range.rests { now + GRACE } else { now },
             family: range.family,
             first: range.first,
             count: length(&range.slots),
@@ -548,6 +590,18 @@ impl PortState {
             backends: BTreeMap::new(),
             ranges: Vec::new(),
             sources: BTreeSet::new(),
+        }
+    }
+
+    /// An entry leads to some of the ranges from now on.
+    fn led_by(&mut self, key: &FrontendKey, entry: &ServiceEntry) {
+        let family = Family::of(key.addr);
+        for first in first_slots(entry) {
+            let ranges = self.ranges.iter_mut();
+            let mut led = ranges.filter(|range| (range.family, range.first) == (family, first));
+            if let Some(range) = led.next() {
+                range.rests = true;
+            }
         }
     }
 }

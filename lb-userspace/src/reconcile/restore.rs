@@ -157,6 +157,7 @@ impl<M: Maps> Reconciler<M> {
             family,
             first,
             slots: slots.collect::<Result<_, _>>()?,
+            rests: true,
         }))
     }
 }

@@ -275,6 +275,57 @@ fn a_full_map_stops_one_service_and_no_other() {
     assert_eq!(found(&r.maps.content, 2), [5, 6]);
 }
 
+/// A Service that has no room takes nothing that it cannot use, however often its
+/// endpoints change, and what it had stays in force.
+#[test]
+fn a_service_without_room_leaves_no_trace() {
+    let mut r = reconciler();
+    let now = Instant::now();
+    let grown = |backends: &[u8]| {
+        let mut plan = service("web", vec![frontend(1, backends), frontend(2, backends)]);
+        plan.ports[0].port.protocol = Protocol::Udp;
+        plan
+    };
+    let mut first = grown(&[1, 2]);
+    first.ports[0].frontends.truncate(1);
+    apply(&mut r, &[first]);
+    r.maps.service_capacity = 1;
+    let trace = |r: &mut Reconciler<MemoryMaps>| {
+        r.release_retired(now + GRACE);
+        let backends = r.maps.content.backends.values();
+        let living = backends
+            .filter(|generation| is_living(**generation))
+            .count();
+        (
+            r.slots[&Family::V4].free(),
+            living,
+            r.maps.content.metas.len(),
+        )
+    };
+    let mut before = None;
+    for change in 0_u16..1000 {
+        let pair = [10, 11].map(|first| first + (change % 200) as u8);
+        let plans = [grown(&pair), service("new", vec![frontend(3, &pair)])];
+        let report = r.apply(&plans, now);
+        assert!(report.failed.iter().all(|(_, error)| error.is_full()));
+        assert_eq!(report.failed.len(), 2);
+        assert_eq!(
+            found(&r.maps.content, 1),
+            pair,
+            "the entry that is there changes"
+        );
+        let trace = trace(&mut r);
+        assert_eq!(*before.get_or_insert(trace), trace, "change {change}");
+    }
+    r.maps.service_capacity = 3;
+    apply(
+        &mut r,
+        &[grown(&[7]), service("new", vec![frontend(3, &[8])])],
+    );
+    assert_eq!(found(&r.maps.content, 2), [7]);
+    assert_eq!(found(&r.maps.content, 3), [8]);
+}
+
 #[test]
 fn a_frontend_that_changes_hands_is_never_without_an_entry() {
     let mut r = reconciler();
