@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     net::IpAddr,
+    time::SystemTime,
 };
 
 use lb_common::service::FrontendKind;
@@ -11,7 +12,7 @@ use lb_common::service::FrontendKind;
 use crate::{
     datapath::FrontendKey,
     health::{Checks, HealthCheck},
-    model::{EndpointSlice, Kind, NamespacedName, Object, ObjectRef, Service},
+    model::{EndpointSlice, Event, Kind, NamespacedName, Object, ObjectRef, Service},
     plan::{NodeFacts, ServicePlan, Settings, plan},
     pods::Pods,
 };
@@ -76,14 +77,22 @@ impl Index {
         }
     }
 
-    /// Takes in an object, new or changed.
+    /// Takes in an object, new or changed. One that is told again as it was, as
+    /// all are by a new list, changes nothing.
     pub fn apply(&mut self, object: Object) {
         match object {
             Object::Service(service) => {
+                let known = self.services.get(&service.id);
+                if known.is_some_and(|known| **known == service) {
+                    return;
+                }
                 self.dirty.insert(service.id.clone());
                 self.services.insert(service.id.clone(), Box::new(service));
             }
             Object::EndpointSlice(slice) => {
+                if self.slice(&slice.id) == Some(&slice) {
+                    return;
+                }
                 // A slice may have moved to another Service.
                 self.delete_slice(&slice.id);
                 let service = NamespacedName::new(slice.id.namespace(), &slice.service);
@@ -104,6 +113,23 @@ impl Index {
             Object::Pod(pod) => self.pods.apply(pod),
             Object::Namespace(namespace) => self.pods.apply_namespace(namespace),
         }
+    }
+
+    fn slice(&self, id: &NamespacedName) -> Option<&EndpointSlice> {
+        let service = self.slice_owners.get(id)?;
+        self.slices
+            .get(service)?
+            .iter()
+            .find(|slice| slice.id == *id)
+    }
+
+    /// What the slice that an event is about was written for when it was heard
+    /// of last.
+    pub fn trigger(&self, event: &Event) -> Option<SystemTime> {
+        let Event::Apply(Object::EndpointSlice(slice)) = event else {
+            return None;
+        };
+        self.slice(&slice.id)?.triggered
     }
 
     fn set_zone(&mut self, zone: Option<String>) {
