@@ -8,6 +8,7 @@
 mod backoff;
 mod control;
 mod edge;
+mod failures;
 mod namespaces;
 mod orphans;
 mod settings;

@@ -124,8 +124,12 @@ pub struct Report {
     pub writes: u64,
     /// Backends of UDP ports have gone: sockets may wait for them for ever.
     pub ended: bool,
+    /// Which of the plans, by their places, needed writes and are in force now.
+    pub changed: Vec<usize>,
     /// Services that are not as planned, and why. What they had, they keep.
     pub failed: Vec<(NamespacedName, MapError)>,
+    /// Why something is still there that an earlier run left and nobody owns.
+    pub unowned: Option<MapError>,
 }
 
 impl<M: Maps> Reconciler<M> {
@@ -145,29 +149,33 @@ impl<M: Maps> Reconciler<M> {
         let before = self.writes;
         let mut report = Report::default();
         self.release_retired(now);
-        let results: Vec<_> = plans
+        let added: Vec<_> = plans
             .iter()
-            .map(|plan| self.add_or_make_room(plan))
+            .map(|plan| self.counted(|this| this.add_or_make_room(plan)))
             .collect();
-        for (plan, result) in plans.iter().zip(results) {
-            let result = match result {
-                Ok(()) => self.remove_rest(plan, now),
-                Err(error) => {
-                    // Another try begins where this one did.
-                    self.shed(&plan.service, now).and(Err(error))
-                }
-            };
-            if let Err(error) = result {
-                report.failed.push((plan.service.clone(), error));
+        for (place, (plan, (written, result))) in plans.iter().zip(added).enumerate() {
+            let (removed, result) = self.counted(|this| match result {
+                Ok(()) => this.remove_rest(plan, now),
+                // Another try begins where this one did.
+                Err(error) => this.shed(&plan.service, now).and(Err(error)),
+            });
+            match result {
+                Ok(()) if written + removed > 0 => report.changed.push(place),
+                Ok(()) => {}
+                Err(error) => report.failed.push((plan.service.clone(), error)),
             }
         }
-        if let Err(error) = self.remove_strays(now) {
-            // Whoever is named, another batch will try again.
-            tracing::warn!(%error, "what an earlier run left is still there");
-        }
+        report.unowned = self.remove_strays(now).err();
         report.writes = self.writes - before;
         report.ended = std::mem::take(&mut self.ended);
         report
+    }
+
+    /// How many writes something took, with its result.
+    fn counted<T>(&mut self, action: impl FnOnce(&mut Self) -> T) -> (u64, T) {
+        let before = self.writes;
+        let result = action(self);
+        (self.writes - before, result)
     }
 
     /// Adds what the plan says. Where a map is full, the frontends that the

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 /// Doubles from one failure to the next, up to a limit.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Backoff {
@@ -29,6 +31,37 @@ impl Backoff {
     /// To be called after a success.
     pub(super) const fn reset(&mut self) {
         self.next = self.first;
+    }
+}
+
+/// When to do something again that failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Retry {
+    backoff: Backoff,
+    due: Instant,
+}
+
+impl Retry {
+    /// It has failed for the first time.
+    pub(super) fn new(now: Instant) -> Self {
+        let mut this = Self {
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
+            due: now,
+        };
+        this.failed(now);
+        this
+    }
+
+    /// It has failed again. A try that was made before it was due, for another
+    /// reason, changes nothing.
+    pub(super) fn failed(&mut self, now: Instant) {
+        if now >= self.due {
+            self.due = now + self.backoff.next();
+        }
+    }
+
+    pub(super) const fn due(&self) -> Instant {
+        self.due
     }
 }
 

@@ -5,18 +5,18 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Context as _;
 use tokio::{
     sync::{Notify, watch},
     task::block_in_place,
-    time::{sleep, sleep_until, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
-use super::backoff::Backoff;
+use super::{backoff::Retry, failures::Failures};
 use crate::{
     datapath::Maps,
     errors::Chain,
@@ -69,13 +69,16 @@ pub(super) struct Control<M> {
     reconciler: Reconciler<M>,
     /// Whom it concerns that something cannot be understood.
     unknown: BTreeSet<Concern>,
-    /// The Services that an earlier run left in the maps.
+    /// The Services that an earlier run left in the maps and this one has not
+    /// written yet.
     inherited: BTreeSet<NamespacedName>,
     /// Services that stay as they are in the maps until more is known.
     frozen: BTreeSet<NamespacedName>,
     /// The conflicts that were logged, to say each once.
     conflicts: BTreeMap<NamespacedName, Vec<Conflict>>,
-    backoff: Backoff,
+    failures: Failures,
+    /// What an earlier run left and nobody owns is still there.
+    strays: Option<Retry>,
     pace: Pace,
     /// When the maps are looked at next.
     verify_at: Instant,
@@ -112,7 +115,8 @@ impl<M: Maps> Control<M> {
             conflicts: BTreeMap::new(),
             pace,
             verify_at: Instant::now() + pace.verify_interval,
-            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(30)),
+            failures: Failures::default(),
+            strays: None,
         })
     }
 
@@ -121,18 +125,11 @@ impl<M: Maps> Control<M> {
         self.read_everything(&mut source).await;
         loop {
             self.tell_opted_out();
-            let outcome = self.reconcile();
-            let retry = match outcome {
-                Outcome::Complete => {
-                    self.backoff.reset();
-                    None
-                }
-                Outcome::NoRoom | Outcome::Failed => Some(self.backoff.next()),
-            };
+            let outcome = self.reconcile(Instant::now());
             if outcome != Outcome::Failed {
                 self.links.synced.send_replace(true);
             }
-            self.wait(&mut source, retry).await?;
+            self.wait(&mut source).await?;
         }
     }
 
@@ -168,7 +165,7 @@ impl<M: Maps> Control<M> {
 
     fn take_in(&mut self, events: Vec<Event>) {
         for event in events {
-            self.links.metrics.heard(&event);
+            self.links.metrics.heard(&event, self.index.trigger(&event));
             match event {
                 Event::Apply(object) => self.index.apply(object),
                 Event::Delete(object) => self.index.delete(&object),
@@ -187,10 +184,12 @@ impl<M: Maps> Control<M> {
 
     /// Waits for news, or for the time of the next try, and for what else comes
     /// until the next write is due.
-    async fn wait(&mut self, source: &mut Source, retry: Option<Duration>) -> anyhow::Result<()> {
-        let due = tokio::time::Instant::now() + self.pace.batch_delay;
+    async fn wait(&mut self, source: &mut Source) -> anyhow::Result<()> {
+        let due = Instant::now() + self.pace.batch_delay;
+        let strays = self.strays.map(|retry| retry.due());
+        let retry = self.failures.next_due().into_iter().chain(strays).min();
         self.take_news(source, retry).await?;
-        while tokio::time::Instant::now() < due {
+        while Instant::now() < due {
             match timeout_at(due, self.take_news(source, None)).await {
                 Ok(taken) => taken?,
                 Err(_elapsed) => break,
@@ -202,11 +201,11 @@ impl<M: Maps> Control<M> {
     async fn take_news(
         &mut self,
         source: &mut Source,
-        retry: Option<Duration>,
+        retry: Option<Instant>,
     ) -> anyhow::Result<()> {
         let retry = async {
             match retry {
-                Some(wait) => sleep(wait).await,
+                Some(due) => sleep_until(due).await,
                 None => std::future::pending().await,
             }
         };
@@ -221,7 +220,7 @@ impl<M: Maps> Control<M> {
                 self.index.set_node_addresses(addresses);
             }
             () = retry => {}
-            () = sleep_until(self.verify_at.into()) => self.verify(),
+            () = sleep_until(self.verify_at) => self.verify(),
         }
         Ok(())
     }
@@ -245,14 +244,16 @@ impl<M: Maps> Control<M> {
         self.verify_at = Instant::now() + self.pace.verify_interval;
     }
 
-    /// Writes what has changed. Services that failed are marked for the next
-    /// time.
-    fn reconcile(&mut self) -> Outcome {
-        let start = Instant::now();
+    /// Writes what has changed, and what failed before and is due.
+    fn reconcile(&mut self, now: Instant) -> Outcome {
+        for service in self.failures.due(now) {
+            self.index.mark(service.clone());
+        }
         let mut plans = Vec::new();
         for (plan, conflicts) in self.index.take_changes() {
             if self.must_stay(&plan.service) {
                 warn!(service = %plan.service, "stays as it is in the maps: what describes it cannot be understood");
+                self.failures.settled(&plan.service);
                 self.frozen.insert(plan.service);
                 continue;
             }
@@ -261,41 +262,63 @@ impl<M: Maps> Control<M> {
         }
         self.links.health.begin(&plans);
         // Writing ten thousand Services takes a while, and others have work too.
-        let report = block_in_place(|| self.reconciler.apply(&plans, Instant::now()));
-        let metrics = &mut self.links.metrics;
-        metrics.written(&plans, &report, start.elapsed());
-        let Report {
-            writes,
-            ended,
-            failed,
-        } = report;
-        if writes > 0 {
-            log_written(&plans, writes);
-        }
-        if ended {
+        let report = block_in_place(|| self.reconciler.apply(&plans, now.into_std()));
+        let took = now.elapsed();
+        log_written(&plans, &report);
+        if report.ended {
             self.links.ended.notify_one();
         }
-        debug!(services = plans.len(), writes, failed = failed.len(), took = ?start.elapsed(), "reconciled");
-        let mut outcome = Outcome::Complete;
-        let mut waiting = BTreeSet::new();
-        for (service, error) in failed {
-            let error_text = Chain(&error).to_string();
-            warn!(%service, error = error_text, "keeps its previous state in the maps");
-            let reason = Reason::FailedToProgramService;
-            self.links.events.tell_service(reason, &service, error_text);
-            outcome = match outcome {
-                Outcome::Complete | Outcome::NoRoom if error.is_full() => Outcome::NoRoom,
-                _ => Outcome::Failed,
-            };
-            if !error.is_full() {
-                waiting.insert(service.clone());
-            }
-            self.index.mark(service);
-        }
-        self.links.health.finish(&waiting);
+        debug!(
+            services = plans.len(),
+            writes = report.writes,
+            failed = report.failed.len(),
+            ?took,
+            "reconciled"
+        );
+        self.remember(&plans, &report, now);
+        let metrics = &mut self.links.metrics;
+        metrics.written(&plans, &report, took);
+        metrics.failing(self.failures.len());
+        self.links.health.finish(&self.failures.waiting());
         let (leaving, checks) = (self.index.leaving(), self.index.checks());
         self.links.health.tell(leaving, checks);
-        outcome
+        self.outcome()
+    }
+
+    /// Remembers what failed, for another try, and that all else is as planned.
+    fn remember(&mut self, plans: &[ServicePlan], report: &Report, now: Instant) {
+        let failed: BTreeSet<_> = report.failed.iter().map(|(service, _)| service).collect();
+        for plan in plans {
+            if !failed.contains(&plan.service) {
+                self.failures.settled(&plan.service);
+                self.inherited.remove(&plan.service);
+            }
+        }
+        for (service, error) in &report.failed {
+            if let Some(error) = self.failures.failed(service, error, now) {
+                warn!(%service, error, "keeps its previous state in the maps");
+            }
+            let (reason, note) = (Reason::FailedToProgramService, Chain(error).to_string());
+            self.links.events.tell_service(reason, service, note);
+        }
+        match (&report.unowned, &mut self.strays) {
+            (None, strays) => *strays = None,
+            (Some(_), Some(retry)) => retry.failed(now),
+            (Some(error), strays @ None) => {
+                warn!(error = %Chain(error), "what an earlier run left is still there");
+                *strays = Some(Retry::new(now));
+            }
+        }
+    }
+
+    fn outcome(&self) -> Outcome {
+        if self.strays.is_some() || !self.failures.waiting().is_empty() {
+            Outcome::Failed
+        } else if self.failures.is_empty() {
+            Outcome::Complete
+        } else {
+            Outcome::NoRoom
+        }
     }
 
     /// Whether a Service keeps what an earlier run gave it: a description of it
@@ -328,13 +351,16 @@ impl<M: Maps> Control<M> {
 
 /// A line for each Service that has changed, or one for many: a start with ten
 /// thousand is one thing to read about.
-fn log_written(plans: &[ServicePlan], writes: u64) {
+fn log_written(plans: &[ServicePlan], report: &Report) {
     const MANY: usize = 16;
-    if plans.len() > MANY {
-        info!(services = plans.len(), entries = writes, "written");
+    let Report {
+        writes, changed, ..
+    } = report;
+    if changed.len() > MANY {
+        info!(services = changed.len(), entries = writes, "written");
         return;
     }
-    for plan in plans {
+    for plan in changed.iter().filter_map(|place| plans.get(*place)) {
         let ports = plan.ports.iter();
         let frontends: usize = ports.clone().map(|port| port.frontends.len()).sum();
         let endpoints: usize = ports.map(|port| port.alive.len()).sum();
@@ -344,5 +370,7 @@ fn log_written(plans: &[ServicePlan], writes: u64) {
 
 #[cfg(test)]
 mod histories;
+#[cfg(test)]
+mod steps;
 #[cfg(test)]
 mod tests;

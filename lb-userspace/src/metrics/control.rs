@@ -151,12 +151,14 @@ impl ControlMetrics {
         );
     }
 
-    /// Something was heard.
-    pub fn heard(&mut self, event: &Event) {
+    /// Something was heard. `told` is what a slice was written for when it was
+    /// heard of last: an endpoint changes once, however often its slice is told.
+    pub fn heard(&mut self, event: &Event, told: Option<SystemTime>) {
         let kind = match event {
             Event::Apply(Object::EndpointSlice(slice)) => {
                 // What happened before says nothing about this agent.
                 let trigger = slice.triggered.filter(|time| *time >= self.started);
+                let trigger = trigger.filter(|time| Some(*time) != told);
                 if let Some(trigger) = trigger {
                     let service = NamespacedName::new(slice.id.namespace(), &slice.service);
                     self.triggers.entry(service).or_default().push(trigger);
@@ -181,12 +183,8 @@ impl ControlMetrics {
     pub fn written(&mut self, plans: &[ServicePlan], report: &Report, took: Duration) {
         self.writes.inc_by(report.writes);
         self.sync.observe(took.as_secs_f64());
-        self.failed
-            .set(i64::try_from(report.failed.len()).unwrap_or(i64::MAX));
-        if report.failed.is_empty() {
+        if report.failed.is_empty() || report.failed.len() < plans.len() {
             self.last_sync.set(since_1970());
-            self.services.pending.set(0);
-            self.endpoints.pending.set(0);
         }
         let failed: BTreeSet<_> = report.failed.iter().map(|(service, _)| service).collect();
         let now = SystemTime::now();
@@ -200,6 +198,15 @@ impl ControlMetrics {
                 self.programming.observe(took.as_secs_f64());
             }
         }
+    }
+
+    /// So many Services are not in the maps as they should be, after a write of
+    /// all that was heard. Each counts as a change of its own that waits.
+    pub fn failing(&self, services: usize) {
+        let services = i64::try_from(services).unwrap_or(i64::MAX);
+        self.failed.set(services);
+        self.services.pending.set(services);
+        self.endpoints.pending.set(0);
     }
 
     /// The maps were compared with what they should hold.
@@ -368,7 +375,7 @@ mod tests {
     fn a_change_is_pending_until_it_is_written() {
         let (registry, mut metrics) = metrics();
         let service = NamespacedName::new("default", "web");
-        metrics.heard(&Event::Delete(ObjectRef::service(&service)));
+        metrics.heard(&Event::Delete(ObjectRef::service(&service)), None);
         let pending = "kubeproxy_sync_proxy_rules_service_changes_pending";
         assert_eq!(line(&registry, pending).as_deref(), Some("1"));
         let error = MapError {
@@ -381,6 +388,9 @@ mod tests {
             ..Report::default()
         };
         metrics.written(&[plan(&[])], &failed, Duration::ZERO);
+        metrics.failing(1);
+        let last = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
+        assert_eq!(line(&registry, last).as_deref(), Some("0.0"));
         assert_eq!(line(&registry, pending).as_deref(), Some("1"));
         assert_eq!(line(&registry, "klb_services_failed").as_deref(), Some("1"));
         let report = Report {
@@ -388,6 +398,8 @@ mod tests {
             ..Report::default()
         };
         metrics.written(&[plan(&[])], &report, Duration::ZERO);
+        metrics.failing(0);
+        assert_ne!(line(&registry, last).as_deref(), Some("0.0"));
         assert_eq!(line(&registry, pending).as_deref(), Some("0"));
         let total = "kubeproxy_sync_proxy_rules_service_changes_total";
         assert_eq!(line(&registry, total).as_deref(), Some("1"));
@@ -413,12 +425,17 @@ mod tests {
             }))
         };
         let long_ago = metrics.started - Duration::from_secs(1);
-        metrics.heard(&slice(None));
-        metrics.heard(&slice(Some(long_ago)));
-        metrics.heard(&slice(Some(SystemTime::now())));
+        let now = SystemTime::now();
+        metrics.heard(&slice(None), None);
+        metrics.heard(&slice(Some(long_ago)), None);
+        metrics.heard(&slice(Some(now)), Some(long_ago));
         metrics.written(&[plan(&[])], &Report::default(), Duration::ZERO);
         metrics.written(&[plan(&[])], &Report::default(), Duration::ZERO);
         let count = "kubeproxy_network_programming_duration_seconds_count";
+        assert_eq!(line(&registry, count).as_deref(), Some("1"));
+        // A new list tells it once more, as does a change of something else.
+        metrics.heard(&slice(Some(now)), Some(now));
+        metrics.written(&[plan(&[])], &Report::default(), Duration::ZERO);
         assert_eq!(line(&registry, count).as_deref(), Some("1"));
     }
 
