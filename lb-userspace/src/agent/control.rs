@@ -11,12 +11,11 @@ use std::{
 use anyhow::Context as _;
 use tokio::{
     sync::{Notify, watch},
-    task::block_in_place,
     time::{Instant, sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
-use super::{backoff::Retry, failures::Failures};
+use super::{aside, backoff::Retry, failures::Failures};
 use crate::{
     datapath::Maps,
     errors::Chain,
@@ -228,7 +227,7 @@ impl<M: Maps> Control<M> {
     /// Looks whether the maps still hold what was written, and mends them.
     fn verify(&mut self) {
         let start = Instant::now();
-        match block_in_place(|| self.reconciler.verify()) {
+        match aside(|| self.reconciler.verify()) {
             Ok(drift) => {
                 self.links.metrics.verified(&drift);
                 for (map, entries) in &drift {
@@ -262,7 +261,7 @@ impl<M: Maps> Control<M> {
         }
         self.links.health.begin(&plans);
         // Writing ten thousand Services takes a while, and others have work too.
-        let report = block_in_place(|| self.reconciler.apply(&plans, now.into_std()));
+        let report = aside(|| self.reconciler.apply(&plans, now.into_std()));
         let took = now.elapsed();
         log_written(&plans, &report);
         if report.ended {

@@ -3,9 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use tokio::{sync::Notify, task::block_in_place, time::sleep};
+use futures::FutureExt as _;
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 use tracing::{info, warn};
 
+use super::aside;
 use crate::{datapath::kernel::KernelMaps, netns::Namespaces, termination};
 
 /// A process may be in the middle of `connect()` when its backend goes: the
@@ -13,21 +18,39 @@ use crate::{datapath::kernel::KernelMaps, netns::Namespaces, termination};
 /// time.
 const IN_CONNECT: Duration = Duration::from_secs(1);
 
+/// Of its time the task looks at most one part in so many. Where many sockets
+/// are connected and backends go all the time, a process learns of it later.
+const SHARE: u32 = 20;
+
 /// Looks whenever backends have ended, and once more a little later; and first
 /// of all, since an earlier run may have been killed before it looked.
 pub(super) async fn follow(maps: KernelMaps, namespaces: Arc<Namespaces>, ended: Arc<Notify>) {
-    let mut again = true;
-    loop {
-        if let Err(error) = block_in_place(|| end(&maps, &namespaces)) {
+    look_when(&ended, || {
+        if let Err(error) = aside(|| end(&maps, &namespaces)) {
             let error = format!("{error:#}");
             warn!(
                 error,
                 "connected UDP sockets stay with backends that have gone"
             );
         }
-        tokio::select! {
-            () = ended.notified() => again = true,
-            () = sleep(IN_CONNECT), if again => again = false,
+    })
+    .await;
+}
+
+/// A look covers all backends that ended before it. One comes at once after a
+/// rest, and the next no sooner than after the time that `connect()` takes.
+async fn look_when(ended: &Notify, mut look: impl FnMut()) {
+    let mut again = true;
+    loop {
+        let start = Instant::now();
+        look();
+        sleep(IN_CONNECT.max(start.elapsed() * SHARE)).await;
+        let news = ended.notified().now_or_never().is_some();
+        if news || again {
+            again = news;
+        } else {
+            ended.notified().await;
+            again = true;
         }
     }
 }
@@ -39,4 +62,45 @@ fn end(maps: &KernelMaps, namespaces: &Namespaces) -> anyhow::Result<()> {
         info!(sockets, "ended, for their backends have gone");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// When it was looked, in milliseconds from the start, until there was no
+    /// reason any more; backends end at these times.
+    async fn looks(ends: &[u64]) -> Vec<u64> {
+        let (ended, start) = (Notify::new(), Instant::now());
+        let looks = Mutex::new(Vec::new());
+        let millis = || u64::try_from(start.elapsed().as_millis()).expect("short");
+        let ending = async {
+            for end in ends {
+                sleep(Duration::from_millis(end - millis())).await;
+                ended.notify_one();
+            }
+            sleep(Duration::from_secs(10)).await;
+        };
+        tokio::select! {
+            () = look_when(&ended, || looks.lock().expect("looks").push(millis())) => {}
+            () = ending => {}
+        }
+        looks.into_inner().expect("looks")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_at_once_and_one_more() {
+        assert_eq!(looks(&[]).await, [0, 1000]);
+        assert_eq!(looks(&[5500]).await, [0, 1000, 5500, 6500]);
+        assert_eq!(looks(&[5500, 5600]).await, [0, 1000, 5500, 6500, 7500]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn backends_that_go_all_the_time_cost_a_look_in_a_second() {
+        let ends: Vec<_> = (500..1000).map(|n| n * 10).collect();
+        let looks = looks(&ends).await;
+        assert_eq!(looks, [0, 1000, 5000, 6000, 7000, 8000, 9000, 10000, 11000]);
+    }
 }

@@ -651,11 +651,15 @@ impl KernelMaps {
 
     /// UDP sockets that were given a backend which has gone.
     pub fn orphans(&self) -> Result<BTreeSet<Orphan>, MapError> {
-        let backends = self.backends()?;
-        let sockets = self.sockets()?.into_iter();
-        let orphans = sockets.filter(|socket| {
-            socket.protocol == UDP && backends.get(&socket.life.id) != Some(&socket.life.generation)
-        });
+        let mut sockets = self.sockets()?;
+        sockets.retain(|socket| socket.protocol == UDP);
+        // Of the many backends that there may be, few are named.
+        let named: BTreeSet<_> = sockets.iter().map(|socket| socket.life.id).collect();
+        let generations = named.into_iter().map(|id| Ok((id, self.backends.get(id)?)));
+        let generations: BTreeMap<_, _> = generations.collect::<Result<_, MapError>>()?;
+        let orphans = sockets
+            .into_iter()
+            .filter(|socket| generations.get(&socket.life.id) != Some(&socket.life.generation));
         Ok(orphans
             .map(|socket| Orphan {
                 cookie: socket.cookie,
