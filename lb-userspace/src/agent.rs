@@ -38,7 +38,7 @@ use crate::{
         load::{
             load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit, require_object,
         },
-        pins::{Lock, Pins, PinsLock},
+        pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
     health::{self, Listen, NodeObject},
@@ -92,8 +92,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let signals = Signals::listen()?;
     let _lock = Lock::take(&args.paths.state_dir)?;
     let pins = Pins::new(&args.paths.bpffs);
-    prepare_pins(&pins)?;
-    let _pins_lock = PinsLock::take(&pins)?;
+    let _pins_lock = prepare_pins(&pins)?;
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
     let (metrics, parts) = Metrics::new(&pins, args.traffic_metrics)?;

@@ -277,8 +277,15 @@ impl Agent {
 
     /// Runs another command of `klb`, with this agent's folders.
     pub fn klb(&self, arguments: &[&str]) -> Said {
+        let paths = self.paths();
+        let paths = paths.iter().map(String::as_str);
+        self.klb_elsewhere(&arguments.iter().copied().chain(paths).collect::<Vec<_>>())
+    }
+
+    /// As [`Self::klb`], with the folders that the arguments name.
+    pub fn klb_elsewhere(&self, arguments: &[&str]) -> Said {
         let mut command = self.place.command(&self.program);
-        command.args(arguments).args(self.paths());
+        command.args(arguments);
         let mut process = self.place.start("klb", command);
         Said {
             status: process.wait(START),

@@ -18,7 +18,7 @@ use crate::{
     datapath::{
         MapError, Maps as _, attach,
         kernel::{Flow, KernelMaps},
-        pins::{Lock, Pins},
+        pins::{Lock, LockError, Pins, PinsLock},
     },
     sysctl::Reservation,
 };
@@ -29,11 +29,11 @@ use crate::{
 /// in, which must be the agent's.
 pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
     let pins = Pins::new(&args.paths.bpffs);
-    let lock = if args.force {
+    let locks = if args.force {
         None
     } else {
-        let lock = Lock::take(&args.paths.state_dir);
-        Some(lock.context("stop the agent first, or give --force")?)
+        let locks = take_locks(&args.paths.state_dir, &pins);
+        Some(locks.context("stop the agent first, or give --force")?)
     };
     if args.drain && pins.root().exists() {
         drain(&pins, Duration::from_secs(args.timeout.into())).context("draining")?;
@@ -47,7 +47,7 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
         .context("giving the masquerade ports back")?;
     remove_state(&args.paths.state_dir)
         .with_context(|| format!("removing {}", args.paths.state_dir.display()))?;
-    drop(lock);
+    drop(locks);
     if devices + removed == 0 {
         eprintln!("klb: nothing to remove at {}", pins.root().display());
     } else {
@@ -56,6 +56,14 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Of the state and of the pins: an agent with another `--state-dir` has the
+/// second one only.
+fn take_locks(state_dir: &Path, pins: &Pins) -> Result<(Lock, Option<PinsLock>), LockError> {
+    let lock = Lock::take(state_dir)?;
+    let pins_lock = pins.root().exists().then(|| PinsLock::take(pins));
+    Ok((lock, pins_lock.transpose()?))
 }
 
 /// Hands new connections over to whoever comes behind klb, kube-proxy say, and

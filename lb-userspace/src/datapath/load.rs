@@ -22,7 +22,10 @@ use nix::{
 };
 use tracing::{debug, warn};
 
-use super::{features::Features, pins::Pins};
+use super::{
+    features::Features,
+    pins::{LockError, Pins, PinsLock},
+};
 use crate::args::MapSizes;
 
 /// The object that the build put into the binary; empty if it had none.
@@ -52,6 +55,8 @@ pub enum LoadError {
         path: PathBuf,
         source: io::Error,
     },
+    #[error(transparent)]
+    Locked(#[from] LockError),
     #[error("loading the BPF object")]
     Object(#[source] EbpfError),
     #[error("map {name}")]
@@ -89,7 +94,7 @@ pub fn require_object() -> Result<(), LoadError> {
 ///
 /// [`LoadError::NotBpffs`] for a folder elsewhere than below `/sys/fs/bpf` on
 /// another file system.
-pub fn prepare_pins(pins: &Pins) -> Result<(), LoadError> {
+pub fn prepare_pins(pins: &Pins) -> Result<PinsLock, LoadError> {
     let root = pins.root();
     if !is_bpffs(existing_ancestor(root)) {
         if !root.starts_with(BPFFS_MOUNT) {
@@ -101,13 +106,16 @@ pub fn prepare_pins(pins: &Pins) -> Result<(), LoadError> {
             source,
         })?;
     }
-    pins.create()
-        .and_then(|()| pins.remove_unfinished())
-        .map_err(|source| LoadError::Io {
-            action: "preparing",
-            path: root.into(),
-            source,
-        })
+    let io_error = |source| LoadError::Io {
+        action: "preparing",
+        path: root.into(),
+        source,
+    };
+    pins.create().map_err(io_error)?;
+    // What looks unfinished may be what another agent is about to finish.
+    let lock = PinsLock::take(pins)?;
+    pins.remove_unfinished().map_err(io_error)?;
+    Ok(lock)
 }
 
 fn existing_ancestor(path: &Path) -> &Path {

@@ -82,6 +82,31 @@ fn of_generic_xdp() {
     leaves_nothing(Hooks::XDP_GENERIC);
 }
 
+/// Neither cleanup nor a second agent that has another `--state-dir` touches
+/// the pins of an agent that runs.
+#[test]
+fn another_state_folder_is_no_way_around_the_lock() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.start();
+    let unfinished = world.agent.pins().join("links/connect4_new");
+    std::fs::create_dir(&unfinished).expect("a pin of the agent that runs");
+    let [bpffs, pins, state_dir, _] = world.agent.paths();
+    let other = world.cluster.scope().folder().join("other-state");
+    let other = other.display().to_string();
+    let paths = [&*bpffs, &*pins, &*state_dir, &*other];
+    let manifests = world.agent.manifests.path().display().to_string();
+    let agent = ["agent", "--node-name=node-1", "--manifests", &*manifests];
+    for command in [&["cleanup"][..], &agent] {
+        let said = world.agent.klb_elsewhere(&[command, &paths].concat());
+        assert_eq!(said.status.code(), Some(1), "{said:?}");
+        assert!(said.stderr.contains("another --state-dir"), "{said:?}");
+    }
+    assert!(unfinished.exists(), "it belongs to the agent that runs");
+    std::fs::remove_dir(&unfinished).expect("it is there");
+    let request = world.any_request();
+    world.cluster.client.host.ask(&request).expect("an answer");
+}
+
 /// Filters that somebody else put beside klb's, and the qdisc that they need.
 #[test]
 fn other_filters_stay() {
