@@ -198,7 +198,7 @@ async fn open_source(args: &AgentArgs, metrics: ApiMetrics) -> anyhow::Result<(S
         &args.node_name,
         with_pods,
     );
-    Ok((Source::Api(source), events))
+    Ok((Source::Api(Box::new(source)), events))
 }
 
 /// Does what takes a while, so that others go on meanwhile. Where there is one

@@ -10,6 +10,7 @@ mod store;
 mod tls;
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::ErrorKind,
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -65,21 +66,48 @@ struct State {
     ended: bool,
 }
 
+/// What goes wrong until a test says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    /// No streaming lists, as servers before 1.27.
+    NoStreams,
+    /// As servers that take a streaming list for another request: no word of
+    /// where it ends.
+    EndlessLists,
+    /// New connections are closed at once.
+    Down,
+    /// Bodies come byte by byte.
+    Slow,
+    /// The next request for a page that is not the first one is refused.
+    LostPage,
+    /// A watch that begins at a forgotten version is refused as a whole.
+    GoneAtOnce,
+}
+
 /// What goes wrong.
 #[derive(Debug, Default)]
 struct Faults {
-    /// As servers before 1.27.
-    no_streaming: bool,
-    /// New connections are closed at once.
-    down: bool,
-    /// Bodies come byte by byte.
-    slow: bool,
+    present: BTreeSet<Fault>,
     /// Kinds that nobody may see.
     forbidden: Vec<String>,
     /// The next requests are refused so.
     refusals: Vec<Refusal>,
-    /// In the place of the next event.
-    next_event: Option<(String, BadEvent)>,
+    /// In the place of the next events of a kind.
+    next_events: Option<(String, BadEvent, usize)>,
+}
+
+impl Faults {
+    fn has(&self, fault: Fault) -> bool {
+        self.present.contains(&fault)
+    }
+
+    fn set(&mut self, fault: Fault, present: bool) {
+        if present {
+            self.present.insert(fault);
+        } else {
+            self.present.remove(&fault);
+        }
+    }
 }
 
 /// How a request is refused.
@@ -97,6 +125,8 @@ pub enum BadEvent {
     Half,
     /// A line that is no JSON.
     Garbage,
+    /// An error with this code; then the connection ends.
+    Error(u16),
 }
 
 impl ApiServer {
@@ -129,7 +159,7 @@ impl ApiServer {
             while let Ok((stream, _)) = listener.accept() {
                 let (is_ended, is_down) = {
                     let state = shared.lock();
-                    (state.ended, state.faults.down)
+                    (state.ended, state.faults.has(Fault::Down))
                 };
                 if is_ended {
                     return;
@@ -255,7 +285,7 @@ impl ApiServer {
     /// Goes away, with all connections, and comes back.
     pub fn set_down(&self, down: bool) {
         self.shared.change(|state| {
-            state.faults.down = down;
+            state.faults.set(Fault::Down, down);
             state.generation += u64::from(down);
         });
     }
@@ -263,12 +293,32 @@ impl ApiServer {
     /// Whether the server has streaming lists; it has if nothing is said.
     pub fn set_streaming(&self, streaming: bool) {
         self.shared
-            .change(|state| state.faults.no_streaming = !streaming);
+            .change(|state| state.faults.set(Fault::NoStreams, !streaming));
+    }
+
+    /// Whether streaming lists say where they end; they do if nothing is said.
+    pub fn set_endless_lists(&self, endless: bool) {
+        self.shared
+            .change(|state| state.faults.set(Fault::EndlessLists, endless));
+    }
+
+    /// Forgets where the next list in pages goes on behind its first page.
+    pub fn lose_next_page(&self) {
+        self.shared
+            .change(|state| state.faults.set(Fault::LostPage, true));
+    }
+
+    /// Whether a watch that begins at a forgotten version is refused as a whole,
+    /// instead of by an event.
+    pub fn set_gone_at_once(&self, at_once: bool) {
+        self.shared
+            .change(|state| state.faults.set(Fault::GoneAtOnce, at_once));
     }
 
     /// Whether bodies come byte by byte.
     pub fn set_slow(&self, slow: bool) {
-        self.shared.change(|state| state.faults.slow = slow);
+        self.shared
+            .change(|state| state.faults.set(Fault::Slow, slow));
     }
 
     /// Refuses the next requests.
@@ -280,8 +330,14 @@ impl ApiServer {
     /// Sends something else in the place of the next event of a kind
     /// (`services`, say).
     pub fn spoil_next_event(&self, kind: &str, event: BadEvent) {
-        self.shared
-            .change(|state| state.faults.next_event = Some((kind.to_owned(), event)));
+        self.spoil_events(kind, event, 1);
+    }
+
+    /// As [`Self::spoil_next_event`], so many times.
+    pub fn spoil_events(&self, kind: &str, event: BadEvent, count: usize) {
+        self.shared.change(|state| {
+            state.faults.next_events = Some((kind.to_owned(), event, count));
+        });
     }
 
     /// The requests since the start: method, and path with its query.

@@ -26,7 +26,7 @@ const QUEUE: usize = 1024;
 /// Tells of objects.
 pub enum Source {
     Manifests(Box<ManifestSource>),
-    Api(ApiSource),
+    Api(Box<ApiSource>),
 }
 
 impl Source {

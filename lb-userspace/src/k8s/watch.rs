@@ -5,7 +5,8 @@
 //! lists again when the server has forgotten that point (410). Here is what it
 //! leaves open: an object that cannot be understood takes nothing else with it,
 //! what a new list lacks is deleted, a server without streaming lists is asked
-//! for pages, and nothing that makes no sense is skipped over.
+//! for pages, one that is busy when it says so, and nothing that makes no sense
+//! is skipped over.
 
 use std::{
     borrow::Cow, collections::BTreeMap, fmt, marker::PhantomData, mem, pin::pin, time::Duration,
@@ -29,7 +30,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    api::Connection,
+    api::{Connection, Route},
     convert::{Converted, ObjectError},
     events::Reason,
     resource::{self, Resource},
@@ -40,16 +41,17 @@ use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
 /// Objects on one page of a list, where the server offers no stream.
 const PAGE: u32 = 250;
 
-/// A list that makes no progress for so long is begun anew. A stream brings
-/// objects one by one; some servers from before there were any understand the
-/// request as another one and stay silent.
-const STREAM_STALL: Duration = Duration::from_secs(30);
-/// A page comes as a whole.
-const PAGE_STALL: Duration = Duration::from_secs(300);
+/// However long a server says that it is busy, it is asked again after this time:
+/// meanwhile the node does not hear of what happens.
+const BUSY: Duration = Duration::from_secs(300);
 
 /// After so many failures in a row, which take minutes, it is read again where
 /// the server is and who klb is to it.
 const RECONNECT: u32 = 10;
+
+/// After so many failures in a row of a watch that begins where the last one
+/// ended, that point is given up.
+const GIVE_UP: u32 = 3;
 
 /// Of which objects of a kind to hear.
 #[derive(Clone, Debug, Default)]
@@ -93,28 +95,24 @@ struct Deaf;
 /// Follows the objects of one kind until nobody listens.
 pub(super) async fn follow<R: Resource + 'static>(
     connection: Connection,
-    mut client: Client,
+    client: Client,
     selectors: Selectors,
     audience: Audience,
 ) {
-    let mut follower = Follower::<R>::new(audience);
+    let mut follower = Follower::<R>::new(connection, client, audience);
     let mut config = Config {
         label_selector: selectors.labels,
         field_selector: selectors.fields,
         page_size: Some(PAGE),
         ..Config::default().streaming_lists()
     };
-    let mut backoff = DefaultBackoff::default();
     loop {
-        match follower.follow(&client, &config, &mut backoff).await {
+        match follower.follow(&config).await {
             Ok(Again::List) => {}
-            Ok(Again::Connected) => match connection.client().await {
-                Ok(new) => client = new,
-                Err(error) => {
-                    warn!(%error, "what says how to reach the API server cannot be read; going on with what it said before");
-                }
-            },
             Ok(Again::InPages) => config.initial_list_strategy = InitialListStrategy::ListWatch,
+            Ok(Again::InStream) => {
+                config.initial_list_strategy = InitialListStrategy::StreamingList;
+            }
             Err(Deaf) => return,
         }
     }
@@ -126,12 +124,17 @@ enum Again {
     List,
     /// The server has no streaming lists.
     InPages,
-    /// Credentials may have been renewed, or the server have moved.
-    Connected,
+    /// A list in pages is long over, and the server may be another one.
+    InStream,
 }
 
 /// What is known of one kind.
 struct Follower<R> {
+    connection: Connection,
+    client: Client,
+    /// Of that client.
+    route: Route,
+    backoff: DefaultBackoff,
     audience: Audience,
     objects: BTreeMap<NamespacedName, Known>,
     /// Errors since the server answered last.
@@ -141,15 +144,28 @@ struct Follower<R> {
 
 #[derive(Clone, Copy, Debug)]
 struct Known {
-    /// It was told as an object.
-    described: bool,
+    told: Told,
     /// It was in the list that is being read.
     listed: bool,
 }
 
+/// As what something that is there was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// It is none of klb's business.
+    Nothing,
+    Object,
+    Unreadable,
+}
+
 impl<R: Resource + 'static> Follower<R> {
-    fn new(audience: Audience) -> Self {
+    fn new(connection: Connection, client: Client, audience: Audience) -> Self {
+        let (route, client) = Route::new(client);
         Self {
+            connection,
+            client,
+            route,
+            backoff: DefaultBackoff::default(),
             audience,
             objects: BTreeMap::new(),
             failures: 0,
@@ -158,19 +174,17 @@ impl<R: Resource + 'static> Follower<R> {
     }
 
     /// From a list on, until it is to be begun anew.
-    async fn follow(
-        &mut self,
-        client: &Client,
-        config: &Config,
-        backoff: &mut DefaultBackoff,
-    ) -> Result<Again, Deaf> {
+    async fn follow(&mut self, config: &Config) -> Result<Again, Deaf> {
         let mut events = pin!(watcher(
-            Api::<Received<R>>::all(client.clone()),
+            Api::<Received<R>>::all(self.client.clone()),
             config.clone()
         ));
-        let stall = match config.initial_list_strategy {
-            InitialListStrategy::StreamingList => STREAM_STALL,
-            InitialListStrategy::ListWatch => PAGE_STALL,
+        let in_pages = config.initial_list_strategy == InitialListStrategy::ListWatch;
+        let patience = self.connection.patience;
+        let stall = if in_pages {
+            patience.page_stall
+        } else {
+            patience.stream_stall
         };
         let (mut listing, mut begun) = (true, false);
         loop {
@@ -179,9 +193,12 @@ impl<R: Resource + 'static> Follower<R> {
             let error = match timeout(patience, events.next()).await {
                 Ok(Some(Ok(event))) => {
                     match event {
+                        watcher::Event::Init if in_pages && !listing => {
+                            return Ok(Again::InStream);
+                        }
                         // Cut short, which the watcher does not call an error.
                         watcher::Event::Init if mem::replace(&mut begun, true) => {
-                            sleep(backoff.next().unwrap_or(stall)).await;
+                            self.wait(Duration::ZERO).await;
                         }
                         watcher::Event::InitDone => (listing, begun) = (false, false),
                         _ => {}
@@ -189,7 +206,6 @@ impl<R: Resource + 'static> Follower<R> {
                     listing |= begun;
                     self.take(event).await?;
                     if !listing {
-                        backoff.reset();
                         self.succeeded();
                     }
                     continue;
@@ -206,17 +222,36 @@ impl<R: Resource + 'static> Follower<R> {
                 return Ok(Again::InPages);
             }
             self.failed(&error);
-            sleep(backoff.next().unwrap_or(stall)).await;
+            self.wait(busy_for(&error)).await;
             if is_unauthorized(&error) || self.failures.is_multiple_of(RECONNECT) {
-                return Ok(Again::Connected);
+                self.reconnect().await;
             }
-            if is_gap(&error) {
+            if is_gap(&error) || is_ended(&error) && self.failures >= GIVE_UP {
                 return Ok(Again::List);
             }
         }
     }
 
+    /// Waits before another try, longer from one to the next, and at least for as
+    /// long as the server is busy.
+    async fn wait(&mut self, busy: Duration) {
+        let wait = self.backoff.next().unwrap_or(BUSY);
+        sleep(busy + wait / self.connection.patience.haste).await;
+    }
+
+    /// Credentials may have been renewed, or the server have moved. Whatever was
+    /// heard until now is known all the same.
+    async fn reconnect(&self) {
+        match self.connection.client().await {
+            Ok(client) => self.route.change(client),
+            Err(error) => {
+                warn!(%error, "what says how to reach the API server cannot be read; going on with what it said before");
+            }
+        }
+    }
+
     fn succeeded(&mut self) {
+        self.backoff.reset();
         if mem::take(&mut self.failures) > 0 {
             info!(kind = %R::KIND, "the API server answers again");
         }
@@ -259,7 +294,7 @@ impl<R: Resource + 'static> Follower<R> {
         let id = object.id();
         let reference = reference::<R>(&id);
         let known = self.objects.entry(id).or_insert(Known {
-            described: false,
+            told: Told::Nothing,
             listed: true,
         });
         known.listed = true;
@@ -269,19 +304,24 @@ impl<R: Resource + 'static> Follower<R> {
                     warn!("{warning}");
                     self.audience.complain(&reference, &warning);
                 }
-                let was_described = mem::replace(&mut known.described, object.is_some());
                 match object {
-                    Some(object) => News::Apply(object),
-                    None if was_described => News::Gone(reference),
-                    None => return Ok(()),
+                    Some(object) => {
+                        known.told = Told::Object;
+                        News::Apply(object)
+                    }
+                    None if mem::replace(&mut known.told, Told::Nothing) == Told::Nothing => {
+                        return Ok(());
+                    }
+                    None => News::Gone(reference),
                 }
             }
             Err(error) => {
                 warn!("skipped, what it described stays: {error}");
                 self.audience.complain(&reference, &error);
-                if known.described {
+                if known.told == Told::Object {
                     return Ok(());
                 }
+                known.told = Told::Unreadable;
                 News::Unreadable(reference, object.concern)
             }
         };
@@ -321,26 +361,47 @@ fn is_no_stream(error: &watcher::Error) -> bool {
     matches!(status.code, 400 | 422)
 }
 
+/// What a server says in the place of an answer.
+fn refusal(error: &watcher::Error) -> Option<&kube::core::Status> {
+    use watcher::Error::{InitialListFailed, WatchError, WatchStartFailed};
+    match error {
+        InitialListFailed(kube::Error::Api(status))
+        | WatchStartFailed(kube::Error::Api(status))
+        | WatchError(status) => Some(status),
+        _ => None,
+    }
+}
+
 fn is_unauthorized(error: &watcher::Error) -> bool {
-    use watcher::Error::{InitialListFailed, WatchStartFailed};
-    let (InitialListFailed(kube::Error::Api(status)) | WatchStartFailed(kube::Error::Api(status))) =
-        error
-    else {
-        return false;
-    };
-    status.code == 401
+    refusal(error).is_some_and(|status| status.code == 401)
+}
+
+/// For how long a server says that it has no time.
+fn busy_for(error: &watcher::Error) -> Duration {
+    let details = refusal(error).and_then(|status| status.details.as_ref());
+    let seconds = details.map_or(0, |details| details.retry_after_seconds);
+    Duration::from_secs(seconds.into()).min(BUSY)
+}
+
+/// Whether a watch was ended by an error, which a server may do again and again
+/// for the point where the watch begins.
+fn is_ended(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::WatchError(_))
 }
 
 /// Whether something was said that is lost with this error, so that only a list
 /// can tell what it was. All others the watcher resumes from where it was.
 fn is_gap(error: &watcher::Error) -> bool {
-    use watcher::Error::{InitialListFailed, NoResourceVersion, WatchFailed};
-    matches!(
-        error,
+    use watcher::Error::{InitialListFailed, NoResourceVersion, WatchFailed, WatchStartFailed};
+    match error {
         WatchFailed(kube::Error::SerdeError(_) | kube::Error::Api(_))
-            | InitialListFailed(_)
-            | NoResourceVersion
-    )
+        | InitialListFailed(_)
+        | NoResourceVersion => true,
+        // The watcher begins anew only if an event says that its point is
+        // forgotten, and not if the whole request is refused so.
+        WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
+        _ => false,
+    }
 }
 
 /// An object as the server sends it, read at once: nothing is kept that klb

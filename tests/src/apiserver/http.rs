@@ -13,7 +13,7 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
 use super::{
-    BadEvent, Refusal, Shared, State,
+    BadEvent, Fault, Refusal, Shared, State,
     store::{Name, bookmark},
 };
 
@@ -69,7 +69,7 @@ impl Connection {
             (
                 state.faults.refusals.pop(),
                 state.token.clone(),
-                state.faults.no_streaming,
+                state.faults.has(Fault::NoStreams),
                 state
                     .faults
                     .forbidden
@@ -224,12 +224,16 @@ impl Connection {
     fn list(&mut self, shared: &Shared, request: &Request) -> io::Result<()> {
         let limit = request.value("limit").and_then(|limit| limit.parse().ok());
         let (page, slow) = shared.change(|state| {
-            let page = state.store.page(
-                request.value("continue"),
-                limit.unwrap_or(usize::MAX),
-                |store| store.list(request.kind(), |object| request.selects(object)),
-            );
-            (page, state.faults.slow)
+            let next = request.value("continue");
+            if next.is_some() && state.faults.present.remove(&Fault::LostPage) {
+                return (None, false);
+            }
+            let page = state
+                .store
+                .page(next, limit.unwrap_or(usize::MAX), |store| {
+                    store.list(request.kind(), |object| request.selects(object))
+                });
+            (page, state.faults.has(Fault::Slow))
         });
         let Some(page) = page else {
             let refusal = Refusal {
@@ -266,15 +270,31 @@ impl Connection {
             .value("timeoutSeconds")
             .and_then(|seconds| seconds.parse().ok());
         let deadline = Instant::now() + Duration::from_secs(seconds.unwrap_or(290));
-        self.stream.get_mut().write_all(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
-        )?;
+        let (gone_at_once, endless) = {
+            let state = shared.lock();
+            let faults = &state.faults;
+            (
+                faults.has(Fault::GoneAtOnce),
+                faults.has(Fault::EndlessLists),
+            )
+        };
         let kind = request.kind();
         let selects = |object: &Value| request.selects(object);
         let mut version = request
             .value("resourceVersion")
             .and_then(|version| version.parse().ok())
             .unwrap_or(0);
+        let is_gone = || shared.lock().store.events(kind, version, selects).is_none();
+        if gone_at_once && !streaming && is_gone() {
+            let refusal = Refusal {
+                status: 410,
+                retry_after: None,
+            };
+            return self.refuse(refusal, "too old resource version");
+        }
+        self.stream.get_mut().write_all(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
+        )?;
         let mut events = Vec::new();
         if streaming {
             let state = shared.lock();
@@ -284,7 +304,9 @@ impl Connection {
                 .into_iter()
                 .map(|object| json!({ "type": "ADDED", "object": object }))
                 .collect();
-            events.push(bookmark(kind, version, true));
+            if !endless {
+                events.push(bookmark(kind, version, true));
+            }
         }
         loop {
             for event in events.drain(..) {
@@ -344,7 +366,10 @@ impl Connection {
         let sent = format!("{kind} {}", request.kind());
         let (bad, slow) = shared.change(|state| {
             state.sent.push(sent);
-            (take_bad_event(state, request.kind()), state.faults.slow)
+            (
+                take_bad_event(state, request.kind()),
+                state.faults.has(Fault::Slow),
+            )
         });
         match bad {
             None => self.chunk(&line, slow)?,
@@ -353,6 +378,15 @@ impl Connection {
             }
             Some(BadEvent::Half) => {
                 self.chunk(&line[..line.len() / 2], slow)?;
+                return Ok(false);
+            }
+            Some(BadEvent::Error(code)) => {
+                let error = status(code, "as the test wants it");
+                self.chunk(
+                    &format!("{{\"type\":\"ERROR\",\"object\":{error}}}\n"),
+                    slow,
+                )?;
+                self.stream.get_mut().write_all(b"0\r\n\r\n")?;
                 return Ok(false);
             }
         }
@@ -410,12 +444,12 @@ fn write_slowly(stream: &mut dyn Write, text: &str) -> io::Result<()> {
 }
 
 fn take_bad_event(state: &mut State, kind: &str) -> Option<BadEvent> {
-    let is_it = |(wanted, _): &mut (String, BadEvent)| wanted == kind;
-    state
-        .faults
-        .next_event
-        .take_if(is_it)
-        .map(|(_, event)| event)
+    let (wanted, event, count) = state.faults.next_events.as_mut()?;
+    if wanted != kind || *count == 0 {
+        return None;
+    }
+    *count -= 1;
+    Some(*event)
 }
 
 fn head(status: u16, headers: &[String], length: usize) -> String {
@@ -433,6 +467,7 @@ fn status(code: u16, message: &str) -> Value {
         410 => "Expired",
         422 => "Invalid",
         429 => "TooManyRequests",
+        503 => "ServiceUnavailable",
         _ => "InternalError",
     };
     json!({

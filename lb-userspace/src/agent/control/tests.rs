@@ -3,7 +3,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use lb_tests::apiserver::{ApiServer, BadEvent, Refusal};
+use lb_tests::{
+    apiserver::{ApiServer, BadEvent, Refusal},
+    proxy::Tunnels,
+};
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -17,7 +20,7 @@ use crate::{
     datapath::{FrontendKey, memory::MemoryMaps},
     health::{Now, View},
     k8s::{
-        api::Connection,
+        api::{Connection, Patience},
         source::{ApiSource, Ears},
     },
     metrics::ApiMetrics,
@@ -39,6 +42,7 @@ struct Fixture {
     opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
     health: View,
     pace: Pace,
+    patience: Patience,
     registry: Registry,
 }
 
@@ -58,6 +62,7 @@ impl Fixture {
                 batch_delay: Duration::from_millis(10),
                 verify_interval: Duration::from_secs(600),
             },
+            patience: Patience::default(),
             registry: Registry::default(),
         }
     }
@@ -86,7 +91,11 @@ impl Fixture {
         let (opted_out, who) = watch::channel(None);
         let (node_addresses, addresses) = watch::channel(BTreeSet::new());
         (self.synced, self.opted_out) = (is_synced, who);
-        let connection = Connection::new(Some(&self.server.kubeconfig(self.folder.path())));
+        let kubeconfig = self.folder.path().join("kubeconfig");
+        if !kubeconfig.exists() {
+            self.server.kubeconfig(self.folder.path());
+        }
+        let connection = Connection::new(Some(&kubeconfig)).with_patience(self.patience);
         let (events, post) = Events::new(connection.clone(), "node-1");
         tokio::spawn(post);
         let health = Reporter::default();
@@ -109,7 +118,8 @@ impl Fixture {
         let maps = Arc::clone(&self.maps);
         let control = Control::new(index, maps, links, self.pace).expect("maps");
         let client = connection.client().await.expect("a kubeconfig");
-        let source = Source::Api(ApiSource::start(connection, ears, &client, "node-1", true));
+        let source = ApiSource::start(connection, ears, &client, "node-1", true);
+        let source = Source::Api(Box::new(source));
         self.control = Some(tokio::spawn(async move {
             // Nobody may go from whom the core hears.
             let _node_addresses = node_addresses;
@@ -208,6 +218,19 @@ impl Fixture {
         let mut lines = text.lines();
         let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value.map(str::to_owned)
+    }
+
+    /// Failures to follow objects of a kind.
+    fn errors(&self, kind: &str) -> u32 {
+        let count = self.metric(&format!("klb_api_errors_total{{kind=\"{kind}\"}}"));
+        count.map_or(0, |count| count.parse().expect("a number"))
+    }
+
+    /// Requests for slices whose queries have this in them.
+    fn asked_for_slices(&self, with: &str) -> usize {
+        let requests = self.server.requests().into_iter();
+        let requests = requests.filter(|request| request.contains("/endpointslices?"));
+        requests.filter(|request| request.contains(with)).count()
     }
 
     /// Requests for a list of a kind, in whichever way.
@@ -420,14 +443,129 @@ async_test! { a_server_that_is_away_at_the_start_is_waited_for {
     fixture.await_backends(1, &[1, 2]).await;
 }}
 
-async_test! { a_busy_server_is_asked_again_when_it_says {
+async_test! {
+/// It is not taken for one that has no streams, though it is busy for longer
+/// than a stream may be silent.
+a_busy_server_is_asked_again_when_it_says {
+    for status in [429, 503] {
+        let mut fixture = Fixture::new(ApiServer::start());
+        fixture.patience.stream_stall = Duration::from_millis(500);
+        fixture.put_two();
+        fixture.server.refuse_next(10, Refusal { status, retry_after: Some(1) });
+        fixture.start().await;
+        fixture.await_backends(1, &[1, 2]).await;
+        let requests = fixture.server.requests().len();
+        assert!(requests < 30, "{requests} requests to a busy server");
+        assert!(fixture.errors("EndpointSlice") > 0, "refusals are counted");
+        assert_eq!(fixture.asked_for_slices("limit="), 0, "{status}");
+    }
+}}
+
+async_test! { a_long_outage_costs_no_list {
     let mut fixture = Fixture::new(ApiServer::start());
+    fixture.patience.haste = 1000;
     fixture.put_two();
-    fixture.server.refuse_next(10, Refusal { status: 429, retry_after: Some(1) });
+    fixture.start().await;
+    fixture.await_backends(2, &[3, 4]).await;
+    fixture.server.set_down(true);
+    let kinds = ["Service", "EndpointSlice", "Node"];
+    while kinds.iter().any(|kind| fixture.errors(kind) < 25) {
+        sleep(Duration::from_millis(2)).await;
+    }
+    fixture.server.put(slice("one", &[7]));
+    fixture.server.set_down(false);
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 1, "nothing was listed again");
+    assert_eq!(fixture.lists("services"), 1, "nothing was listed again");
+}}
+
+async_test! { a_watch_that_ends_by_an_error_goes_on_where_it_was {
+    let fixture = Fixture::ready().await;
+    fixture.server.spoil_next_event("endpointslices", BadEvent::Error(500));
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 1, "nothing was listed again");
+    assert_eq!(fixture.errors("EndpointSlice"), 1);
+}}
+
+async_test! { a_watch_that_always_ends_by_an_error_is_given_up {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.patience.haste = 1000;
+    fixture.put_two();
+    fixture.start().await;
+    fixture.await_backends(2, &[3, 4]).await;
+    fixture.server.spoil_events("endpointslices", BadEvent::Error(500), 3);
+    fixture.server.put(slice("one", &[7]));
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 2);
+}}
+
+async_test! { a_point_that_is_refused_as_a_whole_is_given_up {
+    let fixture = Fixture::ready().await;
+    fixture.server.set_gone_at_once(true);
+    fixture.server.set_down(true);
+    fixture.server.put(slice("one", &[8]));
+    fixture.server.forget_history();
+    fixture.server.set_down(false);
+    fixture.await_backends(1, &[8]).await;
+    assert_eq!(fixture.lists("endpointslices"), 2, "the old point was forgotten");
+}}
+
+async_test! { a_page_that_is_lost_begins_the_list_anew {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.patience.haste = 1000;
+    fixture.server.set_streaming(false);
+    fixture.server.lose_next_page();
+    fixture.put_two();
+    for n in 0..255 {
+        fixture.server.put(slice(&format!("of-nobody-{n}"), &[9]));
+    }
+    fixture.start().await;
+    fixture.await_backends(2, &[3, 4]).await;
+    assert_eq!(fixture.errors("EndpointSlice"), 1);
+    assert_eq!(fixture.asked_for_slices("continue="), 2);
+    assert_eq!(fixture.asked_for_slices("sendInitialEvents=true"), 1, "pages stay");
+}}
+
+async_test! {
+/// And for a stream again when everything is listed anew: it may have been slow,
+/// or be another server by then.
+a_server_that_stays_silent_is_asked_for_pages {
+    let mut fixture = Fixture::new(ApiServer::start());
+    fixture.patience.stream_stall = Duration::from_millis(300);
+    fixture.patience.haste = 1000;
+    fixture.server.set_endless_lists(true);
+    fixture.put_two();
+    fixture.start().await;
+    fixture.await_backends(2, &[3, 4]).await;
+    assert_eq!(fixture.asked_for_slices("sendInitialEvents=true"), 1);
+    assert_eq!(fixture.asked_for_slices("limit="), 1);
+    fixture.server.set_endless_lists(false);
+    fixture.server.set_down(true);
+    fixture.server.put(slice("one", &[7]));
+    fixture.server.forget_history();
+    fixture.server.set_down(false);
+    fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.asked_for_slices("sendInitialEvents=true"), 2);
+    assert_eq!(fixture.asked_for_slices("limit="), 1);
+}}
+
+async_test! { a_proxy_is_used_that_the_kubeconfig_names {
+    let mut fixture = Fixture::new(ApiServer::start_tls());
+    let proxy = Tunnels::start();
+    let path = fixture.server.kubeconfig(fixture.folder.path());
+    let text = std::fs::read(&path).expect("a kubeconfig");
+    let mut config: Value = serde_json::from_slice(&text).expect("JSON");
+    let cluster = &mut config["clusters"][0]["cluster"];
+    cluster["proxy-url"] = json!(format!("http://{}", proxy.address));
+    let server = cluster["server"].as_str().expect("a server").to_owned();
+    std::fs::write(&path, config.to_string()).expect("a file");
+    fixture.put_two();
     fixture.start().await;
     fixture.await_backends(1, &[1, 2]).await;
-    let requests = fixture.server.requests().len();
-    assert!(requests < 30, "{requests} requests to a busy server");
+    let asked = proxy.asked();
+    assert!(asked.len() >= 3, "all goes through the proxy: {asked:?}");
+    assert!(asked.iter().all(|to| server.ends_with(to)), "{asked:?}");
 }}
 
 async_test! { slow_bytes_are_waited_for {
@@ -449,6 +587,7 @@ async_test! { a_token_that_has_expired_is_read_again {
     fixture.server.require_token(fixture.folder.path(), "second");
     fixture.server.put(slice("one", &[7]));
     fixture.await_backends(1, &[7]).await;
+    assert_eq!(fixture.lists("endpointslices"), 1, "nothing was listed again");
 }}
 
 async_test! { an_object_that_makes_no_sense_takes_nothing_along {
@@ -478,6 +617,24 @@ async_test! { an_object_that_makes_no_sense_keeps_what_an_earlier_run_knew {
     assert_eq!(backends(&fixture.maps.lock().expect("maps"), 1), [1, 2]);
     fixture.server.put(slice("one", &[7]));
     fixture.await_backends(1, &[7]).await;
+}}
+
+async_test! { an_object_that_made_no_sense_and_is_nobodys_business_is_gone {
+    let mut fixture = Fixture::ready().await;
+    fixture.kill().await;
+    let mut nonsense = service("one", 1);
+    nonsense["spec"]["ports"] = json!("many");
+    fixture.server.put(nonsense);
+    fixture.start().await;
+    fixture.await_synced().await;
+    assert_eq!(backends(&fixture.maps.lock().expect("maps"), 1), [1, 2]);
+    fixture.server.put(json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "name": "one", "namespace": "default" },
+        "spec": { "type": "ExternalName", "externalName": "elsewhere.example" },
+    }));
+    fixture.await_backends(1, &[]).await;
 }}
 
 async_test! { a_second_start_writes_nothing {
