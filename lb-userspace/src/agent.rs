@@ -19,10 +19,9 @@ use anyhow::{Context as _, bail};
 use lb_common::names;
 use sd_notify::NotifyState;
 use tokio::{
-    runtime::{self, Handle, RuntimeFlavor},
+    runtime,
     signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, watch},
-    task::block_in_place,
 };
 use tracing::{info, warn};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
@@ -199,16 +198,6 @@ async fn open_source(args: &AgentArgs, metrics: ApiMetrics) -> anyhow::Result<(S
         with_pods,
     );
     Ok((Source::Api(Box::new(source)), events))
-}
-
-/// Does what takes a while, so that others go on meanwhile. Where there is one
-/// thread only, as in tests of time, nobody does.
-fn aside<T>(work: impl FnOnce() -> T) -> T {
-    let flavor = Handle::try_current().map(|handle| handle.runtime_flavor());
-    match flavor {
-        Ok(RuntimeFlavor::CurrentThread) => work(),
-        _ => block_in_place(work),
-    }
 }
 
 /// Keeps the masquerade ports from the node's processes, which goes before the

@@ -19,6 +19,7 @@ pub use self::{
     progress::{NodeObject, Now, Progress, Reporter, View},
 };
 use crate::{
+    aside::aside,
     k8s::events::{Events, Reason},
     metrics::{Metrics, ProbeMetrics},
 };
@@ -55,7 +56,8 @@ pub async fn serve_metrics(address: SocketAddr, metrics: Metrics, events: Events
         if path != "/metrics" {
             return Answer::not_found();
         }
-        match metrics.encode() {
+        // Reads whole maps, while a probe may wait.
+        match aside(|| metrics.encode()) {
             Ok(body) => Answer::new(StatusCode::OK, Metrics::CONTENT_TYPE, body),
             Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }
@@ -88,14 +90,66 @@ async fn listen(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::{Mutex, mpsc},
+        time::Duration,
+    };
 
-    use prometheus_client::{encoding::text::encode, registry::Registry};
+    use prometheus_client::{
+        collector::Collector,
+        encoding::{DescriptorEncoder, EncodeMetric as _, text::encode},
+        metrics::{MetricType, gauge::ConstGauge},
+        registry::Registry,
+    };
 
     use super::{
         http::client::{free_address, get},
         *,
     };
+
+    /// A metric that takes as long as a test wants.
+    #[derive(Debug)]
+    struct Slow {
+        begun: mpsc::Sender<()>,
+        over: Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl Collector for Slow {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+            self.begun.send(()).expect("the test goes on");
+            let over = self.over.lock().expect("one scrape");
+            let answered = over.recv_timeout(Duration::from_secs(5)).is_ok();
+            let family = encoder.encode_descriptor("answered", "", None, MetricType::Gauge)?;
+            ConstGauge::new(i64::from(answered)).encode(family)
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_probe_is_answered_while_the_maps_are_read() {
+        let (probes, scrapes) = (free_address(), free_address());
+        let (begun, has_begun) = mpsc::channel();
+        let (probed, over) = mpsc::channel();
+        let over = Mutex::new(over);
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Slow { begun, over }));
+        let metrics = serve_metrics(scrapes, Metrics::of(registry), Events::default());
+        let view = Reporter::new(NodeObject::Optional).view();
+        let probe_metrics = ProbeMetrics::register(&mut Registry::default());
+        let ready = watch::channel(true).1;
+        let probe = serve_probes(probes, ready, view, Events::default(), probe_metrics);
+        let servers = [tokio::spawn(metrics), tokio::spawn(probe)];
+        assert!(get(probes, "/livez").await.starts_with("HTTP/1.1 200"));
+        let scrape = tokio::spawn(get(scrapes, "/metrics"));
+        let begun = tokio::task::spawn_blocking(move || has_begun.recv());
+        begun.await.expect("no panic").expect("a scrape");
+        assert!(get(probes, "/livez").await.starts_with("HTTP/1.1 200"));
+        probed.send(()).expect("a scrape that waits");
+        let page = scrape.await.expect("no panic");
+        assert!(page.contains("answered 1"), "{page}");
+        for server in servers {
+            server.abort();
+        }
+    }
 
     #[tokio::test]
     async fn probes_follow_readiness_and_the_node() {

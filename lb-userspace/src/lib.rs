@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod args;
+mod aside;
 pub mod commands;
 pub mod config;
 pub mod datapath;

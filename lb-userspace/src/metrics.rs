@@ -56,7 +56,13 @@ impl Metrics {
         Ok((Self { registry }, parts))
     }
 
-    /// The metrics in the text format.
+    /// Those of a registry alone.
+    #[cfg(test)]
+    pub(crate) const fn of(registry: Registry) -> Self {
+        Self { registry }
+    }
+
+    /// The metrics in the text format. Reads whole maps.
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;

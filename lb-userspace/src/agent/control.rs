@@ -15,8 +15,9 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::{aside, backoff::Retry, failures::Failures};
+use super::{backoff::Retry, failures::Failures};
 use crate::{
+    aside::aside,
     datapath::Maps,
     errors::Chain,
     health::Reporter,

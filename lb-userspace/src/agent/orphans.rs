@@ -10,8 +10,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::aside;
-use crate::{datapath::kernel::KernelMaps, netns::Namespaces, termination};
+use crate::{aside::aside, datapath::kernel::KernelMaps, netns::Namespaces, termination};
 
 /// A process may be in the middle of `connect()` when its backend goes: the
 /// programs have chosen, and the socket is not connected yet. It is after this
