@@ -1,11 +1,14 @@
-//! Random histories: objects come, change and go, news of them is late, comes
-//! twice or not at all until a new list, the agent is killed, writes fail. At no
+//! Random histories: objects come, change, make no sense and go, news of them is
+//! late, comes twice or not at all until a new list, the server is away, the agent
+//! is killed, in the middle of a write too, writes fail, maps are full. At no
 //! moment does a reader of the maps see half of a change, or anything new of a
-//! Service that nothing happened to; and in the end the maps say what they would
-//! if nothing had ever gone wrong.
+//! Service that nothing happened to, whatever happens to others or to the agent;
+//! and in the end the maps say what they would if nothing had ever gone wrong.
 //!
 //! `KLB_SEED=N cargo test histories` plays a run again; `KLB_HISTORIES=N` plays
 //! so many.
+
+mod objects;
 
 use std::{
     env, io,
@@ -19,16 +22,14 @@ use proptest::{
     test_runner::{RngAlgorithm, TestError, TestRng, TestRunner},
 };
 
+use self::objects::{name, services, slice_name, slices, zone_name};
 use super::*;
 use crate::{
     datapath::{
         Family, FrontendKey,
         memory::{Content, MemoryMaps},
     },
-    model::{
-        Algorithm, Endpoint, EndpointPort, EndpointSlice, Kind, Node, Object, ObjectRef, Policy,
-        Protocol, Service, ServicePort,
-    },
+    model::{EndpointSlice, Kind, Node, Object, ObjectRef, Service},
     plan::Settings,
 };
 
@@ -41,141 +42,69 @@ const NODE: &str = "here";
 enum Step {
     Put(Object),
     Delete(ObjectRef),
+    /// An object makes no sense any more; with it goes, or does not, whom it
+    /// concerns.
+    Spoil(ObjectRef, bool),
     /// So many of the news of a kind arrive, and are acted upon.
     Deliver(Kind, usize),
     /// The last thing heard of a kind is heard again.
     Repeat(Kind),
     /// All news of a kind that have not arrived are lost; then comes a list.
     Relist(Kind),
+    /// The server is not to be reached from now on, or is again.
+    Away(bool),
     /// The node has these addresses, by last octets.
     Addresses(BTreeSet<u8>),
+    /// The node is in this zone.
+    Zone(Option<u8>),
     Kill,
+    /// All news arrive, and the agent is killed after so many writes.
+    KillAfter(u64),
     /// After so many writes one fails.
     FailAfter(u64),
+    /// After so many writes there is no room for so many others.
+    FullAfter(u64, u64),
+    /// So many frontends have room.
+    Room(usize),
     Verify,
-}
-
-fn name(number: u8) -> NamespacedName {
-    NamespacedName::new("default", format!("service-{number}"))
-}
-
-fn services() -> impl Strategy<Value = Service> {
-    let policy = || prop_oneof![3 => Just(Policy::Cluster), 1 => Just(Policy::Local)];
-    let ports = prop::collection::btree_map(1u8..4, prop::option::weighted(0.3, 0u16..4), 1..3);
-    let choice = (
-        prop::option::weighted(0.2, 10u32..12),
-        prop::option::weighted(0.2, Just(Algorithm::Maglev)),
-    );
-    // Few addresses and node ports, so that Services get into each other's way.
-    (
-        1u8..6,
-        1u8..7,
-        0i64..3,
-        ports,
-        (policy(), policy()),
-        choice,
-        any::<bool>(),
-    )
-        .prop_map(
-            |(
-                number,
-                address,
-                created,
-                ports,
-                (internal, external),
-                (affinity, algorithm),
-                balanced,
-            )| Service {
-                id: name(number),
-                created,
-                cluster_ips: vec![[10, 96, 0, address].into()],
-                external_ips: Vec::new(),
-                load_balancer_ips: if balanced {
-                    vec![[203, 0, 113, address].into()]
-                } else {
-                    Vec::new()
-                },
-                source_ranges: if balanced {
-                    vec!["192.0.2.0/24".parse().expect("a network")]
-                } else {
-                    Vec::new()
-                },
-                affinity,
-                algorithm,
-                internal_policy: internal,
-                external_policy: external,
-                health_check_port: None,
-                ports: ports
-                    .into_iter()
-                    .map(|(port, node_port)| ServicePort {
-                        name: format!("p{port}"),
-                        protocol: if port == 3 {
-                            Protocol::Udp
-                        } else {
-                            Protocol::Tcp
-                        },
-                        port: port.into(),
-                        node_port: node_port.map(|port| 30000 + port),
-                    })
-                    .collect(),
-            },
-        )
-}
-
-fn slices() -> impl Strategy<Value = EndpointSlice> {
-    let endpoint = (1u8..9, any::<bool>(), 0u8..10).prop_map(|(last, local, health)| Endpoint {
-        addr: [10, 244, 0, last].into(),
-        node: Some(if local { NODE } else { "there" }.into()),
-        ready: health > 2,
-        serving: health > 0,
-        terminating: matches!(health, 1 | 2),
-        hints: None,
-    });
-    // A slice may move from one Service to another.
-    let endpoints = prop::collection::vec(endpoint, 0..5);
-    (1u8..8, 1u8..6, endpoints).prop_map(|(slice, service, endpoints)| EndpointSlice {
-        id: NamespacedName::new("default", format!("slice-{slice}")),
-        service: name(service).name().to_owned(),
-        family: Family::V4,
-        ports: [
-            ("p1", Protocol::Tcp),
-            ("p2", Protocol::Tcp),
-            ("p3", Protocol::Udp),
-        ]
-        .into_iter()
-        .map(|(name, protocol)| EndpointPort {
-            name: name.to_owned(),
-            protocol,
-            port: 3000,
-        })
-        .collect(),
-        endpoints,
-        triggered: None,
-    })
 }
 
 fn steps() -> impl Strategy<Value = Step> {
     let kind = || prop_oneof![Just(Kind::Service), Just(Kind::EndpointSlice)];
-    let service = (1u8..6).prop_map(|number| ObjectRef {
-        kind: Kind::Service,
-        id: name(number),
-    });
-    let slice = (1u8..8).prop_map(|number| ObjectRef {
-        kind: Kind::EndpointSlice,
-        id: NamespacedName::new("default", format!("slice-{number}")),
-    });
+    let reference = || {
+        let service = (1u8..6).prop_map(|number| (Kind::Service, name(number)));
+        let slice = (1u8..8).prop_map(|number| (Kind::EndpointSlice, slice_name(number)));
+        prop_oneof![service, slice].prop_map(|(kind, id)| ObjectRef { kind, id })
+    };
     prop_oneof![
         6 => services().prop_map(|service| Step::Put(Object::Service(service))),
         9 => slices().prop_map(|slice| Step::Put(Object::EndpointSlice(slice))),
-        3 => prop_oneof![service, slice].prop_map(Step::Delete),
+        3 => reference().prop_map(Step::Delete),
+        3 => (reference(), any::<bool>()).prop_map(|(reference, known)| Step::Spoil(reference, known)),
         12 => (kind(), 1usize..4).prop_map(|(kind, count)| Step::Deliver(kind, count)),
         1 => kind().prop_map(Step::Repeat),
         2 => kind().prop_map(Step::Relist),
+        1 => prop::bool::weighted(0.3).prop_map(Step::Away),
         1 => prop::collection::btree_set(1u8..4, 0..3).prop_map(Step::Addresses),
-        1 => Just(Step::Kill),
+        1 => prop::option::of(1u8..3).prop_map(Step::Zone),
+        2 => Just(Step::Kill),
+        1 => (0u64..12).prop_map(Step::KillAfter),
         2 => (0u64..12).prop_map(Step::FailAfter),
+        1 => (0u64..12, 1u64..4).prop_map(|(count, times)| Step::FullAfter(count, times)),
+        1 => prop_oneof![0usize..20, Just(1024)].prop_map(Step::Room),
         1 => Just(Step::Verify),
     ]
+}
+
+/// The Service that an object is of.
+fn owner(object: &Object) -> NamespacedName {
+    match object {
+        Object::EndpointSlice(EndpointSlice { id, service, .. }) => {
+            NamespacedName::new(id.namespace(), service)
+        }
+        Object::Service(Service { id, .. }) => id.clone(),
+        other => panic!("{other:?}"),
+    }
 }
 
 type SharedMaps = Arc<Mutex<MemoryMaps>>;
@@ -187,22 +116,26 @@ type Ways = BTreeMap<FrontendKey, [Vec<SocketAddr>; 2]>;
 #[derive(Clone, Debug, Default)]
 struct Watch {
     news: Vec<Event>,
-    /// What was told, and is there as far as anybody knows.
-    told: BTreeSet<ObjectRef>,
     last: Option<Event>,
 }
 
 /// The cluster, what is known of it, and the maps.
 struct World {
     objects: BTreeMap<ObjectRef, Object>,
+    /// Objects that make no sense at present, with whom they concern.
+    spoiled: BTreeMap<ObjectRef, Concern>,
     watches: BTreeMap<Kind, Watch>,
+    is_away: bool,
     addresses: BTreeSet<IpAddr>,
+    zone: Option<u8>,
     maps: SharedMaps,
     control: Control<SharedMaps>,
-    /// Slice → Service, as far as it was heard.
-    slices: BTreeMap<ObjectRef, NamespacedName>,
-    /// Nothing of what was heard is left to be written.
-    clean: bool,
+    /// The agent has read everything since its start.
+    has_begun: bool,
+    /// Objects as the agent heard of them last.
+    heard: BTreeMap<ObjectRef, Object>,
+    /// What it has found there and never understood.
+    unknown: BTreeMap<ObjectRef, Concern>,
     now: Instant,
     /// What a reader saw that must not be.
     seen: Option<String>,
@@ -278,14 +211,18 @@ impl World {
         let maps = SharedMaps::default();
         let mut world = Self {
             objects: BTreeMap::new(),
+            spoiled: BTreeMap::new(),
             watches: [Kind::Service, Kind::EndpointSlice]
                 .map(|kind| (kind, Watch::default()))
                 .into(),
+            is_away: false,
             addresses: BTreeSet::new(),
+            zone: None,
             control: control(&maps, &BTreeSet::new()),
             maps,
-            slices: BTreeMap::new(),
-            clean: true,
+            has_begun: false,
+            heard: BTreeMap::new(),
+            unknown: BTreeMap::new(),
             now: Instant::now(),
             seen: None,
         };
@@ -293,22 +230,51 @@ impl World {
         world
     }
 
-    /// As when the agent has listed everything.
-    fn begin(&mut self) {
-        self.control.take_in(vec![Event::Apply(Object::Node(Node {
+    fn node(&self) -> Event {
+        Event::Apply(Object::Node(Node {
             name: NODE.to_owned(),
-            zone: None,
+            zone: self.zone.map(zone_name),
             leaving: false,
-        }))]);
-        self.slices.clear();
+        }))
+    }
+
+    /// The agent lists everything, and writes for the first time.
+    fn begin(&mut self) {
+        let before = std::mem::take(&mut self.heard);
+        self.unknown.clear();
+        self.has_begun = true;
+        self.control.take_in(vec![self.node()]);
         for kind in [Kind::Service, Kind::EndpointSlice] {
             *self.watch(kind) = Watch::default();
             self.relist(kind);
             let news = std::mem::take(&mut self.watch(kind).news);
-            self.touched(&news);
-            self.control.take_in(news);
+            self.hear(news);
         }
+        self.tell_unknown();
         self.control.begin();
+        let touched = self.differences(&before);
+        self.reconcile(Some(&touched));
+    }
+
+    /// The Services of which an agent that starts hears anything else than the
+    /// last one did.
+    fn differences(&self, before: &BTreeMap<ObjectRef, Object>) -> BTreeSet<NamespacedName> {
+        let mut touched = BTreeSet::new();
+        for reference in before.keys().chain(self.objects.keys()) {
+            let (old, new) = (before.get(reference), self.heard.get(reference));
+            let stays = match self.unknown.get(reference) {
+                // Nobody knows to whom to leave what.
+                Some(Concern::Anyone | Concern::NoOne) => false,
+                // It keeps what it had, if that was its own.
+                Some(Concern::Service(service)) => old.is_none_or(|old| owner(old) == *service),
+                None => old == new,
+            };
+            if !stays {
+                let object = self.objects.get(reference);
+                touched.extend(old.into_iter().chain(new).chain(object).map(owner));
+            }
+        }
+        touched
     }
 
     fn watch(&mut self, kind: Kind) -> &mut Watch {
@@ -317,44 +283,60 @@ impl World {
 
     /// What a list brings: all there is, and that nothing else is.
     fn relist(&mut self, kind: Kind) {
-        let objects = self
-            .objects
-            .iter()
-            .filter(|(reference, _)| reference.kind == kind);
-        let objects: Vec<_> = objects
-            .map(|(reference, object)| (reference.clone(), object.clone()))
-            .collect();
-        let watch = self.watch(kind);
-        watch.news.clear();
-        for (_, object) in &objects {
-            watch.news.push(Event::Apply(object.clone()));
+        let mut news = Vec::new();
+        for (reference, object) in &self.objects {
+            if reference.kind != kind {
+                continue;
+            }
+            match self.spoiled.get(reference) {
+                None => news.push(Event::Apply(object.clone())),
+                // What it described stays.
+                Some(_) if self.heard.contains_key(reference) => {}
+                Some(concern) => {
+                    self.unknown.insert(reference.clone(), concern.clone());
+                }
+            }
         }
-        let there: BTreeSet<_> = objects
-            .into_iter()
-            .map(|(reference, _)| reference)
-            .collect();
-        watch
-            .news
-            .extend(watch.told.difference(&there).cloned().map(Event::Delete));
-        watch.told = there;
+        let known = self.heard.keys().chain(self.unknown.keys());
+        let gone = known.filter(|known| known.kind == kind && !self.objects.contains_key(known));
+        news.extend(gone.cloned().map(Event::Delete));
+        self.watch(kind).news = news;
     }
 
     fn step(&mut self, step: Step) {
         match step {
             Step::Put(object) => {
                 let reference = object.reference();
-                let watch = self.watch(reference.kind);
-                watch.told.insert(reference.clone());
-                watch.news.push(Event::Apply(object.clone()));
+                self.spoiled.remove(&reference);
+                let news = Event::Apply(object.clone());
+                self.watch(reference.kind).news.push(news);
                 self.objects.insert(reference, object);
             }
             Step::Delete(reference) => {
+                self.spoiled.remove(&reference);
                 if self.objects.remove(&reference).is_some() {
-                    self.watch(reference.kind)
-                        .news
-                        .push(Event::Delete(reference));
+                    let news = Event::Delete(reference.clone());
+                    self.watch(reference.kind).news.push(news);
                 }
             }
+            Step::Spoil(reference, is_known) => {
+                if let Some(object) = self.objects.get(&reference) {
+                    let concern = if is_known || reference.kind == Kind::Service {
+                        Concern::Service(owner(object))
+                    } else {
+                        Concern::Anyone
+                    };
+                    self.spoiled.insert(reference, concern);
+                }
+            }
+            Step::Away(is_away) => {
+                self.is_away = is_away;
+                if !is_away && !self.has_begun {
+                    self.begin();
+                }
+            }
+            Step::Deliver(..) | Step::Repeat(_) | Step::Relist(_) | Step::KillAfter(_)
+                if self.is_away => {}
             Step::Deliver(kind, count) => {
                 let watch = self.watch(kind);
                 let count = count.min(watch.news.len());
@@ -373,31 +355,30 @@ impl World {
                 let news = std::mem::take(&mut watch.news);
                 self.act(news);
             }
-            Step::Addresses(octets) => {
-                self.addresses = octets
-                    .iter()
-                    .map(|last| [192, 168, 50, *last].into())
-                    .collect();
-                self.control
-                    .index
-                    .set_node_addresses(self.addresses.clone());
-                self.reconcile(None);
+            Step::Addresses(octets) => self.set_addresses(&octets),
+            Step::Zone(zone) => {
+                self.zone = zone;
+                if self.has_begun {
+                    self.control.take_in(vec![self.node()]);
+                    self.reconcile(None);
+                }
             }
-            Step::Kill => {
-                lock(&self.maps).fault = None;
-                self.control = control(&self.maps, &self.addresses);
-                self.begin();
-                self.reconcile(None);
+            Step::Kill => self.kill(),
+            Step::KillAfter(count) => {
+                self.fail(count, u64::MAX, || io::ErrorKind::Other.into());
+                let watches = self.watches.values_mut();
+                let news = watches.flat_map(|watch| std::mem::take(&mut watch.news));
+                let news = news.collect();
+                self.act(news);
+                self.kill();
             }
-            Step::FailAfter(count) => {
-                let mut maps = lock(&self.maps);
-                let at = maps.writes + count;
-                maps.fault = Some(Box::new(move |write| {
-                    let failure = (write == at).then(|| io::ErrorKind::Other.into());
-                    failure.map_or(Ok(()), Err)
-                }));
+            Step::FailAfter(count) => self.fail(count, 1, || io::ErrorKind::Other.into()),
+            Step::FullAfter(count, times) => {
+                self.fail(count, times, || io::Error::from_raw_os_error(libc::E2BIG));
             }
+            Step::Room(frontends) => lock(&self.maps).service_capacity = frontends,
             Step::Verify => {
+                lock(&self.maps).fault = None;
                 let drift = self.control.reconciler.verify().expect("nothing to write");
                 let complaint = (!drift.is_empty()).then(|| format!("nobody else wrote {drift:?}"));
                 self.seen = self.seen.take().or(complaint);
@@ -405,46 +386,98 @@ impl World {
         }
     }
 
-    fn act(&mut self, news: Vec<Event>) {
-        let touched = self.touched(&news);
-        self.control.take_in(news);
+    fn set_addresses(&mut self, octets: &BTreeSet<u8>) {
+        let addresses = octets.iter().map(|last| [192, 168, 50, *last].into());
+        self.addresses = addresses.collect();
+        let index = &mut self.control.index;
+        index.set_node_addresses(self.addresses.clone());
+        if !self.has_begun {
+            return;
+        }
+        let services = self.heard.values().filter_map(|object| match object {
+            Object::Service(service) => Some(service),
+            _ => None,
+        });
+        let concerned = services.filter(|service| service.concerns_node_addresses());
+        let touched = concerned.map(|service| service.id.clone()).collect();
         self.reconcile(Some(&touched));
     }
 
-    /// The Services that news concern: of a slice that moves both.
-    fn touched(&mut self, news: &[Event]) -> BTreeSet<NamespacedName> {
+    /// After so many writes so many others fail.
+    fn fail(&self, count: u64, times: u64, error: fn() -> io::Error) {
+        let mut maps = lock(&self.maps);
+        let failing = maps.writes + count..(maps.writes + count).saturating_add(times);
+        maps.fault = Some(Box::new(move |write| {
+            if failing.contains(&write) {
+                return Err(error());
+            }
+            Ok(())
+        }));
+    }
+
+    /// Starts another agent, which goes on as soon as it can read everything.
+    fn kill(&mut self) {
+        lock(&self.maps).fault = None;
+        // What the last one could not write another one tries again.
+        let failed = self.failed();
+        self.control = control(&self.maps, &self.addresses);
+        self.has_begun = false;
+        // As if they had never been heard.
+        self.heard
+            .retain(|_, object| !failed.contains(&owner(object)));
+        if !self.is_away {
+            self.begin();
+        }
+    }
+
+    fn failed(&self) -> BTreeSet<NamespacedName> {
+        let never = self.now + Duration::from_secs(3600);
+        self.control.failures.due(never).cloned().collect()
+    }
+
+    fn act(&mut self, news: Vec<Event>) {
+        let mut touched = self.hear(news);
+        // More may be known of these now.
+        touched.extend(self.control.frozen.iter().cloned());
+        self.tell_unknown();
+        self.reconcile(Some(&touched));
+    }
+
+    /// Tells the agent, and returns the Services that it concerns: of a slice
+    /// that moves both.
+    fn hear(&mut self, news: Vec<Event>) -> BTreeSet<NamespacedName> {
         let mut touched = BTreeSet::new();
-        for event in news {
-            let (reference, service) = match event {
-                Event::Apply(Object::EndpointSlice(slice)) => {
-                    let service = NamespacedName::new(slice.id.namespace(), &slice.service);
-                    (
-                        Object::EndpointSlice(slice.clone()).reference(),
-                        Some(service),
-                    )
-                }
-                Event::Apply(object) => (object.reference(), None),
+        for event in &news {
+            let (reference, object) = match event {
+                Event::Apply(object) => (object.reference(), Some(object)),
                 Event::Delete(reference) => (reference.clone(), None),
                 other => panic!("{other:?}"),
             };
-            if reference.kind == Kind::Service {
-                touched.insert(reference.id);
-                continue;
-            }
-            touched.extend(self.slices.remove(&reference));
-            if let Some(service) = service {
-                touched.insert(service.clone());
-                self.slices.insert(reference, service);
-            }
+            self.unknown.remove(&reference);
+            let old = match object {
+                Some(object) => self.heard.insert(reference, object.clone()),
+                None => self.heard.remove(&reference),
+            };
+            touched.extend(old.iter().chain(object).map(owner));
         }
+        self.control.take_in(news);
         touched
     }
 
+    fn tell_unknown(&mut self) {
+        let unknown: BTreeSet<_> = self.unknown.values().cloned().collect();
+        if unknown != self.control.unknown {
+            self.control.take_in(vec![Event::Unknown(unknown)]);
+        }
+    }
+
     /// Writes what has changed, and looks at the maps after every write. What
-    /// Services other than these have, and keep, may not change meanwhile.
+    /// Services other than these have, and keep, may not change meanwhile; but
+    /// what failed before may.
     fn reconcile(&mut self, touched: Option<&BTreeSet<NamespacedName>>) {
         let before = ways(&lock(&self.maps).content);
         let owners = self.owners();
+        let failed = self.failed();
         let history = Arc::new(Mutex::new(vec![before]));
         let recorder = Arc::clone(&history);
         lock(&self.maps).observer = Some(Box::new(move |content| {
@@ -454,15 +487,13 @@ impl World {
         self.now += Duration::from_secs(60);
         let outcome = self.control.reconcile(self.now);
         lock(&self.maps).observer = None;
-        let was_clean = std::mem::replace(&mut self.clean, outcome == Outcome::Complete);
         let owners_now = self.owners();
         let untouched = |key: &FrontendKey| {
-            let owner = owners.get(key);
-            let keeps = owner.is_some() && owner == owners_now.get(key);
-            was_clean
-                && keeps
-                && touched
-                    .is_some_and(|touched| owner.is_some_and(|owner| !touched.contains(owner)))
+            let owner = owners
+                .get(key)
+                .filter(|owner| Some(*owner) == owners_now.get(key));
+            let touched = |owner| touched.is_none_or(|touched| touched.contains(owner));
+            owner.is_some_and(|owner| !touched(owner) && !failed.contains(owner))
         };
         let complaint = complaint(&lock(&history), untouched);
         self.seen = self.seen.take().or(complaint);
@@ -485,9 +516,15 @@ impl World {
             .collect()
     }
 
-    /// Everything is heard, and nothing fails any more.
+    /// Everything makes sense and is heard, and nothing fails any more.
     fn settle(&mut self) {
         lock(&self.maps).fault = None;
+        self.step(Step::Room(1024));
+        self.step(Step::Away(false));
+        for reference in std::mem::take(&mut self.spoiled).into_keys() {
+            let object = self.objects[&reference].clone();
+            self.step(Step::Put(object));
+        }
         for kind in [Kind::Service, Kind::EndpointSlice] {
             let news = std::mem::take(&mut self.watch(kind).news);
             self.act(news);
@@ -541,6 +578,7 @@ fn play(history: &[Step]) -> Result<(), TestCaseError> {
     world.settle();
     let mut straight = World::new();
     straight.addresses.clone_from(&world.addresses);
+    straight.zone = world.zone;
     straight.objects.clone_from(&world.objects);
     straight.step(Step::Kill);
     straight.settle();
