@@ -9,13 +9,16 @@ use std::{
 };
 
 use lb_tests::{
-    agent::Hooks,
+    agent::{Hooks, ServicePort},
     manifests::NODE,
     topology::{Addresses, Family, Host},
     traffic::{Answer, Failure, Protocol, Request},
 };
 
-use crate::two_nodes::{FAR, NEAR, TwoNodes};
+use crate::{
+    policies::AT_ONCE,
+    two_nodes::{FAR, NEAR, TwoNodes},
+};
 
 const PAGE: &str = include_str!("../../../docs/matrix.md");
 
@@ -25,12 +28,16 @@ const ATTEMPTS: u32 = 22;
 /// times is too often for some hundred cells in every run.
 const ROUNDS: usize = 3;
 
-/// A line of the page's table.
+/// How long nothing must be heard where the page says *silence*.
+const SILENCE: Duration = Duration::from_millis(300);
+
+/// A line of one of the page's tables.
 #[derive(Debug)]
 struct Row {
     client: &'static str,
     frontend: &'static str,
-    policy: &'static str,
+    /// The policy, or where the endpoints are.
+    service: &'static str,
     /// Over the socket hook, TC and XDP.
     expected: [&'static str; 3],
 }
@@ -40,12 +47,12 @@ fn rows() -> Vec<Row> {
     let cells = lines
         .map(|line| -> Vec<&str> { line.trim_matches('|').split('|').map(str::trim).collect() });
     cells
-        .skip(1)
+        .filter(|cells| cells[0] != "client")
         .map(|cells| match cells[..] {
-            [client, frontend, policy, socket, tc, xdp] => Row {
+            [client, frontend, service, socket, tc, xdp] => Row {
                 client,
                 frontend,
-                policy,
+                service,
                 expected: [socket, tc, xdp],
             },
             _ => panic!("six columns, not {cells:?}"),
@@ -53,26 +60,42 @@ fn rows() -> Vec<Row> {
         .collect()
 }
 
-/// A Service of the four that there are.
+/// Name and number of a pod.
+type Endpoint = (&'static str, u8);
+
+/// One of the Services that there are.
 #[derive(Clone, Copy, Debug)]
 struct Service {
     number: u8,
     external: &'static str,
     internal: &'static str,
+    endpoints: &'static [Endpoint],
 }
 
-const SERVICES: [Service; 4] = [
-    service(1, "Cluster", "Cluster"),
-    service(2, "Cluster", "Local"),
-    service(3, "Local", "Cluster"),
-    service(4, "Local", "Local"),
+const BOTH: &[Endpoint] = &[NEAR, FAR];
+
+const SERVICES: [Service; 8] = [
+    service(1, "Cluster", "Cluster", BOTH),
+    service(2, "Cluster", "Local", BOTH),
+    service(3, "Local", "Cluster", BOTH),
+    service(4, "Local", "Local", BOTH),
+    service(5, "Cluster", "Cluster", &[]),
+    service(6, "Local", "Local", &[]),
+    service(7, "Local", "Local", &[NEAR]),
+    service(8, "Local", "Local", &[FAR]),
 ];
 
-const fn service(number: u8, external: &'static str, internal: &'static str) -> Service {
+const fn service(
+    number: u8,
+    external: &'static str,
+    internal: &'static str,
+    endpoints: &'static [Endpoint],
+) -> Service {
     Service {
         number,
         external,
         internal,
+        endpoints,
     }
 }
 
@@ -110,21 +133,40 @@ impl Service {
         SocketAddr::new(self.address(frontend, family), port)
     }
 
-    /// Whether a row of the page speaks of this Service.
-    fn is_meant(self, policy: &str) -> bool {
-        match policy.split_once(' ') {
-            Some(("internal", policy)) => self.internal == policy,
-            Some(("external", policy)) => self.external == policy,
-            _ => panic!("no policy {policy}"),
+    /// Whether a row of the page speaks of this Service; the client has an
+    /// endpoint that is on the other node for it.
+    fn is_meant(self, row: &Row, client: &Client<'_>) -> bool {
+        let [_, elsewhere] = client.endpoints;
+        let is_served = self.endpoints.len() == BOTH.len();
+        match row.service.split_once(' ') {
+            Some(("internal", policy)) => is_served && self.internal == policy,
+            Some(("external", policy)) => is_served && self.external == policy,
+            None if row.service == "none" => self.endpoints.is_empty(),
+            None if row.service == "elsewhere" => {
+                matches!(self.endpoints, [(name, _)] if *name == elsewhere)
+            }
+            _ => panic!("no Service {}", row.service),
         }
     }
 
-    /// The Service with an endpoint on each node.
+    /// Whether an agent has written the Service and its endpoints.
+    fn is_known(self, services: &[ServicePort]) -> bool {
+        let name = format!("matrix-{}", self.number);
+        let ports = services.iter().filter(|port| port.name == name);
+        let known = ports.filter(|port| {
+            let mut verdicts = port.frontends.iter().map(|frontend| &frontend.verdict);
+            let leads_somewhere = verdicts.any(|verdict| verdict != "reject");
+            port.frontends.len() == 8 && leads_somewhere != self.endpoints.is_empty()
+        });
+        known.count() == 2
+    }
+
     fn manifest(self) -> String {
         let Self {
             number,
             external,
             internal,
+            endpoints,
         } = self;
         let both = |frontend| Family::ALL.map(|family| self.address(frontend, family));
         let ([c4, c6], [l4, l6], [e4, e6]) =
@@ -149,7 +191,12 @@ status: {{loadBalancer: {{ingress: [{{ip: '{l4}'}}, {{ip: '{l6}'}}]}}}}
 "
         );
         for family in Family::ALL {
-            let [near, far] = [NEAR, FAR].map(|(_, number)| Addresses::pod(number).ip(family));
+            let endpoints = endpoints.iter().map(|endpoint| {
+                let node = if *endpoint == NEAR { NODE } else { "node-2" };
+                let addr = Addresses::pod(endpoint.1).ip(family);
+                format!("{{addresses: ['{addr}'], nodeName: {node}}}")
+            });
+            let endpoints: Vec<_> = endpoints.collect();
             write!(
                 text,
                 "---
@@ -163,11 +210,10 @@ addressType: {family}
 ports:
 - {{name: tcp, port: 3000, protocol: TCP}}
 - {{name: udp, port: 3053, protocol: UDP}}
-endpoints:
-- {{addresses: ['{near}'], nodeName: {NODE}}}
-- {{addresses: ['{far}'], nodeName: node-2}}
+endpoints: [{endpoints}]
 ",
                 name = family.to_string().to_lowercase(),
+                endpoints = endpoints.join(", "),
             )
             .expect("a string grows");
         }
@@ -210,13 +256,9 @@ impl<'a> Client<'a> {
     /// Asks until all is seen that there is to see, and says it in the page's
     /// words.
     fn observe(&self, to: SocketAddr, protocol: Protocol, expected: &str) -> String {
-        let patience = if expected == "no route" {
-            Patience::Little
-        } else {
-            Patience::Much
-        };
-        let mut answers = match ask(self.host, to, protocol, patience) {
+        let mut answers = match ask(self.host, to, protocol, expected) {
             Ok(answer) => vec![answer],
+            Err(Failure::TimedOut) if expected == "silence" => return "silence".to_owned(),
             // A router's "no route" may pass: some sockets try on.
             Err(Failure::Unreachable | Failure::TimedOut) => return "no route".to_owned(),
             Err(Failure::Refused) => return "refused".to_owned(),
@@ -261,6 +303,7 @@ impl<'a> Client<'a> {
         let [local, remote] = self.endpoints;
         let words = match seen.len() {
             1 if seen.contains(&(local, "client")) => "local",
+            1 if seen.contains(&(remote, "client")) => "remote",
             2 if !seen.contains(&(local, "client")) => "",
             2 if seen.contains(&(remote, "client")) => "both",
             2 if seen.contains(&(remote, "node")) => "both, masqueraded",
@@ -285,33 +328,27 @@ fn split(results: Vec<Result<Answer, Failure>>) -> (Vec<Answer>, Vec<Failure>) {
     (answers, failures)
 }
 
-/// Asks; once more if there is no answer, since the kernel limits how often it
-/// says that a port is closed.
+/// Asks, and waits as long as what is expected may take.
 fn ask(
     client: &Host,
     to: SocketAddr,
     protocol: Protocol,
-    patience: Patience,
+    expected: &str,
 ) -> Result<Answer, Failure> {
     let request = Request::new(protocol, to).connected();
-    if patience == Patience::Little {
-        return client.ask(&request.timeout(Duration::from_millis(200)));
+    let ask = |limit| client.ask(&request.clone().timeout(limit));
+    match expected {
+        "no route" => ask(Duration::from_millis(200)),
+        "silence" => ask(SILENCE),
+        "refused" => ask(AT_ONCE),
+        _ => match ask(Duration::from_millis(1200)) {
+            Err(Failure::TimedOut) => {
+                eprintln!("{:?}: {to} {protocol:?}, once more", client.addresses.v4);
+                ask(Duration::from_millis(1200))
+            }
+            result => result,
+        },
     }
-    let request = request.timeout(Duration::from_millis(1200));
-    match client.ask(&request) {
-        Err(Failure::TimedOut) => {
-            eprintln!("{:?}: {to} {protocol:?}, once more", client.addresses.v4);
-            client.ask(&request)
-        }
-        result => result,
-    }
-}
-
-/// How long an answer is waited for: little where none may come.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Patience {
-    Little,
-    Much,
 }
 
 fn nodes(hooks: Hooks) -> TwoNodes {
@@ -323,25 +360,43 @@ fn nodes(hooks: Hooks) -> TwoNodes {
     }
     for agent in nodes.agents() {
         agent.await_services("the matrix", |services| {
-            let ours = services
-                .iter()
-                .filter(|service| service.name.starts_with("matrix-"));
-            let ready = ours.filter(|service| {
-                let backends = service.frontends.iter().flat_map(|f| &f.backends);
-                service.frontends.len() == 8 && backends.count() > 0
-            });
-            ready.count() == 2 * SERVICES.len()
+            SERVICES
+                .into_iter()
+                .all(|service| service.is_known(services))
         });
     }
-    let node = Addresses::NODE;
-    nodes.world.cluster.outside.place.netns().ip(&format!(
+    route_services(&nodes);
+    for node in [&nodes.world.cluster.node, &nodes.second.node] {
+        // Every closed port is told, and not only the first six.
+        for key in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
+            node.place.netns().sysctl(key, "0");
+        }
+    }
+    nodes
+}
+
+/// Has the router send what is for Services to the first node, but not back
+/// there what comes from it.
+fn route_services(nodes: &TwoNodes) {
+    let Addresses { v4, v6 } = Addresses::NODE;
+    let router = nodes.world.cluster.outside.place.netns();
+    router.ip(&format!(
         "route add 203.0.113.0/24 via {v4}\n\
          route add 198.51.100.0/24 via {v4}\n\
-         route add 2001:db8::/32 via {v6}\n",
-        v4 = node.v4,
-        v6 = node.v6,
+         route add 2001:db8::/32 via {v6}\n"
     ));
-    nodes
+    for network in [
+        "10.96.0.0/12",
+        "203.0.113.0/24",
+        "198.51.100.0/24",
+        "fd00:10:96::/112",
+        "2001:db8::/32",
+    ] {
+        let family = if network.contains(':') { "-6" } else { "-4" };
+        let rule = format!("{family} rule add iif eth0 to {network} unreachable");
+        let rule: Vec<_> = rule.split(' ').collect();
+        router.output("ip", &rule);
+    }
 }
 
 /// Checks a cell with every Service, family and protocol; returns what is not
@@ -350,7 +405,7 @@ fn check(nodes: &TwoNodes, row: &Row, column: usize) -> Vec<String> {
     let client = Client::new(nodes, row.client, row.frontend);
     let expected = row.expected[column];
     let mut wrong = Vec::new();
-    for service in SERVICES.into_iter().filter(|s| s.is_meant(row.policy)) {
+    for service in SERVICES.into_iter().filter(|s| s.is_meant(row, &client)) {
         for family in Family::ALL {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 let to = service.to(row.frontend, family, protocol);
@@ -370,7 +425,7 @@ fn check(nodes: &TwoNodes, row: &Row, column: usize) -> Vec<String> {
 
 fn check_column(hooks: Hooks, column: usize) {
     let rows = rows();
-    assert_eq!(rows.len(), 32, "every client, frontend and policy");
+    assert_eq!(rows.len(), 2 * 32, "every client, frontend and Service");
     let nodes = nodes(hooks);
     let wrong: Vec<_> = rows
         .iter()

@@ -17,7 +17,7 @@ use lb_tests::{
 /// A refusal is told at once, and not after a time-out. Between namespaces the
 /// answer may come while `connect()` still holds its socket; the kernel then
 /// ignores it (`LockDroppedIcmps`), and the SYN is sent again after a second.
-const AT_ONCE: Duration = Duration::from_millis(2500);
+pub(crate) const AT_ONCE: Duration = Duration::from_millis(2500);
 
 /// A world whose Service has more in its `spec`.
 fn world_with(hooks: Hooks, spec: &str) -> World {
