@@ -63,6 +63,9 @@ enum Checksum {
 }
 
 impl Packet {
+    /// What the client of [`Self::first`] wants in packets to it.
+    pub const SCTP_TAG: u32 = 70;
+
     pub fn tcp(src: SocketAddr, dst: SocketAddr, flags: u8) -> Self {
         let kind = Kind::Tcp {
             flags,
@@ -76,11 +79,13 @@ impl Packet {
         Self::new(src, dst, Kind::Udp)
     }
 
-    /// TCP (a SYN) or UDP by protocol number.
+    /// TCP (a SYN), UDP or SCTP (an INIT with [`Self::SCTP_TAG`]) by protocol
+    /// number.
     pub fn first(protocol: u8, src: SocketAddr, dst: SocketAddr) -> Self {
         match protocol {
             TCP => Self::tcp(src, dst, flags::SYN),
             UDP => Self::udp(src, dst),
+            SCTP => Self::sctp(src, dst, chunk::INIT, Self::SCTP_TAG),
             other => panic!("no packets of protocol {other} here"),
         }
     }

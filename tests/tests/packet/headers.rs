@@ -3,14 +3,14 @@
 
 use std::{net::SocketAddr, slice};
 
-use lb_common::{Hook, Reason, flow::SCTP, node::EARLY_PLACES};
+use lb_common::{Hook, Reason, node::EARLY_PLACES};
 use lb_tests::{
     fragments::{cut, join},
     packet::{Packet, chunk, read},
     program::{Datapath, TC_DROP},
 };
 
-use crate::world::{World, local, translated, udp_worlds, untouched, worlds};
+use crate::world::{World, local, sctp_worlds, translated, udp_worlds, untouched, worlds};
 
 /// A datagram of 3000 bytes.
 fn large(src: SocketAddr, dst: SocketAddr) -> Packet {
@@ -205,14 +205,6 @@ fn extension_headers_without_end_or_beyond_the_packet_pass() {
             );
         }
     }
-}
-
-/// The two families, with SCTP.
-fn sctp_worlds() -> impl Iterator<Item = World> {
-    udp_worlds().map(|world| World {
-        protocol: SCTP,
-        ..world
-    })
 }
 
 #[test]

@@ -14,7 +14,7 @@ use lb_tests::{
     program::{Backend, Datapath, MASQUERADE_PORTS, NODE4, NODE6},
 };
 
-use crate::world::{World, dropped, local, tcp_worlds, translated, untouched, worlds};
+use crate::world::{World, dropped, local, sctp_worlds, tcp_worlds, translated, untouched, worlds};
 
 /// A test run comes in by the loopback device.
 const HERE: u32 = 1;
@@ -51,7 +51,7 @@ fn sent(datapath: &mut Datapath, world: &World, client: SocketAddr) -> SocketAdd
 
 #[test]
 fn there_and_back_through_both_translations() {
-    for world in worlds() {
+    for world in worlds().into_iter().chain(sctp_worlds()) {
         let mut datapath = serve_remote(&world);
         let source = sent(&mut datapath, &world, world.client);
         assert_eq!(source.ip(), node(&world));
@@ -266,7 +266,7 @@ fn nothing_is_masqueraded_without_ports_or_address() {
 
 #[test]
 fn a_pod_that_reaches_itself_sees_the_node() {
-    for world in worlds() {
+    for world in worlds().into_iter().chain(sctp_worlds()) {
         let mut datapath = world.serve_one();
         datapath.set_device(
             HERE,

@@ -4,12 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use lb_common::{
     Addr4, Addr6, Hook, Reason,
-    flow::{TCP, UDP},
+    flow::{SCTP, TCP, UDP},
     node::{Config, Network},
     reason::Effect,
 };
 use lb_tests::{
-    packet::{self, Packet, flags},
+    packet::{self, Packet, chunk, flags},
     program::{Backend, Datapath, TC_DROP, TC_GO_ON, XDP_DROP, XDP_PASS},
 };
 
@@ -62,6 +62,14 @@ pub(crate) fn udp_worlds() -> impl Iterator<Item = World> {
     worlds().into_iter().filter(|world| world.protocol == UDP)
 }
 
+/// Both families, with SCTP.
+pub(crate) fn sctp_worlds() -> impl Iterator<Item = World> {
+    udp_worlds().map(|world| World {
+        protocol: SCTP,
+        ..world
+    })
+}
+
 pub(crate) const fn local(addr: SocketAddr) -> Backend {
     Backend { addr, local: true }
 }
@@ -85,10 +93,10 @@ impl World {
 
     /// The backend's answer to [`Self::first`], as it leaves the backend.
     pub(crate) fn answer(&self, from: SocketAddr) -> Packet {
-        if self.protocol == TCP {
-            Packet::tcp(from, self.client, flags::SYN | flags::ACK).numbers(5000, 1001)
-        } else {
-            Packet::udp(from, self.client)
+        match self.protocol {
+            TCP => Packet::tcp(from, self.client, flags::SYN | flags::ACK).numbers(5000, 1001),
+            SCTP => Packet::sctp(from, self.client, chunk::INIT_ACK, Packet::SCTP_TAG),
+            _ => Packet::udp(from, self.client),
         }
     }
 }
