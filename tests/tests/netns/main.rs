@@ -3,6 +3,7 @@
 mod asymmetric;
 mod bypass;
 mod combinations;
+mod datagrams;
 mod devices;
 mod devices_addresses;
 mod devices_frames;
