@@ -11,7 +11,8 @@ use std::{
     time::Duration,
 };
 
-use lb_common::{Hook, Reason, names};
+use aya::maps::{Map, MapData};
+use lb_common::{Addr4, Addr6, Hook, Reason, names, service::AffinityKey};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 
@@ -20,7 +21,7 @@ use crate::{
     manifests::{Folder, NODE},
     netns::tool,
     process::{Output, Place, Process},
-    scope,
+    program, scope,
     topology::{Cluster, POD_DEVICES, SecondNode, UPLINK},
     wait,
 };
@@ -332,6 +333,19 @@ impl Agent {
     /// If they do not become so; `what` says what was wanted.
     pub fn await_services(&self, what: &str, are_they: impl Fn(&[ServicePort]) -> bool) {
         wait::until(what, CHANGE, || are_they(&self.services()).then_some(()));
+    }
+
+    /// Makes every client with affinity look as if it had last come so long ago.
+    ///
+    /// # Panics
+    /// If the maps cannot be changed.
+    pub fn age_affinity(&self, seconds: u32) {
+        let open = |name| {
+            let data = MapData::from_pin(self.pins().join(name)).expect("a pinned map");
+            Map::from_map_data(data).expect("a map of a known kind")
+        };
+        program::age_affinity::<AffinityKey<Addr4>>(&mut open(names::AFFINITY4), seconds);
+        program::age_affinity::<AffinityKey<Addr6>>(&mut open(names::AFFINITY6), seconds);
     }
 
     /// `klb status`

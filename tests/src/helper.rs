@@ -124,11 +124,18 @@ impl Helper {
     /// are there to tell whether any is lost, and a lost one stays lost.
     pub fn stream(&self, place: &Place, request: &Request, held: bool) -> Stream {
         let request = request.clone().timeout(PATIENCE);
+        let flag = held.then_some("--hold");
+        self.start_stream(place, &request, flag)
+    }
+
+    /// Starts asking again and again over one UDP socket, whatever it is told.
+    pub fn insist(&self, place: &Place, request: &Request) -> Stream {
+        self.start_stream(place, request, Some("--insist"))
+    }
+
+    fn start_stream(&self, place: &Place, request: &Request, flag: Option<&str>) -> Stream {
         let mut command = place.command(&self.program);
-        command.arg("stream").args(request.flags());
-        if held {
-            command.arg("--hold");
-        }
+        command.arg("stream").args(request.flags()).args(flag);
         Stream {
             process: place.start("stream", command),
             read: Cell::default(),

@@ -1,8 +1,13 @@
 //! Messages of ICMP for both families, built and read.
 
-use std::net::IpAddr;
+use std::{
+    io::{self, Read as _},
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use etherparse::{Ethernet2Header, IpHeaders};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::packet::{CLIENT_MAC, NODE_MAC, ip_frame, ones_sum, pseudo_sum};
 
@@ -101,6 +106,34 @@ impl Message {
         assert_eq!(sum, 0xffff, "ICMP checksum of {message:?}");
         message
     }
+}
+
+/// Pings an address once, by a socket of the kernel's own for that.
+///
+/// # Errors
+/// Why there was no reply.
+pub fn ping(to: IpAddr, within: Duration) -> io::Result<()> {
+    let to = SocketAddr::new(to, 0);
+    let protocol = if to.is_ipv4() {
+        Protocol::ICMPV4
+    } else {
+        Protocol::ICMPV6
+    };
+    let mut socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(protocol))?;
+    socket.set_read_timeout(Some(within))?;
+    socket.connect(&to.into())?;
+    let [request, reply] = echo(to.ip());
+    // Identifier and checksum are the kernel's to write.
+    let payload = *b"how are you";
+    let mut message = vec![request.0, request.1, 0, 0, 0, 0, 0, 1];
+    message.extend(payload);
+    socket.send(&message)?;
+    let mut answer = [0; 100];
+    let length = socket.read(&mut answer)?;
+    let is_reply = (answer[0], answer[1]) == reply && answer[8..length] == payload;
+    is_reply
+        .then_some(())
+        .ok_or(io::ErrorKind::InvalidData.into())
 }
 
 /// Whether a frame goes back to where it came from.

@@ -769,7 +769,7 @@ fn replace<K: aya::Pod>(map: &mut Map, key: K, change: impl FnOnce(&mut ServiceE
     map.insert(key, entry, 0).expect("replacing an entry");
 }
 
-fn age_affinity<K: aya::Pod>(map: &mut Map, seconds: u32) {
+pub(crate) fn age_affinity<K: aya::Pod>(map: &mut Map, seconds: u32) {
     let mut map: HashMap<_, K, Affinity> = map.try_into().expect("a hash map");
     let entries: Vec<_> = map.iter().map(|entry| entry.expect("readable")).collect();
     for (key, mut value) in entries {

@@ -22,6 +22,7 @@ use std::{
 use crate::{
     cgroup::Cgroup,
     helper::{Helper, Stream, await_server},
+    icmp,
     netns::Netns,
     process::{Place, Process},
     scope::Scope,
@@ -178,6 +179,19 @@ impl Host {
     /// Starts asking again and again; see [`Helper::stream`].
     pub fn stream(&self, request: &Request, held: bool) -> Stream {
         self.helper.stream(&self.place, request, held)
+    }
+
+    /// Starts asking again and again over one socket; see [`Helper::insist`].
+    pub fn insist(&self, request: &Request) -> Stream {
+        self.helper.insist(&self.place, request)
+    }
+
+    /// Whether a ping is answered in time.
+    pub fn ping(&self, to: IpAddr, within: Duration) -> bool {
+        let netns = self.place.netns();
+        // Whoever may open a socket for pings: root, too, only by its group.
+        netns.sysctl("net/ipv4/ping_group_range", "0 0");
+        netns.within(|| icmp::ping(to, within)).is_ok()
     }
 
     /// This host, with its processes outside of the cluster's control group.

@@ -172,12 +172,33 @@ impl Request {
     /// # Errors
     /// Why there is none.
     pub fn udp_socket(&self) -> Result<UdpSocket, Failure> {
-        let socket = UdpSocket::from(self.socket(Type::DGRAM)?);
-        socket.set_read_timeout(Some(self.limit()))?;
+        let socket = self.unconnected()?;
         if self.connected {
             socket.connect(self.destination())?;
         }
         Ok(socket)
+    }
+
+    /// A UDP socket that is not connected yet.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn unconnected(&self) -> io::Result<UdpSocket> {
+        let socket = UdpSocket::from(self.socket(Type::DGRAM)?);
+        socket.set_read_timeout(Some(self.limit()))?;
+        Ok(socket)
+    }
+
+    /// Asks over a socket of [`Self::unconnected`], which is connected first if
+    /// it is to be and is not.
+    ///
+    /// # Errors
+    /// Why no answer came.
+    pub fn insist(&self, socket: &UdpSocket) -> Result<Answer, Failure> {
+        if self.connected && socket.peer_addr().is_err() {
+            socket.connect(self.destination())?;
+        }
+        self.over(socket)
     }
 
     /// Asks over a socket of [`Self::udp_socket`].

@@ -69,6 +69,9 @@ enum Command {
         /// Ask over one connection that stays open
         #[arg(long)]
         hold: bool,
+        /// UDP: ask over one socket, also after failures
+        #[arg(long, conflicts_with = "hold")]
+        insist: bool,
     },
 }
 
@@ -101,7 +104,19 @@ fn run(command: Command) -> io::Result<()> {
             request,
             every,
             hold,
-        } => stream(&request, Duration::from_millis(every), hold),
+            insist,
+        } => {
+            let every = Duration::from_millis(every);
+            let mut held = None;
+            if insist {
+                let socket = request.unconnected()?;
+                stream(every, || request.insist(&socket))
+            } else if hold {
+                stream(every, || ask_held(&request, &mut held))
+            } else {
+                stream(every, || request.perform())
+            }
+        }
     }
 }
 
@@ -117,16 +132,10 @@ fn keep_asking(request: &Request, within: u64) -> Result<Answer, Failure> {
     }
 }
 
-fn stream(request: &Request, every: Duration, hold: bool) -> io::Result<()> {
+fn stream(every: Duration, mut ask: impl FnMut() -> Result<Answer, Failure>) -> io::Result<()> {
     let ended = watch_stdin();
-    let mut held = None;
     while !ended.load(Ordering::Relaxed) {
-        let result = if hold {
-            ask_held(request, &mut held)
-        } else {
-            request.perform()
-        };
-        report(result)?;
+        report(ask())?;
         thread::sleep(every);
     }
     Ok(())

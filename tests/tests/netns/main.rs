@@ -1,6 +1,7 @@
 //! Real sockets and real devices: what crosses hooks, namespaces and stacks.
 
 mod asymmetric;
+mod balancers;
 mod bypass;
 mod combinations;
 mod datagrams;

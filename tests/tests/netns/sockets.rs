@@ -17,6 +17,8 @@ use lb_tests::{
     world::{Frontend, PODS, SERVICE_FILE, World, echo, endpoints},
 };
 
+use crate::balancers;
+
 /// How long a change of the node's pods may take to be seen.
 const SEEN: Duration = Duration::from_secs(5);
 
@@ -196,37 +198,18 @@ fn opting_out_survives_a_restart_of_the_agent() {
     assert_eq!(after, before, "the sockets were served for a moment");
 }
 
-/// The load balancer's addresses, which are routed nowhere.
-fn load_balancer(family: Family) -> SocketAddr {
-    match family {
-        Family::V4 => "203.0.113.10:80",
-        Family::V6 => "[2001:db8:1::10]:80",
-    }
-    .parse()
-    .expect("an address")
-}
-
 #[test]
 fn source_ranges_hold_at_the_sockets_of_pods() {
     let mut world = crate::stopped_world(Hooks::SOCKET);
     let Addresses { v4, v6 } = world.cluster.client.host.addresses;
     let ranges = format!("  loadBalancerSourceRanges: [{v4}/32, '{v6}/128']\n");
-    let manifest = world.service.to_string();
-    let manifest = manifest.replace("spec:\n", &format!("spec:\n{ranges}"));
-    let manifest = manifest.replace("type: NodePort", "type: LoadBalancer");
-    let ips = Family::ALL.map(|family| format!("{{ip: '{}'}}", load_balancer(family).ip()));
-    let status = format!(
-        "status: {{loadBalancer: {{ingress: [{}]}}}}\n",
-        ips.join(", ")
-    );
-    world
-        .agent
-        .manifests
-        .put(SERVICE_FILE, &(manifest + &status));
+    let manifest = balancers::manifest(&world.service, &ranges, "");
+    world.agent.manifests.put(SERVICE_FILE, &manifest);
     world.agent.start();
     let (inside, outside) = (&world.cluster.client, world.cluster.pod("pod-1"));
     for family in Family::ALL {
-        let request = Request::new(Protocol::Tcp, load_balancer(family));
+        let to = (balancers::address(family), 80).into();
+        let request = Request::new(Protocol::Tcp, to);
         inside.host.ask(&request).expect("an answer");
         let told = outside.host.ask(&request).expect_err("not in the ranges");
         assert_eq!(told, Failure::Refused);

@@ -170,7 +170,7 @@ impl<'a> Way<'a> {
 }
 
 /// The node's address on the link of a host.
-fn gateway(host: &Host) -> [u8; 6] {
+pub(crate) fn gateway(host: &Host) -> [u8; 6] {
     let neighbours = host.place.netns().output("ip", &["neigh"]);
     let line = neighbours
         .lines()
