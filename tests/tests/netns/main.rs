@@ -3,6 +3,7 @@
 mod asymmetric;
 mod balancers;
 mod bypass;
+mod choice;
 mod combinations;
 mod datagrams;
 mod devices;
