@@ -20,6 +20,7 @@ mod policies;
 mod ports;
 mod private;
 mod reveal;
+mod sctp;
 mod sockets;
 mod strangers;
 mod takeover;
