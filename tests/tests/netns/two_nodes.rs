@@ -1,7 +1,7 @@
 //! Two nodes with klb on each, and a router between them: what enters by one
 //! for a pod of the other goes there, and comes back the way it went.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use lb_tests::{
     agent::{Agent, Hooks},
@@ -160,6 +160,68 @@ fn a_pod_reaches_a_pod_of_the_other_node_and_is_seen() {
             for (family, request) in requests(&nodes.world, Frontend::ClusterIp, Addresses::NODE) {
                 let seen = nodes.ask(&client, &request, FAR.0);
                 assert_eq!(seen, pod.addresses.ip(family), "{request:?}");
+            }
+        }
+    }
+}
+
+/// Makes a pod of each node an endpoint, and the Service one with a Maglev
+/// table.
+fn spread_by_maglev(nodes: &TwoNodes) {
+    let service = nodes.world.service.to_string();
+    let annotated = service.replace(
+        "metadata:\n",
+        "metadata:\n  annotations: {klb/algorithm: maglev}\n",
+    );
+    let manifest = endpoints(&nodes.world.service, &[NEAR, FAR]).to_string();
+    // Of the pods the last is on the other node.
+    let (near, far) = manifest.split_once("---\n").expect("two documents");
+    let documents = [near, far].map(|document| {
+        let (before, after) = document.rsplit_once(NODE).expect("two endpoints");
+        format!("{before}node-2{after}")
+    });
+    let manifest = documents.join("---\n");
+    for agent in nodes.agents() {
+        agent.manifests.put(SERVICE_FILE, &annotated);
+        agent.manifests.put(ENDPOINTS_FILE, &manifest);
+    }
+    for agent in nodes.agents() {
+        agent.await_services("both endpoints", |services| {
+            let mut frontends = services.iter().flat_map(|service| &service.frontends);
+            frontends.all(|frontend| {
+                let backends = frontend.backends.iter().map(|backend| backend.address);
+                backends.collect::<BTreeSet<_>>().len() == 2
+            })
+        });
+    }
+}
+
+/// A router that spreads packets over nodes may send those of one connection to
+/// another node any time.
+#[test]
+fn a_client_gets_the_same_pod_by_maglev_on_either_node() {
+    for hooks in [Hooks::TC, Hooks::XDP] {
+        let nodes = TwoNodes::new(hooks, NEAR);
+        spread_by_maglev(&nodes);
+        let outside = &nodes.world.cluster.outside;
+        for family in Family::ALL {
+            // To both nodes from one address.
+            let (node, via) = (Addresses::NODE_2.ip(family), Addresses::OUTSIDE.ip(family));
+            let router = outside.place.netns();
+            router.ip(&format!("route add {node} dev eth1 src {via}\n"));
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let mut pods = BTreeSet::new();
+                for port in 42_000..42_020 {
+                    let [here, there] = [Addresses::NODE, Addresses::NODE_2].map(|node| {
+                        let mut to = nodes.world.frontend(Frontend::NodePort, family, protocol);
+                        to.set_ip(node.ip(family));
+                        let request = Request::new(protocol, to).from_port(port);
+                        outside.ask(&request).expect("an answer").name
+                    });
+                    assert_eq!(here, there, "{hooks:?} {family} {protocol:?} from {port}");
+                    pods.insert(here);
+                }
+                assert_eq!(pods.len(), 2, "{hooks:?} {family} {protocol:?}: {pods:?}");
             }
         }
     }
