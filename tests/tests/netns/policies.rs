@@ -73,14 +73,21 @@ fn the_nodes_own_processes_keep_their_backend() {
 }
 
 /// Asserts that a client is refused at once.
-fn assert_refused(client: &Host, to: SocketAddr, what: &str) {
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let request = Request::new(protocol, to).connected();
-        let start = Instant::now();
-        let told = client.ask(&request).expect_err("nobody to answer");
-        assert_eq!(told, Failure::Refused, "{what} {to} {protocol:?}");
-        assert!(start.elapsed() < AT_ONCE, "{what} {to} {protocol:?}");
+fn assert_refused(client: &Host, request: Request, what: &str) {
+    let request = request.connected();
+    let start = Instant::now();
+    let told = client.ask(&request).expect_err("nobody to answer");
+    assert_eq!(told, Failure::Refused, "{what} {request:?}");
+    assert!(start.elapsed() < AT_ONCE, "{what} {request:?}");
+}
+
+/// Everybody whom klb serves by these hooks.
+fn clients(world: &World) -> Vec<&Host> {
+    let mut clients = vec![&world.cluster.client.host, &world.cluster.outside];
+    if world.agent.hooks == Hooks::ALL {
+        clients.push(&world.cluster.node);
     }
+    clients
 }
 
 #[test]
@@ -94,12 +101,14 @@ fn without_endpoints_clients_are_refused_at_once() {
                 .flat_map(|service| &service.frontends)
                 .all(|frontend| frontend.verdict == "reject")
         });
-        for client in [&world.cluster.client.host, &world.cluster.outside] {
+        let what = format!("{hooks:?}");
+        for client in clients(&world) {
             for family in Family::ALL {
                 for protocol in [Protocol::Tcp, Protocol::Udp] {
-                    let request = world.request(Frontend::ClusterIp, family, protocol);
-                    let told = client.ask(&request.connected()).expect_err("no backend");
-                    assert_eq!(told, Failure::Refused, "{hooks:?} {family} {protocol:?}");
+                    for kind in [Frontend::ClusterIp, Frontend::NodePort] {
+                        let request = world.request(kind, family, protocol);
+                        assert_refused(client, request, &what);
+                    }
                 }
             }
         }
@@ -110,15 +119,13 @@ fn without_endpoints_clients_are_refused_at_once() {
 fn other_ports_of_a_cluster_ip_are_refused_at_once() {
     for hooks in [Hooks::TC, Hooks::XDP, Hooks::ALL] {
         let world = crate::world(hooks);
-        let mut clients = vec![&world.cluster.client.host, &world.cluster.outside];
-        if hooks == Hooks::ALL {
-            clients.push(&world.cluster.node);
-        }
-        for client in clients {
+        for client in clients(&world) {
             for family in Family::ALL {
-                let mut to = world.frontend(Frontend::ClusterIp, family, Protocol::Tcp);
-                to.set_port(81);
-                assert_refused(client, to, &format!("{hooks:?}"));
+                for protocol in [Protocol::Tcp, Protocol::Udp] {
+                    let mut to = world.frontend(Frontend::ClusterIp, family, protocol);
+                    to.set_port(81);
+                    assert_refused(client, Request::new(protocol, to), &format!("{hooks:?}"));
+                }
             }
         }
     }
