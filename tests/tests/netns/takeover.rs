@@ -23,7 +23,7 @@ use lb_tests::{
 /// Requests that show that a connection goes on.
 const SOME: usize = 20;
 
-/// Rules as kube-proxy makes them, for the TCP port of the world's Service.
+/// Rules as kube-proxy makes them, for the ports of the world's Service.
 fn kube_proxy(world: &World) {
     let mut rules = String::new();
     for family in Family::ALL {
@@ -32,20 +32,36 @@ fn kube_proxy(world: &World) {
             Family::V6 => "ip6",
         };
         let service = &world.service;
-        let port = &service.ports[0];
-        let endpoints = [5, 6].map(|number| Addresses::pod(number).port(family, port.target));
-        let [first, second] = endpoints;
+        let mut jumps = String::new();
+        writeln!(rules, "table {ip} kube-proxy {{").expect("a string grows");
+        for port in &service.ports {
+            let protocol = port.protocol.kubernetes().to_lowercase();
+            let endpoints = [5, 6].map(|number| Addresses::pod(number).port(family, port.target));
+            let [first, second] = endpoints;
+            writeln!(
+                rules,
+                "chain {protocol}1 {{ meta l4proto {protocol} dnat to {first}; }}
+                 chain {protocol}2 {{ meta l4proto {protocol} dnat to {second}; }}
+                 chain {protocol}-service {{
+                   numgen random mod 2 vmap {{ 0 : goto {protocol}1, 1 : goto {protocol}2 }};
+                 }}
+                 chain {protocol}-external {{ meta mark set mark or 0x4000; goto {protocol}-service; }}"
+            )
+            .expect("a string grows");
+            writeln!(
+                jumps,
+                "{ip} daddr {cluster} {protocol} dport {port} goto {protocol}-service
+                 {ip} daddr {node} {protocol} dport {node_port} goto {protocol}-external",
+                cluster = service.addresses.ip(family),
+                node = Addresses::NODE.ip(family),
+                port = port.port,
+                node_port = port.node_port,
+            )
+            .expect("a string grows");
+        }
         writeln!(
             rules,
-            "table {ip} kube-proxy {{
-               chain first {{ meta l4proto tcp dnat to {first}; }}
-               chain second {{ meta l4proto tcp dnat to {second}; }}
-               chain service {{ numgen random mod 2 vmap {{ 0 : goto first, 1 : goto second }}; }}
-               chain external {{ meta mark set mark or 0x4000; goto service; }}
-               chain services {{
-                 {ip} daddr {cluster} tcp dport {port} goto service
-                 {ip} daddr {node} tcp dport {node_port} goto external
-               }}
+            "  chain services {{ {jumps} }}
                chain prerouting {{ type nat hook prerouting priority -100; jump services; }}
                chain output {{ type nat hook output priority -100; jump services; }}
                chain postrouting {{
@@ -53,10 +69,6 @@ fn kube_proxy(world: &World) {
                  meta mark & 0x4000 != 0 masquerade
                }}
              }}",
-            cluster = service.addresses.ip(family),
-            node = Addresses::NODE.ip(family),
-            port = port.port,
-            node_port = port.node_port,
         )
         .expect("a string grows");
     }
@@ -74,10 +86,19 @@ fn kube_proxy(world: &World) {
 /// Connections of every kind of client to every kind of frontend, each asking
 /// again and again.
 fn connections(world: &World) -> Vec<(String, Stream)> {
+    streams(world, Protocol::Tcp)
+}
+
+/// Sockets of clients in the same places, over UDP.
+fn conversations(world: &World) -> Vec<(String, Stream)> {
+    streams(world, Protocol::Udp)
+}
+
+fn streams(world: &World, protocol: Protocol) -> Vec<(String, Stream)> {
     let cluster = &world.cluster;
     let mut streams = Vec::new();
     for family in Family::ALL {
-        let request = |kind| world.request(kind, family, Protocol::Tcp);
+        let request = |kind| world.request(kind, family, protocol);
         let clients: [(&str, &Host, Frontend); 4] = [
             ("outside", &cluster.outside, Frontend::NodePort),
             ("outside", &cluster.outside, Frontend::ClusterIp),
@@ -85,7 +106,7 @@ fn connections(world: &World) -> Vec<(String, Stream)> {
             ("node", &cluster.node, Frontend::ClusterIp),
         ];
         for (name, client, kind) in clients {
-            let name = format!("{name} to {kind:?} over {family}");
+            let name = format!("{name} to {kind:?} over {family} and {protocol:?}");
             streams.push((name, client.stream(&request(kind), true)));
         }
     }
@@ -140,13 +161,16 @@ fn klb_takes_over(hooks: Hooks) {
     kube_proxy(&world);
     assert_served_by_kube_proxy(&world);
     let old = connections(&world);
+    let conversations = conversations(&world);
     let newcomers = newcomers(&world);
     world.agent.start();
     assert_served_by_klb(&world);
-    assert_go_on(&old);
-    assert_go_on(&newcomers);
-    stop(old);
-    stop(newcomers);
+    for streams in [&old, &conversations, &newcomers] {
+        assert_go_on(streams);
+    }
+    for streams in [old, conversations, newcomers] {
+        stop(streams);
+    }
 }
 
 /// Clients outside that make a new connection for every request.
@@ -190,6 +214,7 @@ fn served_world(hooks: Hooks) -> World {
 fn kube_proxy_takes_over(hooks: Hooks) {
     let mut world = served_world(hooks);
     let old = connections(&world);
+    let conversations = conversations(&world);
     let newcomers = newcomers(&world);
     world.agent.terminate();
     let mut drain = drain(&world, &[]);
@@ -198,16 +223,19 @@ fn kube_proxy_takes_over(hooks: Hooks) {
         line.contains("connections left")
     });
     assert_served_by_kube_proxy(&world);
-    assert_go_on(&old);
-    assert_go_on(&newcomers);
+    for streams in [&old, &conversations, &newcomers] {
+        assert_go_on(streams);
+    }
     assert!(drain.status().is_none(), "{drain:?}");
     assert!(world.agent.pins().exists());
     stop(old);
     let status = drain.wait(limit);
     assert!(status.success(), "{drain:?}");
     assert!(!world.agent.pins().exists());
-    assert_go_on(&newcomers);
-    stop(newcomers);
+    for streams in [conversations, newcomers] {
+        assert_go_on(&streams);
+        stop(streams);
+    }
     assert_served_by_kube_proxy(&world);
 }
 
