@@ -430,6 +430,8 @@ pub struct Status {
     pub kernel: BTreeMap<String, serde_json::Value>,
     pub devices: Vec<Device>,
     pub counters: Vec<Counter>,
+    /// What does not work here.
+    pub limits: Vec<String>,
     pub warnings: Vec<String>,
 }
 

@@ -63,16 +63,40 @@ fn xdp() {
     assert!(status.devices.iter().any(|device| device.xdp.is_some()));
 }
 
-/// What the kernel lacks, and what that means, is said to the operator.
+/// What the kernel lacks, and what that means, is said to the operator; of what
+/// it has there is no talk.
 #[test]
 fn what_the_kernel_lacks() {
-    let world = crate::world(Hooks::SOCKET);
+    let world = crate::world(Hooks::ALL);
+    let status = world.agent.status();
+    let limits = status.limits.join("\n");
     let said = world.agent.klb(&["status"]).stdout;
-    for (feature, since) in [
-        ("set_retval", "it came with 5.18"),
+    for (feature, limit) in [
+        (
+            "set_retval",
+            "lets no hook choose an error (it came with 5.18)",
+        ),
+        (
+            "xdp_frags",
+            "no packets of several buffers (it came with 5.18)",
+        ),
+        ("sock_destroy", "CONFIG_INET_DIAG_DESTROY"),
         ("netns_cookie", "it came with 5.14"),
     ] {
-        let lacks = world.agent.status().kernel[feature] == false;
-        assert_eq!(said.contains(since), lacks, "{feature}: {said}");
+        let found = status.kernel[feature].as_bool();
+        let lacks = !found.unwrap_or_else(|| panic!("{feature} was not tried: {said}"));
+        assert_eq!(limits.contains(limit), lacks, "{feature}: {limits}");
+        assert_eq!(said.contains(limit), lacks, "{feature}: {said}");
+    }
+    // How TC programs are on devices is said of each of them.
+    let expected = match status.kernel["tcx"].as_bool() {
+        Some(true) => "tcx",
+        Some(false) => "clsact",
+        None => panic!("tcx was not tried: {said}"),
+    };
+    for device in status.devices {
+        let programs = [&device.tc_ingress, &device.tc_egress];
+        let programs = programs.map(|program| program.as_deref());
+        assert_eq!(programs, [Some(expected); 2], "{:?}", device.name);
     }
 }
