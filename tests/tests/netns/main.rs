@@ -12,6 +12,7 @@ mod devices_frames;
 mod devices_kinds;
 mod kernels;
 mod kit;
+mod lifecycle;
 mod masquerade;
 mod matrix;
 mod orphans;
