@@ -123,7 +123,7 @@ impl Rules {
 
     /// The addresses on which `NodePort`s answer: those of the node that are
     /// reachable from elsewhere, of which a router's may well be on the loopback
-    /// device; and 127.0.0.1 or ::1 if a network is named that holds it.
+    /// device; and `127.0.0.1` or `::1` if a network is named that holds it.
     pub fn node_addresses(&self, node: &Listing) -> BTreeSet<IpAddr> {
         let ipvs = node.links.iter().find(|link| link.name == IPVS_DEVICE);
         let ipvs = ipvs.map(|link| link.index);

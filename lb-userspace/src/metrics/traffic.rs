@@ -236,17 +236,19 @@ fn encode_totals(
     of: &str,
     rows: &[(Labels, Totals)],
 ) -> fmt::Result {
-    type Value = fn(&Totals) -> u64;
-    const FLOWS: [(Option<&str>, Value); 1] = [(None, |totals| totals.flows)];
-    const PACKETS: [(Option<&str>, Value); 2] = [
+    /// A direction, if it has one, and the number.
+    type Value = (Option<&'static str>, fn(&Totals) -> u64);
+    type Kind = (&'static str, &'static str, Option<Unit>, &'static [Value]);
+    const FLOWS: [Value; 1] = [(None, |totals| totals.flows)];
+    const PACKETS: [Value; 2] = [
         (Some("in"), |totals| totals.packets_in),
         (Some("out"), |totals| totals.packets_out),
     ];
-    const BYTES: [(Option<&str>, Value); 2] = [
+    const BYTES: [Value; 2] = [
         (Some("in"), |totals| totals.bytes_in),
         (Some("out"), |totals| totals.bytes_out),
     ];
-    let kinds: [(&str, &str, Option<&Unit>, &[(Option<&str>, Value)]); 3] = [
+    let kinds: [Kind; 3] = [
         (
             "flows",
             "Flows opened, at sockets and by packets",
@@ -262,12 +264,13 @@ fn encode_totals(
         (
             "traffic",
             "Bytes of the frames translated, likewise",
-            Some(&Unit::Bytes),
+            Some(Unit::Bytes),
             &BYTES,
         ),
     ];
     for (kind, help, unit, values) in kinds {
         let name = format!("{of}_{kind}");
+        let unit = unit.as_ref();
         let mut family = encoder.encode_descriptor(&name, help, unit, MetricType::Counter)?;
         for (labels, totals) in rows {
             for (direction, value) in values {
