@@ -21,7 +21,7 @@ use sd_notify::NotifyState;
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{Notify, watch},
+    sync::watch,
 };
 use tracing::{info, warn};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
@@ -116,10 +116,10 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         },
     );
     let pods = Namespaces::open(&args.hooks.netns_dir).context("the own network namespace")?;
-    let (pods, ended) = (Arc::new(pods), Arc::new(Notify::new()));
+    let (pods, news) = (Arc::new(pods), Arc::new(orphans::News::default()));
     let table = NetnsTable::open(&pins)?;
     let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known);
-    let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&ended));
+    let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&news));
     let reporter = health::Reporter::new(match args.manifests {
         Some(_) => NodeObject::Optional,
         None => NodeObject::Required,
@@ -133,7 +133,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let links = control::Links {
         addresses: node_addresses,
         opted_out,
-        ended,
+        orphans: news,
         synced,
         health: reporter,
         events: events.clone(),

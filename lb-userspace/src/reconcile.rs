@@ -23,6 +23,7 @@ use std::{
 
 use ipnet::IpNet;
 use lb_common::{
+    flow::UDP,
     names,
     service::{BackendRef, FRONTEND_REFUSE, ServiceEntry, ServiceMeta},
 };
@@ -51,6 +52,8 @@ pub struct Reconciler<M> {
     writes: u64,
     /// A backend of a UDP port has gone in this batch.
     ended: bool,
+    /// Frontends of UDP that were not there before this batch.
+    begun: Vec<SocketAddr>,
     /// What the service maps hold.
     entries: BTreeMap<FrontendKey, ServiceEntry>,
     /// In boxes: the nodes of such a map are half empty.
@@ -124,6 +127,9 @@ pub struct Report {
     pub writes: u64,
     /// Backends of UDP ports have gone: sockets may wait for them for ever.
     pub ended: bool,
+    /// Frontends of UDP that were not there before: sockets that were connected
+    /// to them earlier are not translated.
+    pub begun: Vec<SocketAddr>,
     /// Which of the plans, by their places, needed writes and are in force now.
     pub changed: Vec<usize>,
     /// Services that are not as planned, and why. What they had, they keep.
@@ -168,6 +174,7 @@ impl<M: Maps> Reconciler<M> {
         report.unowned = self.remove_strays(now).err();
         report.writes = self.writes - before;
         report.ended = std::mem::take(&mut self.ended);
+        report.begun = std::mem::take(&mut self.begun);
         report
     }
 
@@ -247,7 +254,10 @@ impl<M: Maps> Reconciler<M> {
             state.frontends.insert(key);
             if self.entries.get(&key) != Some(&entry) {
                 self.write(|maps| maps.put_service(key, &entry))?;
-                self.entries.insert(key, entry);
+                let before = self.entries.insert(key, entry);
+                if before.is_none() && key.protocol == UDP {
+                    self.begun.push(SocketAddr::new(key.addr, key.port));
+                }
                 state.led_by(&key, &entry);
             }
         }

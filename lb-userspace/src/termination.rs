@@ -1,4 +1,5 @@
-//! Ends connected UDP sockets whose backend has gone.
+//! Ends connected UDP sockets whose backend has gone, and those of the node that
+//! were connected to a frontend before it was one.
 //!
 //! What was translated at a socket is not looked at again: a process that has
 //! connected a UDP socket would send to a dead pod for ever. The kernel can end
@@ -29,28 +30,38 @@ pub struct Orphan {
     pub backend: SocketAddr,
 }
 
-/// Ends the sockets, in the node's network namespace and those of its pods.
-/// Returns how many there were.
+/// Ends the sockets, in the node's network namespace and those of its pods; and
+/// in the node's those that are connected to an address itself that has become a
+/// frontend: no hook sees their datagrams, while a pod's are translated where they
+/// leave it. Returns how many there were.
 ///
 /// # Errors
 ///
 /// What the kernel says in the node's namespace: `EOPNOTSUPP` where it cannot
 /// end sockets. A namespace that is just going away is none.
-pub fn terminate(orphans: &BTreeSet<Orphan>, namespaces: &Namespaces) -> io::Result<usize> {
-    if orphans.is_empty() {
-        return Ok(0);
+pub fn terminate(
+    orphans: &BTreeSet<Orphan>,
+    frontends: &BTreeSet<SocketAddr>,
+    namespaces: &Namespaces,
+) -> io::Result<usize> {
+    let is_orphan = |socket: &Orphan| orphans.contains(socket);
+    let mut ended = 0;
+    if !orphans.is_empty() || !frontends.is_empty() {
+        ended += terminate_here(|socket| is_orphan(socket) || frontends.contains(&socket.backend))?;
     }
-    let here = terminate_here(orphans)?;
-    let in_pods = namespaces.in_pods(|_| terminate_here(orphans));
-    Ok(here + in_pods.into_iter().sum::<usize>())
+    if !orphans.is_empty() {
+        let in_pods = namespaces.in_pods(|_| terminate_here(is_orphan));
+        ended += in_pods.into_iter().sum::<usize>();
+    }
+    Ok(ended)
 }
 
 /// In the network namespace of this thread.
-fn terminate_here(orphans: &BTreeSet<Orphan>) -> io::Result<usize> {
+fn terminate_here(is_meant: impl Fn(&Orphan) -> bool) -> io::Result<usize> {
     let netlink = Netlink::of_protocol(NETLINK_SOCK_DIAG)?;
     let mut ended = 0;
     for socket in connected(&netlink)? {
-        if orphans.contains(&socket.as_orphan()) && destroy(&netlink, &socket)? {
+        if is_meant(&socket.as_orphan()) && destroy(&netlink, &socket)? {
             ended += 1;
         }
     }

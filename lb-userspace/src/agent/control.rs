@@ -10,12 +10,12 @@ use std::{
 
 use anyhow::Context as _;
 use tokio::{
-    sync::{Notify, watch},
+    sync::watch,
     time::{Instant, sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
-use super::{backoff::Retry, failures::Failures};
+use super::{backoff::Retry, failures::Failures, orphans};
 use crate::{
     aside::aside,
     datapath::Maps,
@@ -48,8 +48,8 @@ pub(super) struct Links {
     pub addresses: watch::Receiver<BTreeSet<IpAddr>>,
     /// Tells which pods opted out, once that is known.
     pub opted_out: watch::Sender<Option<BTreeSet<IpAddr>>>,
-    /// Is told when backends have ended.
-    pub ended: Arc<Notify>,
+    /// Is told what matters to connected UDP sockets.
+    pub orphans: Arc<orphans::News>,
     /// Set once the first full state is in the maps.
     pub synced: watch::Sender<bool>,
     /// Is told how far the maps are, and what load balancers ask for.
@@ -266,7 +266,11 @@ impl<M: Maps> Control<M> {
         let took = now.elapsed();
         log_written(&plans, &report);
         if report.ended {
-            self.links.ended.notify_one();
+            self.links.orphans.ended();
+        }
+        // At the start all frontends may be new, and sockets are kube-proxy's.
+        if *self.links.synced.borrow() && !report.begun.is_empty() {
+            self.links.orphans.begun(report.begun.clone());
         }
         debug!(
             services = plans.len(),

@@ -1,6 +1,12 @@
-//! The task that ends connected UDP sockets whose backend has gone.
+//! The task that ends connected UDP sockets whose backend has gone, or that were
+//! connected before their frontend came.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use futures::FutureExt as _;
@@ -21,11 +27,42 @@ const IN_CONNECT: Duration = Duration::from_secs(1);
 /// are connected and backends go all the time, a process learns of it later.
 const SHARE: u32 = 20;
 
-/// Looks whenever backends have ended, and once more a little later; and first
-/// of all, since an earlier run may have been killed before it looked.
-pub(super) async fn follow(maps: KernelMaps, namespaces: Arc<Namespaces>, ended: Arc<Notify>) {
-    look_when(&ended, || {
-        if let Err(error) = aside(|| end(&maps, &namespaces)) {
+/// What the task is told.
+#[derive(Debug, Default)]
+pub(super) struct News {
+    told: Notify,
+    begun: Mutex<BTreeSet<SocketAddr>>,
+}
+
+impl News {
+    /// Backends have ended.
+    pub(super) fn ended(&self) {
+        self.told.notify_one();
+    }
+
+    /// These have become frontends of UDP.
+    pub(super) fn begun(&self, frontends: Vec<SocketAddr>) {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        begun.extend(frontends);
+        drop(begun);
+        self.told.notify_one();
+    }
+
+    fn take_begun(&self) -> BTreeSet<SocketAddr> {
+        std::mem::take(&mut self.begun.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Looks whenever there are news, and once more a little later; and first of all,
+/// since an earlier run may have been killed before it looked.
+pub(super) async fn follow(maps: KernelMaps, namespaces: Arc<Namespaces>, news: Arc<News>) {
+    // For two looks: see `IN_CONNECT`.
+    let mut last = BTreeSet::new();
+    look_when(&news.told, || {
+        let begun = news.take_begun();
+        let frontends = last.union(&begun).copied().collect();
+        last = begun;
+        if let Err(error) = aside(|| end(&maps, &frontends, &namespaces)) {
             let error = format!("{error:#}");
             warn!(
                 error,
@@ -54,11 +91,19 @@ async fn look_when(ended: &Notify, mut look: impl FnMut()) {
     }
 }
 
-fn end(maps: &KernelMaps, namespaces: &Namespaces) -> anyhow::Result<()> {
+fn end(
+    maps: &KernelMaps,
+    frontends: &BTreeSet<SocketAddr>,
+    namespaces: &Namespaces,
+) -> anyhow::Result<()> {
     let orphans = maps.orphans()?;
-    let sockets = termination::terminate(&orphans, namespaces).context("ending sockets")?;
+    let sockets = termination::terminate(&orphans, frontends, namespaces);
+    let sockets = sockets.context("ending sockets")?;
     if sockets > 0 {
-        info!(sockets, "ended, for their backends have gone");
+        info!(
+            sockets,
+            "ended, for their backends have gone, or they were connected before their Service came"
+        );
     }
     Ok(())
 }

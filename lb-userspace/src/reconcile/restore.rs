@@ -31,6 +31,7 @@ impl<M: Maps> Reconciler<M> {
         let mut this = Self {
             writes: 0,
             ended: false,
+            begun: Vec::new(),
             entries: maps.services()?,
             ports: BTreeMap::new(),
             service_ids: Numbers::new(SERVICE_IDS),

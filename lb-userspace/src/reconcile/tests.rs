@@ -156,6 +156,20 @@ fn only_what_changed_is_written() {
     assert!(!backends.values().any(|generation| is_living(*generation)));
 }
 
+/// Sockets that were connected to them before are not translated.
+#[test]
+fn frontends_of_udp_that_are_new_are_told_once() {
+    let mut r = reconciler();
+    let mut of_udp = frontend(2, &[1]);
+    of_udp.key.protocol = UDP;
+    let expected = SocketAddr::new(of_udp.key.addr, of_udp.key.port);
+    let web = [service("web", vec![frontend(1, &[1]), of_udp])];
+    assert_eq!(r.apply(&web, Instant::now()).begun, [expected]);
+    assert!(r.apply(&web, Instant::now()).begun.is_empty());
+    let mut r = restarted(r);
+    assert!(r.apply(&web, Instant::now()).begun.is_empty());
+}
+
 #[test]
 fn a_second_start_writes_nothing() {
     let mut r = reconciler();

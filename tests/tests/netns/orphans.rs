@@ -1,15 +1,18 @@
-//! Connected UDP sockets that were translated at the socket: their processes must
-//! not go on talking to a backend that has gone.
+//! Connected UDP sockets: their processes must not go on talking to a backend that
+//! has gone, nor to an address that was no Service's when they connected.
 
-use std::time::Duration;
+use std::{
+    net::{SocketAddr, UdpSocket},
+    time::Duration,
+};
 
 use lb_tests::{
     agent::Hooks,
     helper::Stream,
-    topology::{Family, Host},
+    topology::{Addresses, Family, Host},
     traffic::{Outcome, Protocol},
     wait,
-    world::{Frontend, PODS, World},
+    world::{Frontend, PODS, World, echo},
 };
 
 /// The pod that answered last.
@@ -64,5 +67,45 @@ fn a_process_of_a_pod_is_told_and_finds_another_backend() {
     let world = crate::world(Hooks::ALL);
     for family in Family::ALL {
         leaves_a_backend_that_has_gone(&world, &world.cluster.client.host, family);
+    }
+}
+
+/// A socket of a host that is connected, as before any hook had seen it.
+fn connected(host: &Host, to: SocketAddr) -> UdpSocket {
+    host.place.netns().within(move || {
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any).expect("bound");
+        socket.connect(to).expect("a route");
+        socket
+    })
+}
+
+/// What a process of the node sends to an address that becomes a Service's only
+/// then would go there, untranslated, for ever.
+#[test]
+fn a_socket_of_the_node_that_was_there_before_its_service_is_ended() {
+    let world = crate::world(Hooks::ALL);
+    let node = &world.cluster.node;
+    let late = echo("late", 9, 30090);
+    for family in Family::ALL {
+        let via = Addresses::OUTSIDE.ip(family);
+        node.place
+            .netns()
+            .ip(&format!("route add default via {via}\n"));
+    }
+    let sockets = Family::ALL.map(|family| {
+        let service = late.addresses.port(family, 53);
+        let stranger = late.addresses.port(family, 54);
+        let pod = &world.cluster.client.host;
+        let stay = [connected(node, stranger), connected(pod, service)];
+        (connected(node, service), stay)
+    });
+    world.agent.manifests.put("late.yaml", &late.to_string());
+    for (socket, stay) in sockets {
+        wait::until("the socket to be ended", Duration::from_secs(10), || {
+            socket.peer_addr().is_err().then_some(())
+        });
+        // What a pod sends is translated where it leaves the pod.
+        assert!(stay.iter().all(|socket| socket.peer_addr().is_ok()));
     }
 }

@@ -146,7 +146,7 @@ fn control(maps: &SharedMaps, addresses: &BTreeSet<IpAddr>) -> Control<SharedMap
         metrics: ControlMetrics::register(&mut Registry::default()),
         addresses: watch::channel(addresses.clone()).1,
         opted_out: watch::channel(None).0,
-        ended: Arc::default(),
+        orphans: Arc::default(),
         synced: watch::channel(false).0,
         health: Reporter::default(),
         events: Events::default(),

@@ -35,7 +35,7 @@ impl Steps {
             metrics: ControlMetrics::register(&mut registry),
             addresses: watch::channel(BTreeSet::new()).1,
             opted_out: watch::channel(None).0,
-            ended: Arc::default(),
+            orphans: Arc::default(),
             synced: watch::channel(false).0,
             health: Reporter::default(),
             events: Events::default(),

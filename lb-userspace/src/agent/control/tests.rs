@@ -109,7 +109,7 @@ impl Fixture {
             metrics: ControlMetrics::register(&mut self.registry),
             addresses,
             opted_out,
-            ended: Arc::default(),
+            orphans: Arc::default(),
             synced,
             health,
             events: events.clone(),
