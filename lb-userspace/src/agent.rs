@@ -9,6 +9,7 @@ mod backoff;
 mod control;
 mod edge;
 mod failures;
+mod layouts;
 mod namespaces;
 mod orphans;
 mod settings;
@@ -90,7 +91,7 @@ fn give_up_privileges() -> anyhow::Result<()> {
 async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let signals = Signals::listen()?;
     let _lock = Lock::take(&args.paths.state_dir)?;
-    let pins = Pins::new(&args.paths.bpffs);
+    let pins = args.paths.pins();
     let _pins_lock = prepare_pins(&pins)?;
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
@@ -101,18 +102,30 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
 
     let (addresses, node_addresses) = watch::channel(watcher.edge().addresses);
     let (attached, hooks_ready) = watch::channel(false);
+    let (complete, all_hooks_ready) = watch::channel(false);
+    let (in_charge, is_in_charge) = watch::channel(false);
     let (synced, maps_ready) = watch::channel(false);
     let (opted_out, who_opted_out) = watch::channel(None);
     let (known, pods_ready) = watch::channel(false);
     let (set_ready, ready) = watch::channel(false);
 
+    let in_place = [hooks_ready, maps_ready.clone()];
+    let others = hooks.others().to_vec();
+    tokio::spawn(layouts::follow(
+        others,
+        in_place,
+        in_charge,
+        args.layout_drain,
+    ));
     let edge = edge::follow(
         hooks,
         DeviceTable::open(&pins)?,
         watcher,
+        is_in_charge,
         edge::Reports {
             addresses,
             attached,
+            complete,
         },
     );
     let pods = Namespaces::open(&args.hooks.netns_dir).context("the own network namespace")?;
@@ -155,7 +168,10 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     tokio::spawn(probes);
     tokio::spawn(health::serve_checks(view, listen, events.clone()));
     tokio::spawn(health::serve_metrics(args.metrics_bind, metrics, events));
-    tokio::spawn(announce([hooks_ready, maps_ready, pods_ready], set_ready));
+    tokio::spawn(announce(
+        [all_hooks_ready, maps_ready, pods_ready],
+        set_ready,
+    ));
 
     tokio::select! {
         signal = signals.next() => info!(signal, "stopping; the datapath stays as it is"),

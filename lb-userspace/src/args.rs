@@ -15,10 +15,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValuePars
 use ipnet::IpNet;
 use lb_common::{
     flow::{State, Timeouts},
-    names::size,
+    names::{LAYOUT, size},
 };
 
 use crate::{
+    datapath::pins::Pins,
     maglev,
     metrics::Detail,
     model::Algorithm,
@@ -64,6 +65,17 @@ pub struct Paths {
         default_value = "/run/klb"
     )]
     pub state_dir: PathBuf,
+    /// Name of the folder below --bpffs, by which klb's of different layouts tell each other's
+    /// maps apart: for tests of upgrades
+    #[arg(long, value_name = "NAME", hide = true, default_value = LAYOUT)]
+    pub layout: String,
+}
+
+impl Paths {
+    /// What is pinned.
+    pub fn pins(&self) -> Pins {
+        Pins::of_layout(&self.bpffs, &self.layout)
+    }
 }
 
 #[derive(Args, Debug)]
@@ -147,6 +159,10 @@ pub struct AgentArgs {
     /// For how long changes are gathered, at most, before they are written; up to 1s
     #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = batch_delay)]
     pub batch_delay: Duration,
+    /// For how long the programs of a klb with another layout of its maps must have had nothing to
+    /// translate before they are removed, after an upgrade or a downgrade
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = interval)]
+    pub layout_drain: Duration,
     /// How often the maps are compared with what they should hold
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = interval)]
     pub verify_interval: Duration,

@@ -27,8 +27,10 @@ pub(super) struct Reports {
     /// The addresses on which `NodePort`s answer.
     pub addresses: watch::Sender<BTreeSet<IpAddr>>,
     /// Set once every hook of the devices that there were at the start is
-    /// attached.
+    /// attached, but for XDP where it is another layout's.
     pub attached: watch::Sender<bool>,
+    /// Set once that is, too.
+    pub complete: watch::Sender<bool>,
 }
 
 /// Runs until netlink fails.
@@ -36,11 +38,13 @@ pub(super) async fn follow(
     mut hooks: Hooks,
     mut table: DeviceTable,
     mut watcher: Watcher,
+    mut in_charge: watch::Receiver<bool>,
     reports: Reports,
 ) -> anyhow::Result<()> {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
     let mut uplinks = None;
     let mut unservable = BTreeSet::new();
+    let mut taken = false;
     loop {
         let edge = watcher.edge();
         log_uplinks(&mut uplinks, edge.devices.values());
@@ -68,7 +72,17 @@ pub(super) async fn follow(
         let changes = if failures.is_empty() && written.is_ok() {
             backoff.reset();
             reports.attached.send_replace(true);
-            watcher.changed().await
+            if taken {
+                reports.complete.send_replace(true);
+            }
+            tokio::select! {
+                changes = watcher.changed() => changes,
+                Ok(_) = in_charge.wait_for(|is| *is), if !taken => {
+                    hooks.take_charge();
+                    taken = true;
+                    Ok(Changes::default())
+                }
+            }
         } else {
             // The time being over is as good a reason to try as a change.
             timeout(backoff.next(), watcher.changed())

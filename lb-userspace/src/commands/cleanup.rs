@@ -18,6 +18,7 @@ use crate::{
     datapath::{
         MapError, Maps as _, attach,
         kernel::{Flow, KernelMaps},
+        layouts,
         pins::{Lock, LockError, Pins, PinsLock},
     },
     sysctl::Reservation,
@@ -28,7 +29,7 @@ use crate::{
 /// Device hooks are looked for in the network namespace that the command runs
 /// in, which must be the agent's.
 pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
-    let pins = Pins::new(&args.paths.bpffs);
+    let pins = args.paths.pins();
     let locks = if args.force {
         None
     } else {
@@ -37,6 +38,9 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
     };
     if args.drain && pins.root().exists() {
         drain(&pins, Duration::from_secs(args.timeout.into())).context("draining")?;
+    }
+    for other in layouts::others(&pins).context("listing other layouts")? {
+        layouts::remove(&other).with_context(|| format!("removing {}", other.root().display()))?;
     }
     let devices = attach::detach_everything(&pins).context("detaching")?;
     let removed = pins

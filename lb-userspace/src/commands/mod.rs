@@ -21,7 +21,7 @@ use crate::{
 
 /// The pins of an agent that has run.
 fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
-    let pins = Pins::new(&paths.bpffs);
+    let pins = paths.pins();
     let root = pins.root();
     if !root
         .try_exists()

@@ -20,6 +20,7 @@ use crate::{
         features::Features,
         inspect,
         kernel::{Counter, Counters, Fill, KernelMaps, NetnsTable},
+        layouts,
         pins::{Lock, Pins},
     },
     devices::UNSERVABLE,
@@ -56,7 +57,10 @@ const EVICTING: [&str; 10] = [
 #[derive(Debug, Serialize)]
 struct Status {
     version: &'static str,
-    layout: &'static str,
+    layout: String,
+    /// Names of other layouts, of a klb before or after this one, whose
+    /// connections go on.
+    draining: Vec<String>,
     pins: String,
     agent: Agent,
     kernel: Kernel,
@@ -121,7 +125,8 @@ fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status
     let counters = counters.iter().filter(|counter| counter.count > 0);
     let mut status = Status {
         version: env!("CARGO_PKG_VERSION"),
-        layout: names::LAYOUT,
+        layout: layouts::name(pins),
+        draining: layouts::others(pins)?.iter().map(layouts::name).collect(),
         pins: pins.root().display().to_string(),
         agent,
         kernel: Kernel {
@@ -245,6 +250,12 @@ fn warnings(status: &Status) -> Vec<String> {
     if !status.agent.running {
         warnings
             .push("no agent runs: traffic flows, changes of Services are not followed".to_owned());
+    }
+    for layout in &status.draining {
+        warnings.push(format!(
+            "connections of a klb with layout {layout} go on beside this one's; its programs go \
+             when they have had nothing to translate for --layout-drain"
+        ));
     }
     if (1..names::SOCKET_PROGRAMS.len()).contains(&status.sockets.len()) {
         warnings.push("only some of the socket hooks are attached".to_owned());
@@ -428,7 +439,8 @@ mod tests {
     fn status() -> Status {
         Status {
             version: "1.2.3",
-            layout: "v1",
+            layout: "v1".to_owned(),
+            draining: Vec::new(),
             pins: "/sys/fs/bpf/klb/v1".to_owned(),
             agent: Agent {
                 running: true,

@@ -17,7 +17,7 @@ use aya::{
     programs::{
         CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, ProgramFd, SchedClassifier,
         TcAttachType, Xdp, XdpMode,
-        links::{FdLink, LinkError},
+        links::{FdLink, LinkError, PinnedLink},
         tc::{
             NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
         },
@@ -29,6 +29,7 @@ use tracing::{debug, info, warn};
 use super::{
     cgroup::Cgroup,
     clsact::{self, Owner},
+    layouts,
     load::{LoadError, load_xdp},
     pins::{DeviceHook, LinkPin, Mark, Pins, ROLE_MARKS},
     sys::{self, Target},
@@ -90,12 +91,23 @@ pub struct Hooks {
     attached: BTreeMap<u32, Role>,
     /// Of these, the devices whose driver runs XDP.
     native_xdp: BTreeSet<u32>,
+    /// Pin folders of other layouts, whose programs are beside these.
+    others: Vec<Pins>,
+    /// Whether what is new is this layout's to serve. Before, XDP is left to the
+    /// others: there is one program on a device.
+    in_charge: bool,
+    /// Devices whose XDP is another layout's for now.
+    lent: BTreeSet<u32>,
 }
 
 impl Hooks {
     /// The maps must be pinned by now.
     pub fn new(ebpf: Ebpf, pins: Pins, tc: TcMode, xdp: XdpChoice) -> io::Result<Self> {
+        let others = layouts::others(&pins)?;
         Ok(Self {
+            in_charge: others.is_empty(),
+            others,
+            lent: BTreeSet::new(),
             ebpf,
             netlink: Netlink::open()?,
             owner: Owner::new(&pins),
@@ -164,6 +176,20 @@ impl Hooks {
         errors
     }
 
+    /// Pin folders of other layouts.
+    pub fn others(&self) -> &[Pins] {
+        &self.others
+    }
+
+    /// Other layouts begin no flows any more: has the next [`Self::apply`] take
+    /// over their XDP. What their XDP knew, their TC knows too.
+    pub fn take_charge(&mut self) {
+        self.in_charge = true;
+        for index in mem::take(&mut self.lent) {
+            self.attached.remove(&index);
+        }
+    }
+
     /// The devices whose driver runs XDP, by index.
     pub fn native_xdp(&self) -> &BTreeSet<u32> {
         &self.native_xdp
@@ -200,9 +226,9 @@ impl Hooks {
         if self.tc != TcMode::Clsact {
             return;
         }
-        let netlink = &self.netlink;
+        let (netlink, handle) = (&self.netlink, clsact::handle(&self.pins));
         self.attached.retain(|index, _| {
-            let present = has_filters(netlink, *index).unwrap_or(true);
+            let present = has_filters(netlink, handle, *index).unwrap_or(true);
             if !present {
                 info!(index, "somebody has removed the filters from this device");
             }
@@ -278,8 +304,10 @@ impl Hooks {
         self.add_clsact(index, device)?;
         let filters = self.netlink.filters(index, side)?;
         let program: &mut SchedClassifier = program(&mut self.ebpf, side.hook().program())?;
-        let (priority, handle) = (side.priority(), TcHandle::from(clsact::HANDLE));
-        let id = if filters.iter().any(|filter| clsact::is_klbs(side, filter)) {
+        let number = clsact::handle(&self.pins);
+        let (priority, handle) = (side.priority(), TcHandle::from(number));
+        let mut own = filters.iter().filter(|filter| filter.handle == number);
+        let id = if own.any(|filter| clsact::is_klbs(side, filter)) {
             let old =
                 SchedClassifierLink::attached(device, attach_type(side), priority, handle, None)?;
             program.attach_to_link(old)?
@@ -340,6 +368,9 @@ impl Hooks {
             XdpChoice::Generic => &[XdpMode::Skb],
             XdpChoice::Off => return self.detach_xdp(index),
         };
+        if self.is_lent(index)? {
+            return Ok("another layout's");
+        }
         if let [first, ..] = modes
             && self.take_over_xdp(index, *first)?
         {
@@ -358,6 +389,29 @@ impl Hooks {
             return Ok("off");
         }
         Err(error)
+    }
+
+    /// Whether XDP stays another layout's for now. Once this one is in charge, it
+    /// gets the other's link, with the other's program until that is replaced.
+    fn is_lent(&mut self, index: u32) -> Result<bool, Cause> {
+        let pin = LinkPin::Device(DeviceHook::Xdp, index);
+        for other in &self.others {
+            let path = other.link(pin);
+            if !path.exists() {
+                continue;
+            }
+            if !self.in_charge {
+                self.lent.insert(index);
+                return Ok(true);
+            }
+            let link = PinnedLink::from_pin(&path)?.unpin()?;
+            match pin_link(&self.pins, pin, link, Target::Device(index)) {
+                // It was of a device that had the number before.
+                Err(Cause::Gone) => {}
+                result => result?,
+            }
+        }
+        Ok(false)
     }
 
     /// Takes over a link of an earlier run if it is in the wanted mode. One in
@@ -399,11 +453,12 @@ impl Hooks {
     }
 }
 
-/// Whether klb's filters are on both sides of a device.
-fn has_filters(netlink: &Netlink, index: u32) -> io::Result<bool> {
+/// Whether the filters with this number are on both sides of a device.
+fn has_filters(netlink: &Netlink, handle: u32, index: u32) -> io::Result<bool> {
     for side in Side::ALL {
         let filters = netlink.filters(index, side)?;
-        if !filters.iter().any(|filter| clsact::is_klbs(side, filter)) {
+        let mut own = filters.iter().filter(|filter| filter.handle == handle);
+        if !own.any(|filter| clsact::is_klbs(side, filter)) {
             return Ok(false);
         }
     }

@@ -10,13 +10,25 @@ use aya::{
     maps::MapInfo,
     programs::{ProgramInfo, loaded_programs},
 };
-use lb_common::names;
 
-use super::pins::{DeviceHook, Mark, Pins};
+use super::{
+    layouts,
+    pins::{DeviceHook, Mark, Pins},
+};
 use crate::netlink::{Filter, Netlink, Side};
 
-/// Number of klb's filters, "klb" in ASCII: the kernel hands out small ones.
-pub(super) const HANDLE: u32 = 0x006b_6c62;
+/// What the numbers of klb's filters end with, "klb" in ASCII.
+const HANDLE: u32 = 0x006b_6c62;
+/// The bits that this takes. Those above tell layouts apart.
+const HANDLE_BITS: u32 = 24;
+
+/// Number of the filters of a layout. Filters of one priority run one after the
+/// other, whatever their numbers.
+pub(super) fn handle(pins: &Pins) -> u32 {
+    let name = layouts::name(pins);
+    let number = name.trim_start_matches('v').parse::<u32>().unwrap_or(0);
+    number << HANDLE_BITS | HANDLE
+}
 
 impl Side {
     /// The hook, which names the program.
@@ -41,7 +53,7 @@ impl Side {
 
 /// Whether a filter is made by klb, of whichever pin folder.
 pub(super) fn is_klbs(side: Side, filter: &Filter) -> bool {
-    filter.handle == HANDLE
+    filter.handle & ((1 << HANDLE_BITS) - 1) == HANDLE
         && filter.priority == side.priority()
         && filter.name == side.hook().program()
 }
@@ -54,7 +66,8 @@ pub(super) struct Owner {
 
 impl Owner {
     pub(super) fn new(pins: &Pins) -> Self {
-        let infos = names::MAPS
+        let names = pins.pinned().unwrap_or_default();
+        let infos = names
             .iter()
             .filter_map(|name| MapInfo::from_pin(pins.map(name)).ok());
         Self {

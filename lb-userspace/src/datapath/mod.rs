@@ -10,6 +10,7 @@ mod clsact;
 pub mod features;
 pub mod inspect;
 pub mod kernel;
+pub mod layouts;
 pub mod load;
 pub mod memory;
 pub mod pins;

@@ -28,7 +28,10 @@ use tracing::debug;
 use super::sys;
 use crate::devices::Role;
 
-/// The pin folder of this layout.
+/// What the names of all maps begin with.
+const MAP_PREFIX: &str = "klb_";
+
+/// The pin folder of one layout.
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
@@ -133,11 +136,19 @@ impl FromStr for LinkPin {
 }
 
 impl Pins {
-    /// The pins below the folder that `--bpffs` names.
+    /// The pins of this klb's layout below the folder that `--bpffs` names.
     pub fn new(bpffs: &Path) -> Self {
-        Self {
-            root: bpffs.join(names::LAYOUT),
-        }
+        Self::of_layout(bpffs, names::LAYOUT)
+    }
+
+    /// Those of a layout.
+    pub fn of_layout(bpffs: &Path, layout: &str) -> Self {
+        Self::at(bpffs.join(layout))
+    }
+
+    /// Those in a folder.
+    pub(super) const fn at(root: PathBuf) -> Self {
+        Self { root }
     }
 
     pub fn root(&self) -> &Path {
@@ -148,6 +159,14 @@ impl Pins {
     pub fn create(&self) -> io::Result<()> {
         fs::create_dir_all(self.links_folder())?;
         fs::create_dir_all(self.devices_folder())
+    }
+
+    /// Names of the maps that are pinned, those included that only another layout
+    /// has.
+    pub(super) fn pinned(&self) -> io::Result<Vec<String>> {
+        let mut names = entries(&self.root)?;
+        names.retain(|name| name.starts_with(MAP_PREFIX));
+        Ok(names)
     }
 
     pub fn map(&self, name: &str) -> PathBuf {
@@ -241,12 +260,14 @@ impl Pins {
         for (device, mark) in self.marks()? {
             self.unmark(device, mark)?;
         }
-        for name in names::MAPS {
-            match fs::remove_file(self.map(name)) {
-                Ok(()) => removed += 1,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
+        // Of hooks that only another layout knows.
+        for name in entries(&self.links_folder())? {
+            gone_is_fine(fs::remove_file(self.links_folder().join(name)))?;
+            removed += 1;
+        }
+        for name in self.pinned()? {
+            gone_is_fine(fs::remove_file(self.map(&name)))?;
+            removed += 1;
         }
         for folder in [
             self.links_folder(),

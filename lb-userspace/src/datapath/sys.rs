@@ -16,6 +16,8 @@ use std::{
 use aya::Pod;
 
 // Numbers of `enum bpf_cmd` in the kernel's `linux/bpf.h`.
+const MAP_DELETE_ELEM: libc::c_int = 3;
+const MAP_GET_NEXT_KEY: libc::c_int = 4;
 const OBJ_GET: libc::c_int = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
@@ -171,6 +173,52 @@ pub(super) fn detach_link(link: impl AsFd) -> io::Result<()> {
     };
     // SAFETY: the attributes hold a number only.
     unsafe { bpf(LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// Removes all entries of a hash map whose keys have so many bytes. Returns how
+/// many there were.
+pub(super) fn clear(map: impl AsFd, key_size: usize) -> io::Result<usize> {
+    /// As it is for both calls.
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        pad: u32,
+        key: u64,
+        next_key: u64,
+        flags: u64,
+    }
+    let mut key = vec![0_u8; key_size];
+    for removed in 0.. {
+        let fd = map.as_fd().as_raw_fd().cast_unsigned();
+        let buffer = key.as_mut_ptr() as u64;
+        // Without a key the first one is told.
+        let mut first = Attr {
+            fd,
+            pad: 0,
+            key: 0,
+            next_key: buffer,
+            flags: 0,
+        };
+        // SAFETY: the buffer has room for a key.
+        match unsafe { bpf(MAP_GET_NEXT_KEY, &mut first) } {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(removed),
+            result => result?,
+        };
+        let mut entry = Attr {
+            fd,
+            pad: 0,
+            key: buffer,
+            next_key: 0,
+            flags: 0,
+        };
+        // SAFETY: the buffer holds a key.
+        match unsafe { bpf(MAP_DELETE_ELEM, &mut entry) } {
+            // Somebody else was faster.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            result => drop(result?),
+        }
+    }
+    unreachable!("more entries than there are numbers");
 }
 
 /// Reads all entries of a hash map or an array.

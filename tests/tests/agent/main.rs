@@ -16,6 +16,7 @@ mod reserved_ports;
 mod restarts;
 mod rollout;
 mod traffic;
+mod upgrades;
 
 use lb_tests::{agent::Hooks, world::World};
 

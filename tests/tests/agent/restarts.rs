@@ -12,10 +12,10 @@ use lb_tests::{
 };
 
 /// Connections without end, from everywhere, by every hook.
-struct Streams(Vec<(String, Stream)>);
+pub(crate) struct Streams(Vec<(String, Stream)>);
 
 impl Streams {
-    fn start(world: &World) -> Self {
+    pub(crate) fn start(world: &World) -> Self {
         let pod = &world.cluster.client.host;
         let clients = [
             ("pod, socket", pod.clone(), Frontend::ClusterIp),
@@ -42,14 +42,14 @@ impl Streams {
     }
 
     /// Waits until each has gone on for a while.
-    fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         for (_, stream) in &self.0 {
             stream.await_more(10);
         }
     }
 
     /// Ends them; none of their connections may have failed.
-    fn assert_flawless(self) {
+    pub(crate) fn assert_flawless(self) {
         for (name, stream) in self.0 {
             let reports = stream.stop();
             let sent = reports.len();

@@ -1,0 +1,103 @@
+//! From one layout of the maps to another, and back, under traffic. What another
+//! layout is to this klb, a pin folder with another name is as well: neither
+//! reads what is in there.
+
+use std::time::Duration;
+
+use lb_tests::{
+    agent::Hooks,
+    topology::Family,
+    traffic::Protocol,
+    wait,
+    world::{Frontend, World},
+};
+
+use crate::restarts::Streams;
+
+/// For a folder to go that nobody needs any more.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn layout(world: &mut World, name: &str) {
+    let flags = &mut world.agent.flags;
+    flags.retain(|flag| !flag.starts_with("--layout"));
+    flags.push(format!("--layout={name}"));
+    flags.push("--layout-drain=2s".to_owned());
+}
+
+/// Layouts that something is pinned for.
+fn pinned(world: &World) -> Vec<String> {
+    let bpffs = world.agent.pins();
+    let folders = std::fs::read_dir(bpffs.parent().expect("a folder of layouts"));
+    let names = folders.expect("readable").map(|folder| {
+        let name = folder.expect("readable").file_name();
+        name.to_string_lossy().into_owned()
+    });
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
+}
+
+fn to_another_layout_and_back(hooks: Hooks) {
+    let mut world = crate::stopped_world(hooks);
+    layout(&mut world, "v1");
+    world.agent.start();
+    let streams = Streams::start(&world);
+    streams.go_on();
+    for (from, to) in [("v1", "v2"), ("v2", "v1")] {
+        world.agent.terminate();
+        layout(&mut world, to);
+        world.agent.start();
+        streams.go_on();
+        assert_eq!(pinned(&world), ["v1", "v2"], "{hooks:?}");
+        let said = world.agent.klb(&["status", "--layout", to]);
+        let warning = format!("connections of a klb with layout {from} go on");
+        assert!(said.stdout.contains(&warning), "{said:?}");
+        let said = world.agent.klb(&["get", "services", "--layout", from]);
+        assert!(
+            !said.stdout.contains("echo"),
+            "nothing begins there: {said:?}"
+        );
+    }
+    streams.assert_flawless();
+    wait::until("the other layout to go", PATIENCE, || {
+        (pinned(&world) == ["v1"]).then_some(())
+    });
+    let request = world.request(Frontend::NodePort, Family::V4, Protocol::Tcp);
+    world.cluster.outside.ask(&request).expect("an answer");
+    let said = world.agent.klb(&["status"]);
+    assert!(!said.stdout.contains("layout v2"), "{said:?}");
+}
+
+#[test]
+fn with_links() {
+    to_another_layout_and_back(Hooks::ALL);
+}
+
+#[test]
+fn with_filters() {
+    to_another_layout_and_back(Hooks::CLSACT);
+}
+
+#[test]
+fn with_generic_xdp() {
+    to_another_layout_and_back(Hooks::XDP_GENERIC);
+}
+
+#[test]
+fn cleanup_removes_every_layout() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    for name in ["v1", "v2"] {
+        layout(&mut world, name);
+        world
+            .agent
+            .flags
+            .retain(|flag| !flag.starts_with("--layout-drain"));
+        world.agent.start();
+        world.agent.terminate();
+    }
+    assert_eq!(pinned(&world), ["v1", "v2"]);
+    let said = world.agent.klb(&["cleanup"]);
+    assert!(said.status.success(), "{said:?}");
+    let bpffs = world.agent.pins();
+    assert!(!bpffs.parent().expect("a folder").exists());
+}
