@@ -136,6 +136,8 @@ struct World {
     heard: BTreeMap<ObjectRef, Object>,
     /// What it has found there and never understood.
     unknown: BTreeMap<ObjectRef, Concern>,
+    /// Of that, what an earlier agent had heard.
+    inherited: BTreeMap<ObjectRef, Object>,
     now: Instant,
     /// What a reader saw that must not be.
     seen: Option<String>,
@@ -223,6 +225,7 @@ impl World {
             has_begun: false,
             heard: BTreeMap::new(),
             unknown: BTreeMap::new(),
+            inherited: BTreeMap::new(),
             now: Instant::now(),
             seen: None,
         };
@@ -240,7 +243,8 @@ impl World {
 
     /// The agent lists everything, and writes for the first time.
     fn begin(&mut self) {
-        let before = std::mem::take(&mut self.heard);
+        let mut before = std::mem::take(&mut self.inherited);
+        before.append(&mut self.heard);
         self.unknown.clear();
         self.has_begun = true;
         self.control.take_in(vec![self.node()]);
@@ -253,6 +257,8 @@ impl World {
         self.tell_unknown();
         self.control.begin();
         let touched = self.differences(&before);
+        before.retain(|reference, _| self.unknown.contains_key(reference));
+        self.inherited = before;
         self.reconcile(Some(&touched));
     }
 
@@ -454,11 +460,13 @@ impl World {
                 other => panic!("{other:?}"),
             };
             self.unknown.remove(&reference);
+            let inherited = self.inherited.remove(&reference);
             let old = match object {
                 Some(object) => self.heard.insert(reference, object.clone()),
                 None => self.heard.remove(&reference),
             };
-            touched.extend(old.iter().chain(object).map(owner));
+            let objects = inherited.iter().chain(&old).chain(object);
+            touched.extend(objects.map(owner));
         }
         self.control.take_in(news);
         touched
