@@ -1,11 +1,12 @@
 //! How much memory the desired state takes, to the byte: a budget, since a
 //! cluster's nodes have better uses for theirs.
 
+mod objects;
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     collections::{BTreeMap, BTreeSet},
     hint::black_box,
-    net::{IpAddr, Ipv4Addr},
     sync::atomic::{AtomicUsize, Ordering},
     time::Instant,
 };
@@ -15,13 +16,11 @@ use lb_common::service::{ServiceEntry, ServiceMeta};
 use lb_userspace::{
     datapath::{Family, FrontendKey, MapError, Maps, SlotValue},
     index::Index,
-    model::{
-        Endpoint, EndpointPort, EndpointSlice, NamespacedName, Object, Policy, Protocol, Service,
-        ServicePort,
-    },
     plan::{ServicePlan, Settings},
     reconcile::Reconciler,
 };
+
+use self::objects::{service, slice};
 
 /// Counts what is in use.
 struct Counting;
@@ -108,62 +107,13 @@ impl Maps for NoMaps {
     }
 }
 
-fn addr(first: [u8; 4], number: u32) -> IpAddr {
-    Ipv4Addr::from(u32::from_be_bytes(first) + number).into()
-}
-
-fn service(number: u32) -> Object {
-    Object::Service(Service {
-        id: NamespacedName::new("a-namespace", format!("a-service-{number}")),
-        created: 1_700_000_000,
-        cluster_ips: vec![addr([10, 96, 0, 1], number)],
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        affinity: None,
-        algorithm: None,
-        internal_policy: Policy::Cluster,
-        external_policy: Policy::Cluster,
-        health_check_port: None,
-        ports: vec![ServicePort {
-            name: "http".to_owned(),
-            protocol: Protocol::Tcp,
-            port: 80,
-            node_port: None,
-        }],
-    })
-}
-
-fn slice(number: u32, endpoints: u32) -> Object {
-    let endpoint = |index| Endpoint {
-        addr: addr([10, 128, 0, 1], number * endpoints + index),
-        node: Some(format!("node-{index}").into()),
-        ready: true,
-        serving: true,
-        terminating: false,
-        hints: None,
-    };
-    Object::EndpointSlice(EndpointSlice {
-        id: NamespacedName::new("a-namespace", format!("a-service-{number}-x7k2p")),
-        service: format!("a-service-{number}"),
-        family: Family::V4,
-        ports: vec![EndpointPort {
-            name: "http".to_owned(),
-            protocol: Protocol::Tcp,
-            port: 8080,
-        }],
-        endpoints: (0..endpoints).map(endpoint).collect(),
-        triggered: None,
-    })
-}
-
 /// Bytes for each Service: of the index, and of the memory of what was written.
 fn footprint(services: u32, endpoints: u32) -> (usize, usize) {
     let before = IN_USE.load(Ordering::Relaxed);
     let mut index = Index::new("node", Settings::default());
     for number in 0..services {
         index.apply(service(number));
-        index.apply(slice(number, endpoints));
+        index.apply(slice(number, 0..endpoints));
     }
     let plans: Vec<ServicePlan> = index
         .take_changes()
