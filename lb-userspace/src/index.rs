@@ -32,6 +32,8 @@ pub struct Index {
     /// Service → what it claims, in order.
     claimed: BTreeMap<NamespacedName, (Claim, Box<[FrontendKey]>)>,
     dirty: BTreeSet<NamespacedName>,
+    /// Services that stay as they are in the maps, with their frontends there.
+    held: BTreeMap<NamespacedName, BTreeSet<FrontendKey>>,
     pods: Pods,
     /// Whether this node is about to go, if there is such a Node.
     leaving: Option<bool>,
@@ -210,6 +212,29 @@ impl Index {
         self.dirty.insert(service);
     }
 
+    /// Has these Services, and no others, stay as they are in the maps, with the
+    /// frontends that they have there. Nothing is planned for them, and they
+    /// claim nothing else. Returns those that are new among them.
+    pub fn hold(
+        &mut self,
+        held: BTreeMap<NamespacedName, BTreeSet<FrontendKey>>,
+    ) -> Vec<NamespacedName> {
+        let is_new = |service: &&NamespacedName| !self.held.contains_key(*service);
+        let new: Vec<_> = held.keys().filter(is_new).cloned().collect();
+        let let_go = self
+            .held
+            .keys()
+            .filter(|service| !held.contains_key(*service));
+        self.dirty.extend(let_go.chain(&new).cloned());
+        self.held = held;
+        new
+    }
+
+    /// The Services that stay as they are in the maps.
+    pub fn held(&self) -> impl Iterator<Item = &NamespacedName> {
+        self.held.keys()
+    }
+
     /// The Services that changed since the last call, with what the maps should
     /// say about them now; a Service that is gone has a plan without ports.
     ///
@@ -222,9 +247,11 @@ impl Index {
             self.check(&id);
             // Services that another one gave a frontend to, or took one from,
             // became dirty by that; those planned already need no other plan.
-            if let Entry::Vacant(place) = plans.entry(id) {
+            if let Some(keys) = self.held.get(&id) {
+                self.claim(&id, &keys.clone());
+            } else if let Entry::Vacant(place) = plans.entry(id) {
                 let plan = self.plan(place.key());
-                self.claim(&plan);
+                self.claim(&plan.service, &frontends(&plan));
                 place.insert(plan);
             }
         }
@@ -263,19 +290,19 @@ impl Index {
     }
 
     /// Replaces a Service's claims, and marks those whom the change concerns.
-    fn claim(&mut self, plan: &ServicePlan) {
-        let service = &plan.service;
+    fn claim(&mut self, service: &NamespacedName, new_keys: &BTreeSet<FrontendKey>) {
+        let created = match self.services.get(service) {
+            Some(service) => service.created,
+            // Nobody knows, and it has them.
+            None => i64::MIN,
+        };
         let new = Claim {
-            created: self
-                .services
-                .get(service)
-                .map_or(0, |service| service.created),
+            created,
             service: service.clone(),
         };
-        let new_keys = frontends(plan);
         let old = self.claimed.remove(service);
         let old_keys = old.iter().flat_map(|(_, keys)| keys);
-        let keys: BTreeSet<_> = old_keys.chain(&new_keys).copied().collect();
+        let keys: BTreeSet<_> = old_keys.chain(new_keys).copied().collect();
         for key in keys {
             let before = self.owner(&key).cloned();
             if let Some((old, _)) = &old {
@@ -293,7 +320,7 @@ impl Index {
             }
         }
         if !new_keys.is_empty() {
-            let keys = new_keys.into_iter().collect();
+            let keys = new_keys.iter().copied().collect();
             self.claimed.insert(service.clone(), (new, keys));
         }
     }

@@ -144,6 +144,21 @@ impl<M: Maps> Reconciler<M> {
         self.ports.keys().map(|port| port.service.clone()).collect()
     }
 
+    /// The frontends that a Service has in the maps.
+    pub fn frontends(&self, service: &NamespacedName) -> BTreeSet<FrontendKey> {
+        let ids = self.ports_of(service).into_iter();
+        let ports = ids.filter_map(|id| self.ports.get(&id));
+        let frontends = ports.flat_map(|port| port.frontends.iter().map(|key| (port.id, *key)));
+        frontends
+            .filter(|(id, key)| {
+                self.entries
+                    .get(key)
+                    .is_some_and(|entry| entry.service == *id)
+            })
+            .map(|(_, key)| key)
+            .collect()
+    }
+
     /// The maps, to look at.
     pub fn maps(&self) -> &M {
         &self.maps
