@@ -123,15 +123,18 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         watcher,
         is_in_charge,
         edge::Reports {
+            repairs: parts.control.repairs(),
             addresses,
             attached,
             complete,
         },
+        args.verify_interval,
     );
     let pods = Namespaces::open(&args.hooks.netns_dir).context("the own network namespace")?;
     let (pods, news) = (Arc::new(pods), Arc::new(orphans::News::default()));
     let table = NetnsTable::open(&pins)?;
-    let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known);
+    let repairs = parts.control.repairs();
+    let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known, repairs);
     let orphans = orphans::follow(KernelMaps::open(&pins)?, pods, Arc::clone(&news));
     let reporter = health::Reporter::new(match args.manifests {
         Some(_) => NodeObject::Optional,

@@ -16,7 +16,12 @@ use prometheus_client::{
 use tracing::warn;
 
 use self::traffic::ServiceTraffic;
-pub use self::{api::ApiMetrics, control::ControlMetrics, probes::ProbeMetrics, traffic::Detail};
+pub use self::{
+    api::ApiMetrics,
+    control::{ControlMetrics, Repairs},
+    probes::ProbeMetrics,
+    traffic::Detail,
+};
 use crate::datapath::{
     inspect::{self, DeviceHooks},
     kernel::{Counter, Counters, Fill, KernelMaps},

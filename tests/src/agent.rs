@@ -481,20 +481,44 @@ impl Status {
 /// # Panics
 /// If bpftool fails.
 pub fn raw_dump(pin: &Path) -> Vec<String> {
+    let mut lines: Vec<String> = raw_elements(pin)
+        .into_iter()
+        .map(|element| format!("{}: {}", element.key.concat(), element.value.concat()))
+        .collect();
+    lines.sort();
+    lines
+}
+
+/// Writes zeros over all elements of a pinned map, as nobody should.
+///
+/// # Panics
+/// If bpftool fails.
+pub fn spoil(pin: &Path) {
+    for RawElement { key, value } in raw_elements(pin) {
+        let zeros = vec!["0"; value.len()];
+        let output = tool("bpftool")
+            .args(["map", "update", "pinned"])
+            .arg(pin)
+            .arg("key")
+            .args(key)
+            .arg("value")
+            .args(zeros)
+            .output()
+            .unwrap_or_else(|error| panic!("bpftool: {error}"));
+        assert!(output.status.success(), "bpftool: {output:?}");
+    }
+}
+
+fn raw_elements(pin: &Path) -> Vec<RawElement> {
     let output = tool("bpftool")
         .args(["-j", "map", "dump", "pinned"])
         .arg(pin)
         .output()
         .unwrap_or_else(|error| panic!("bpftool: {error}"));
     assert!(output.status.success(), "bpftool: {output:?}");
-    let elements: Vec<RawElement> = serde_json::from_slice(&output.stdout).expect("JSON");
-    let mut lines: Vec<String> = elements
-        .into_iter()
-        .filter(|element| element.value.iter().any(|byte| byte != "0x00"))
-        .map(|element| format!("{}: {}", element.key.concat(), element.value.concat()))
-        .collect();
-    lines.sort();
-    lines
+    let mut elements: Vec<RawElement> = serde_json::from_slice(&output.stdout).expect("JSON");
+    elements.retain(|element| element.value.iter().any(|byte| byte != "0x00"));
+    elements
 }
 
 #[derive(Deserialize)]

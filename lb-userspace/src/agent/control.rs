@@ -72,8 +72,6 @@ pub(super) struct Control<M> {
     /// The Services that an earlier run left in the maps and this one has not
     /// written yet.
     inherited: BTreeSet<NamespacedName>,
-    /// Services that stay as they are in the maps until more is known.
-    frozen: BTreeSet<NamespacedName>,
     /// The conflicts that were logged, to say each once.
     conflicts: BTreeMap<NamespacedName, Vec<Conflict>>,
     failures: Failures,
@@ -82,6 +80,8 @@ pub(super) struct Control<M> {
     pace: Pace,
     /// When the maps are looked at next.
     verify_at: Instant,
+    /// The last look failed.
+    unverified: Option<Retry>,
 }
 
 /// What is left to do after the maps were written.
@@ -110,11 +110,11 @@ impl<M: Maps> Control<M> {
             index,
             unknown: BTreeSet::new(),
             inherited: reconciler.services(),
-            frozen: BTreeSet::new(),
             reconciler,
             conflicts: BTreeMap::new(),
             pace,
             verify_at: Instant::now() + pace.verify_interval,
+            unverified: None,
             failures: Failures::default(),
             strays: None,
         })
@@ -169,12 +169,7 @@ impl<M: Maps> Control<M> {
             match event {
                 Event::Apply(object) => self.index.apply(object),
                 Event::Delete(object) => self.index.delete(&object),
-                Event::Unknown(unknown) => {
-                    self.unknown = unknown;
-                    for service in std::mem::take(&mut self.frozen) {
-                        self.index.mark(service);
-                    }
-                }
+                Event::Unknown(unknown) => self.unknown = unknown,
                 Event::Synced(scope) => {
                     self.known.insert(scope);
                 }
@@ -220,28 +215,28 @@ impl<M: Maps> Control<M> {
                 self.index.set_node_addresses(addresses);
             }
             () = retry => {}
-            () = sleep_until(self.verify_at) => self.verify(),
+            () = sleep_until(self.verify_at) => self.verify(Instant::now()),
         }
         Ok(())
     }
 
     /// Looks whether the maps still hold what was written, and mends them.
-    fn verify(&mut self) {
-        let start = Instant::now();
-        match aside(|| self.reconciler.verify()) {
+    fn verify(&mut self, now: Instant) {
+        let result = aside(|| self.reconciler.verify());
+        self.links.metrics.verified(result.as_ref().ok());
+        self.verify_at = now + self.pace.verify_interval;
+        match result {
             Ok(drift) => {
-                self.links.metrics.verified(&drift);
-                for (map, entries) in &drift {
-                    warn!(
-                        map,
-                        entries, "somebody else changed a map; it is as it should be again"
-                    );
-                }
-                debug!(drift = drift.len(), took = ?start.elapsed(), "the maps were verified");
+                self.unverified = None;
+                debug!(drift = drift.len(), took = ?now.elapsed(), "the maps were verified");
             }
-            Err(error) => warn!(%error, "the maps cannot be verified; trying again later"),
+            Err(error) => {
+                warn!(error = %Chain(&error), "the maps cannot be verified; trying again");
+                let retry = self.unverified.get_or_insert_with(|| Retry::new(now));
+                retry.failed(now);
+                self.verify_at = self.verify_at.min(retry.due());
+            }
         }
-        self.verify_at = Instant::now() + self.pace.verify_interval;
     }
 
     /// Writes what has changed, and what failed before and is due.
@@ -249,14 +244,9 @@ impl<M: Maps> Control<M> {
         for service in self.failures.due(now) {
             self.index.mark(service.clone());
         }
+        self.hold();
         let mut plans = Vec::new();
         for (plan, conflicts) in self.index.take_changes() {
-            if self.must_stay(&plan.service) {
-                warn!(service = %plan.service, "stays as it is in the maps: what describes it cannot be understood");
-                self.failures.settled(&plan.service);
-                self.frozen.insert(plan.service);
-                continue;
-            }
             self.log_conflicts(&plan, conflicts);
             plans.push(plan);
         }
@@ -325,13 +315,24 @@ impl<M: Maps> Control<M> {
         }
     }
 
+    /// Finds the Services that must stay as they are.
+    fn hold(&mut self) {
+        let inherited = self.inherited.iter();
+        let staying = inherited.filter(|service| self.must_stay(service));
+        let staying = staying.map(|service| (service.clone(), self.reconciler.frontends(service)));
+        let staying = staying.collect();
+        for service in self.index.hold(staying) {
+            warn!(%service, "stays as it is in the maps: what describes it cannot be understood");
+            self.failures.settled(&service);
+        }
+    }
+
     /// Whether a Service keeps what an earlier run gave it: a description of it
     /// is there, or may be there, and cannot be understood. What this run has
     /// understood once, its source remembers.
-    fn must_stay(&self, service: &NamespacedName) -> bool {
-        self.inherited.contains(service)
-            && (self.unknown.contains(&Concern::Service(service.clone()))
-                || self.unknown.contains(&Concern::Anyone) && !self.index.knows_all_of(service))
+    fn must_stay(&self, inherited: &NamespacedName) -> bool {
+        self.unknown.contains(&Concern::Service(inherited.clone()))
+            || self.unknown.contains(&Concern::Anyone) && !self.index.knows_all_of(inherited)
     }
 
     fn log_conflicts(&mut self, plan: &ServicePlan, conflicts: Vec<Conflict>) {

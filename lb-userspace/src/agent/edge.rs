@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use lb_common::node::{DEVICE_XDP, Device as Entry};
-use tokio::{sync::watch, time::timeout};
+use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
 
 use super::backoff::Backoff;
@@ -19,11 +19,14 @@ use crate::{
     datapath::{attach::Hooks, kernel::DeviceTable},
     devices::{self, Device, Role, Watcher},
     errors::Chain,
+    metrics::Repairs,
     netlink::Changes,
 };
 
 /// What this task tells the others.
 pub(super) struct Reports {
+    /// Are told what somebody else had changed in the table of devices.
+    pub repairs: Repairs,
     /// The addresses on which `NodePort`s answer.
     pub addresses: watch::Sender<BTreeSet<IpAddr>>,
     /// Set once every hook of the devices that there were at the start is
@@ -33,13 +36,15 @@ pub(super) struct Reports {
     pub complete: watch::Sender<bool>,
 }
 
-/// Runs until netlink fails.
+/// Runs until netlink fails. Without any change all is looked at again at
+/// intervals.
 pub(super) async fn follow(
     mut hooks: Hooks,
     mut table: DeviceTable,
     mut watcher: Watcher,
     mut in_charge: watch::Receiver<bool>,
     reports: Reports,
+    verify_interval: Duration,
 ) -> anyhow::Result<()> {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
     let mut uplinks = None;
@@ -60,7 +65,9 @@ pub(super) async fn follow(
         // Before the programs: they look at it when a flow begins.
         let mut written = table.write(&with_xdp(&edge.table, hooks.native_xdp()));
         let failures = hooks.apply(&edge.devices);
-        if written.is_ok() {
+        if let Ok(mended) = written {
+            reports.repairs.count(table.name(), mended);
+            // Those that XDP was just put onto are told.
             written = table.write(&with_xdp(&edge.table, hooks.native_xdp()));
         }
         if let Err(error) = &written {
@@ -69,25 +76,25 @@ pub(super) async fn follow(
         for failure in &failures {
             warn!(error = %Chain(failure), "a program is not attached; trying again");
         }
-        let changes = if failures.is_empty() && written.is_ok() {
+        let rest = if failures.is_empty() && written.is_ok() {
             backoff.reset();
             reports.attached.send_replace(true);
             if taken {
                 reports.complete.send_replace(true);
             }
-            tokio::select! {
-                changes = watcher.changed() => changes,
-                Ok(_) = in_charge.wait_for(|is| *is), if !taken => {
-                    hooks.take_charge();
-                    taken = true;
-                    Ok(Changes::default())
-                }
-            }
+            verify_interval
         } else {
-            // The time being over is as good a reason to try as a change.
-            timeout(backoff.next(), watcher.changed())
-                .await
-                .unwrap_or_else(|_elapsed| Ok(Changes::default()))
+            backoff.next()
+        };
+        // The time being over is as good a reason to look as a change.
+        let changes = tokio::select! {
+            changes = watcher.changed() => changes,
+            () = sleep(rest) => Ok(Changes::default()),
+            Ok(_) = in_charge.wait_for(|is| *is), if !taken => {
+                hooks.take_charge();
+                taken = true;
+                Ok(Changes::default())
+            }
         };
         if changes
             .context("following the node's devices and addresses")?

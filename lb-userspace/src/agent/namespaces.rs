@@ -21,6 +21,7 @@ use super::backoff::Backoff;
 use crate::{
     datapath::kernel::NetnsTable,
     errors::Chain,
+    metrics::Repairs,
     netlink::Monitor,
     netns::{Namespaces, Pod, words},
 };
@@ -40,6 +41,7 @@ pub(super) async fn follow(
     mut table: NetnsTable,
     mut opted_out: watch::Receiver<Option<BTreeSet<IpAddr>>>,
     known: watch::Sender<bool>,
+    repairs: Repairs,
 ) -> anyhow::Result<()> {
     let monitor = open_monitor().context("following the devices of pods")?;
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
@@ -55,7 +57,8 @@ pub(super) async fn follow(
         );
         debug!(pods = pods.len(), "network namespaces");
         let rest = match table.write(&entries) {
-            Ok(()) => {
+            Ok(mended) => {
+                repairs.count(table.name(), mended);
                 backoff.reset();
                 known.send_replace(true);
                 LONGEST_REST

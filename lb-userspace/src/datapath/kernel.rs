@@ -607,6 +607,8 @@ pub struct KernelMaps {
     backends: Table<u32>,
     metas: Hash<u32, ServiceMeta>,
     config: Table<Config>,
+    /// As they were set last.
+    settings: Option<Config>,
 }
 
 impl KernelMaps {
@@ -620,6 +622,7 @@ impl KernelMaps {
             backends: Table::open(pins, names::BACKENDS)?,
             metas: Hash::open(pins, names::META)?,
             config: Table::open(pins, names::CONFIG)?,
+            settings: None,
         })
     }
 
@@ -630,7 +633,9 @@ impl KernelMaps {
 
     /// Changes the settings, also while programs run.
     pub fn set_config(&mut self, config: &Config) -> Result<(), MapError> {
-        self.config.put(0, *config)
+        self.config.put(0, *config)?;
+        self.settings = Some(*config);
+        Ok(())
     }
 
     /// The flows that packets are translated by.
@@ -710,6 +715,8 @@ fn monotonic_seconds() -> u32 {
 /// owns it.
 pub struct WholeTable<K, V> {
     entries: Hash<K, V>,
+    /// As it was written last.
+    written: Option<BTreeMap<K, V>>,
 }
 
 /// What the programs know of devices, by index.
@@ -721,14 +728,16 @@ pub type NetnsTable = WholeTable<[u32; 2], Netns>;
 impl DeviceTable {
     pub fn open(pins: &Pins) -> Result<Self, LoadError> {
         let entries = Hash::open(pins, names::DEVICES)?;
-        Ok(Self { entries })
+        let written = None;
+        Ok(Self { entries, written })
     }
 }
 
 impl NetnsTable {
     pub fn open(pins: &Pins) -> Result<Self, LoadError> {
         let entries = Hash::open(pins, names::NETNS)?;
-        Ok(Self { entries })
+        let written = None;
+        Ok(Self { entries, written })
     }
 }
 
@@ -738,9 +747,12 @@ impl<K: Pod + Ord, V: Pod + PartialEq> WholeTable<K, V> {
         Ok(self.entries.read_all()?.into_iter().collect())
     }
 
-    /// Makes the table this one, by the fewest writes.
-    pub fn write(&mut self, wanted: &BTreeMap<K, V>) -> Result<(), MapError> {
+    /// Makes the table this one, by the fewest writes. Returns of how many
+    /// entries somebody else had changed what was written before.
+    pub fn write(&mut self, wanted: &BTreeMap<K, V>) -> Result<u64, MapError> {
         let there = self.read()?;
+        let written = self.written.take();
+        let strange = written.map_or(0, |written| differences(&written, &there));
         for (key, value) in wanted {
             if there.get(key) != Some(value) {
                 self.entries.put(key, value)?;
@@ -749,8 +761,23 @@ impl<K: Pod + Ord, V: Pod + PartialEq> WholeTable<K, V> {
         for key in there.keys().filter(|key| !wanted.contains_key(key)) {
             self.entries.delete(key)?;
         }
-        Ok(())
+        self.written = Some(wanted.clone());
+        Ok(strange)
     }
+
+    /// Name of the map.
+    pub const fn name(&self) -> &'static str {
+        self.entries.name
+    }
+}
+
+/// Number of keys that have not the same value in both.
+fn differences<K: Ord, V: PartialEq>(one: &BTreeMap<K, V>, other: &BTreeMap<K, V>) -> u64 {
+    let keys: BTreeSet<_> = one.keys().chain(other.keys()).collect();
+    let differ = keys
+        .into_iter()
+        .filter(|key| one.get(key) != other.get(key));
+    differ.count() as u64
 }
 
 /// The counters of one pin folder; by themselves, since the metrics read them
@@ -889,7 +916,22 @@ impl Maps for KernelMaps {
         if let Some(network) = map_network(network) {
             config.cluster_net6 = network;
         }
-        self.set_config(&config)
+        self.config.put(0, config)
+    }
+
+    fn mend_settings(&mut self) -> Result<bool, MapError> {
+        let (found, Some(settings)) = (self.config()?, self.settings) else {
+            return Ok(false);
+        };
+        let wanted = Config {
+            cluster_net4: found.cluster_net4,
+            cluster_net6: found.cluster_net6,
+            ..settings
+        };
+        if found != wanted {
+            self.config.put(0, wanted)?;
+        }
+        Ok(found != wanted)
     }
 }
 

@@ -134,6 +134,12 @@ pub trait Maps {
     fn cluster_network(&self, family: Family) -> Result<Option<IpNet>, MapError>;
     /// Sets it for the network's own family.
     fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError>;
+
+    /// Makes the settings, but for the networks, what they were set to last;
+    /// whether they had become others. Maps without settings have none to mend.
+    fn mend_settings(&mut self) -> Result<bool, MapError> {
+        Ok(false)
+    }
 }
 
 /// Maps that somebody else holds, too: a test that looks at them, say.
@@ -204,6 +210,10 @@ impl<M: Maps> Maps for Arc<Mutex<M>> {
 
     fn put_cluster_network(&mut self, network: IpNet) -> Result<(), MapError> {
         lock(self).put_cluster_network(network)
+    }
+
+    fn mend_settings(&mut self) -> Result<bool, MapError> {
+        lock(self).mend_settings()
     }
 }
 

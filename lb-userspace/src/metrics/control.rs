@@ -20,6 +20,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use tracing::warn;
+
 use crate::{
     datapath::Family,
     model::{Event, Kind, NamespacedName, Object, Policy},
@@ -41,12 +43,36 @@ pub struct ControlMetrics {
     no_local_endpoints: Labelled<NoLocal, Gauge>,
     writes: Counter,
     failed: Gauge,
-    repaired: Labelled<OfMap, Counter>,
+    repairs: Repairs,
+    verifications: Labelled<Verification, Counter>,
     started: SystemTime,
     /// Slices' triggers, until what they were written for is in the maps.
     triggers: BTreeMap<NamespacedName, Vec<SystemTime>>,
     /// Services of which some frontend has endpoints elsewhere only.
     nowhere_local: BTreeMap<NamespacedName, BTreeMap<NoLocal, i64>>,
+}
+
+/// What somebody else had changed in maps. Copies count together.
+#[derive(Clone, Debug, Default)]
+pub struct Repairs(Labelled<OfMap, Counter>);
+
+impl Repairs {
+    /// So many entries of a map were mended.
+    pub fn count(&self, map: &'static str, entries: u64) {
+        if entries > 0 {
+            warn!(
+                map,
+                entries, "somebody else changed a map; it is as it should be again"
+            );
+            self.0.get_or_create(&OfMap { map }).inc_by(entries);
+        }
+    }
+}
+
+/// How a comparison of the maps with what they should hold ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Verification {
+    result: &'static str,
 }
 
 /// Changes of one kind of objects.
@@ -82,7 +108,8 @@ impl ControlMetrics {
             no_local_endpoints: Labelled::default(),
             writes: Counter::default(),
             failed: Gauge::default(),
-            repaired: Labelled::default(),
+            repairs: Repairs::default(),
+            verifications: Labelled::default(),
             started: SystemTime::now(),
             triggers: BTreeMap::new(),
             nowhere_local: BTreeMap::new(),
@@ -102,7 +129,12 @@ impl ControlMetrics {
         own.register(
             "drift_repaired",
             "Entries of maps that somebody else had changed, and that were mended",
-            this.repaired.clone(),
+            this.repairs.0.clone(),
+        );
+        own.register(
+            "verifications",
+            "Comparisons of the maps with what they should hold, by result",
+            this.verifications.clone(),
         );
         this
     }
@@ -209,12 +241,19 @@ impl ControlMetrics {
         self.endpoints.pending.set(0);
     }
 
-    /// The maps were compared with what they should hold.
-    pub fn verified(&self, drift: &Drift) {
-        for (map, entries) in drift {
-            let counter = self.repaired.get_or_create(&OfMap { map });
-            counter.inc_by(*entries);
+    /// The maps were compared with what they should hold, if that could be.
+    pub fn verified(&self, drift: Option<&Drift>) {
+        let result = if drift.is_some() { "done" } else { "failed" };
+        let counter = self.verifications.get_or_create(&Verification { result });
+        counter.inc();
+        for (map, entries) in drift.into_iter().flatten() {
+            self.repairs.count(map, *entries);
         }
+    }
+
+    /// For those who own a map of their own.
+    pub fn repairs(&self) -> Repairs {
+        self.repairs.clone()
     }
 
     fn count_local(&mut self, plan: &ServicePlan) {
@@ -442,7 +481,7 @@ mod tests {
     #[test]
     fn what_was_mended_is_counted_by_map() {
         let (registry, metrics) = metrics();
-        metrics.verified(&Drift::from([("klb_svc4", 3)]));
+        metrics.verified(Some(&Drift::from([("klb_svc4", 3)])));
         let repaired = "klb_drift_repaired_total{map=\"klb_svc4\"}";
         assert_eq!(line(&registry, repaired).as_deref(), Some("3"));
     }

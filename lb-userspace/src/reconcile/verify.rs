@@ -35,6 +35,10 @@ impl<M: Maps> Reconciler<M> {
         self.mend_slots(&mut drift)?;
         let strange_ranges = self.mend_ranges(&mut drift)?;
         let strange_metas = self.mend_metas(&mut drift)?;
+        if self.maps.mend_settings()? {
+            self.writes += 1;
+            count(&mut drift, names::CONFIG, 1);
+        }
         self.mend_networks(&mut drift)?;
         self.mend_services(&mut drift)?;
         for (service, range) in strange_ranges {

@@ -5,6 +5,7 @@ mod api;
 mod cleanup;
 mod commands;
 mod configuration;
+mod drift;
 mod dumps;
 mod health;
 mod isolation;

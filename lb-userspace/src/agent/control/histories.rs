@@ -138,6 +138,8 @@ struct World {
     unknown: BTreeMap<ObjectRef, Concern>,
     /// Of that, what an earlier agent had heard.
     inherited: BTreeMap<ObjectRef, Object>,
+    /// What an earlier agent could not write.
+    unfinished: BTreeSet<NamespacedName>,
     now: Instant,
     /// What a reader saw that must not be.
     seen: Option<String>,
@@ -226,6 +228,7 @@ impl World {
             heard: BTreeMap::new(),
             unknown: BTreeMap::new(),
             inherited: BTreeMap::new(),
+            unfinished: BTreeSet::new(),
             now: Instant::now(),
             seen: None,
         };
@@ -256,7 +259,8 @@ impl World {
         }
         self.tell_unknown();
         self.control.begin();
-        let touched = self.differences(&before);
+        let mut touched = self.differences(&before);
+        touched.append(&mut self.unfinished);
         before.retain(|reference, _| self.unknown.contains_key(reference));
         self.inherited = before;
         self.reconcile(Some(&touched));
@@ -424,13 +428,10 @@ impl World {
     /// Starts another agent, which goes on as soon as it can read everything.
     fn kill(&mut self) {
         lock(&self.maps).fault = None;
-        // What the last one could not write another one tries again.
         let failed = self.failed();
+        self.unfinished.extend(failed);
         self.control = control(&self.maps, &self.addresses);
         self.has_begun = false;
-        // As if they had never been heard.
-        self.heard
-            .retain(|_, object| !failed.contains(&owner(object)));
         if !self.is_away {
             self.begin();
         }
@@ -444,7 +445,7 @@ impl World {
     fn act(&mut self, news: Vec<Event>) {
         let mut touched = self.hear(news);
         // More may be known of these now.
-        touched.extend(self.control.frozen.iter().cloned());
+        touched.extend(self.control.index.held().cloned());
         self.tell_unknown();
         self.reconcile(Some(&touched));
     }
@@ -497,9 +498,10 @@ impl World {
         lock(&self.maps).observer = None;
         let owners_now = self.owners();
         let untouched = |key: &FrontendKey| {
-            let owner = owners
-                .get(key)
-                .filter(|owner| Some(*owner) == owners_now.get(key));
+            let (owner, now) = (owners.get(key), owners_now.get(key));
+            // It may go to another Service, which could not be written perhaps.
+            let stays = owner == now || now.is_none() && outcome == Outcome::Complete;
+            let owner = owner.filter(|_| stays);
             let touched = |owner| touched.is_none_or(|touched| touched.contains(owner));
             owner.is_some_and(|owner| !touched(owner) && !failed.contains(owner))
         };

@@ -248,6 +248,44 @@ fn an_inherited_service_that_nobody_described_stays() {
     assert!(steps.writes() > before, "it has no endpoints");
 }
 
+/// A Service that stays as it is takes nothing from others, and nobody takes from
+/// it, though it may not be known how old it is.
+#[test]
+fn a_service_that_stays_keeps_its_frontends_and_no_others() {
+    let maps = SharedMaps::default();
+    let all = || [service(1), service(2)];
+    Steps::start(&maps, all()).write_after(0);
+    let moved_to = |number: u8, address: u8| match service(number) {
+        Object::Service(service) => Object::Service(Service {
+            cluster_ips: vec![[10, 96, 0, address].into()],
+            ..service
+        }),
+        other => panic!("{other:?}"),
+    };
+    let owners = |steps: &Steps| {
+        let reconciler = &steps.control.reconciler;
+        [1, 2].map(|number| {
+            let frontends = reconciler.frontends(&name(number)).into_iter();
+            let ports = frontends.filter(|key| key.port == 80);
+            ports.map(|key| last_octet(&key)).collect::<Vec<_>>()
+        })
+    };
+    let unknown = || vec![Event::Unknown([Concern::Service(name(1))].into())];
+    // The first claims the second one's address, and goes before it by name.
+    let mut steps = Steps::start(&maps, [moved_to(1, 2), service(2)]);
+    steps.control.take_in(unknown());
+    steps.write_after(0);
+    assert_eq!(owners(&steps), [vec![1], vec![2]]);
+    // The second claims the first one's, of which nothing is known.
+    let mut steps = Steps::start(&maps, [moved_to(2, 1)]);
+    steps.control.take_in(unknown());
+    steps.write_after(0);
+    assert_eq!(owners(&steps), [vec![1], vec![]]);
+    steps.control.take_in(vec![Event::Unknown(BTreeSet::new())]);
+    steps.write_after(0);
+    assert_eq!(owners(&steps), [vec![], vec![1]]);
+}
+
 /// What nobody owns is removed by another try if the first one failed.
 #[test]
 fn strays_are_removed_in_the_end() {
@@ -279,4 +317,29 @@ fn strays_are_removed_in_the_end() {
     assert!(is_there(&steps));
     assert_eq!(steps.write_after(100), Outcome::Complete);
     assert!(!is_there(&steps));
+}
+
+/// A look that fails is not left at that until the next one would be.
+#[test]
+fn maps_that_cannot_be_mended_are_looked_at_again_soon() {
+    let maps = SharedMaps::default();
+    let mut steps = Steps::start(&maps, [service(1), slice(1, &[1])]);
+    steps.write_after(0);
+    steps.change_maps(|maps| {
+        maps.content.services.clear();
+        maps.fault = Some(Box::new(|_| Err(io::Error::other("out of order"))));
+    });
+    let verify_after = |steps: &mut Steps, millis| {
+        steps.now += Duration::from_millis(millis);
+        steps.control.verify(steps.now);
+        (steps.control.verify_at - steps.now).as_millis()
+    };
+    let waits = [0, 100, 200, 400].map(|millis| verify_after(&mut steps, millis));
+    assert_eq!(waits, [100, 200, 400, 800]);
+    let count = |result: &str| format!("klb_verifications_total{{result=\"{result}\"}}");
+    assert_eq!(steps.metric(&count("failed")), "4");
+    steps.change_maps(|maps| maps.fault = None);
+    assert_eq!(verify_after(&mut steps, 800), 3_600_000);
+    assert_eq!(steps.metric(&count("done")), "1");
+    assert_eq!(steps.frontends(), [1]);
 }

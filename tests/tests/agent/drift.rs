@@ -1,0 +1,50 @@
+//! Somebody else writes what is the agent's to write.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use lb_common::names;
+use lb_tests::{
+    agent::{Hooks, raw_dump, spoil},
+    wait, web,
+};
+
+/// Maps whose content the agent knows to the byte.
+const MAPS: [&str; 8] = [
+    names::SERVICES4,
+    names::SERVICES6,
+    names::SLOTS4,
+    names::SLOTS6,
+    names::BACKENDS,
+    names::META,
+    names::CONFIG,
+    names::DEVICES,
+];
+
+const METRICS: u16 = 10249;
+
+#[test]
+fn spoiled_maps_are_mended_and_counted() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.flags.push("--verify-interval=1s".to_owned());
+    world.agent.start();
+    let pins = world.agent.pins();
+    let before = MAPS.map(|map| raw_dump(&pins.join(map)));
+    for (map, before) in MAPS.iter().zip(&before) {
+        assert!(!before.is_empty(), "{map} is empty");
+        spoil(&pins.join(map));
+        wait::until(map, Duration::from_secs(20), || {
+            (raw_dump(&pins.join(map)) == *before).then_some(())
+        });
+    }
+    let request = world.any_request();
+    world.cluster.client.host.ask(&request).expect("an answer");
+    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
+    let metrics = web::get(&world.cluster.node.place, server, "/metrics").expect("metrics");
+    for map in MAPS {
+        let counted = format!("klb_drift_repaired_total{{map=\"{map}\"}} ");
+        assert!(metrics.body.contains(&counted), "{map}: {}", metrics.body);
+    }
+}
