@@ -95,8 +95,9 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let _pins_lock = prepare_pins(&pins)?;
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
-    let (metrics, parts) = Metrics::new(&pins, args.traffic_metrics)?;
+    let (mut metrics, parts) = Metrics::new(&pins, args.traffic_metrics)?;
     let (source, events) = open_source(args, parts.api).await?;
+    metrics.tell_of(events.clone());
     events.tell_node(Reason::Starting, "");
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
 

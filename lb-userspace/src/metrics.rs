@@ -2,10 +2,11 @@
 
 mod api;
 mod control;
+mod kept;
 mod probes;
 mod traffic;
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Instant};
 
 use prometheus_client::{
     collector::Collector,
@@ -15,19 +16,23 @@ use prometheus_client::{
 };
 use tracing::warn;
 
-use self::traffic::ServiceTraffic;
 pub use self::{
     api::ApiMetrics,
     control::{ControlMetrics, Repairs},
     probes::ProbeMetrics,
     traffic::Detail,
 };
-use crate::datapath::{
-    inspect::{self, DeviceHooks},
-    kernel::{Counter, Counters, Fill, KernelMaps},
-    load::LoadError,
-    pins::Pins,
-    traffic::TrafficTable,
+use self::{kept::Kept, traffic::ServiceTraffic};
+use crate::{
+    datapath::{
+        MapError,
+        inspect::{self, DeviceHooks},
+        kernel::{Counter, Counters, Fill, KernelMaps},
+        load::LoadError,
+        pins::Pins,
+        traffic::TrafficTable,
+    },
+    k8s::events::Events,
 };
 
 /// The metrics of one pin folder.
@@ -56,9 +61,20 @@ impl Metrics {
         };
         let own = registry.sub_registry_with_prefix("klb");
         own.register_collector(Box::new(Outcomes { counters }));
-        own.register_collector(Box::new(State { maps, pins }));
+        let evicting = Kept::default();
+        own.register_collector(Box::new(State {
+            maps,
+            pins,
+            evicting,
+        }));
         own.register_collector(Box::new(traffic));
         Ok((Self { registry }, parts))
+    }
+
+    /// Tells of events, too, which come to be after the metrics.
+    pub fn tell_of(&mut self, events: Events) {
+        let own = self.registry.sub_registry_with_prefix("klb");
+        own.register_collector(Box::new(Told { events }));
     }
 
     /// Those of a registry alone.
@@ -87,6 +103,8 @@ pub struct Parts {
 struct State {
     maps: KernelMaps,
     pins: Pins,
+    /// Fill of maps with many entries.
+    evicting: Kept<Vec<Fill>>,
 }
 
 impl fmt::Debug for State {
@@ -97,11 +115,11 @@ impl fmt::Debug for State {
 
 impl Collector for State {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        // What evicts is always full after a while, and takes long to count.
-        match self.maps.fill_of_services() {
+        match self.fill() {
             Ok(fill) => encode_fill(&mut encoder, &fill)?,
             Err(error) => warn!(%error, "metrics without maps"),
         }
+        encode_sockets(&mut encoder, &inspect::sockets(&self.pins))?;
         match inspect::devices(&self.pins) {
             Ok(devices) => encode_devices(&mut encoder, &devices),
             Err(error) => {
@@ -110,6 +128,42 @@ impl Collector for State {
             }
         }
     }
+}
+
+impl State {
+    fn fill(&self) -> Result<Vec<Fill>, MapError> {
+        let mut fill = self.maps.fill_of_services()?;
+        let evicting = || self.maps.fill_of_evicting();
+        fill.append(&mut self.evicting.get(Instant::now(), evicting)?);
+        Ok(fill)
+    }
+}
+
+/// What operators were told, or were not.
+#[derive(Debug)]
+struct Told {
+    events: Events,
+}
+
+impl Collector for Told {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = "Events that reached nobody";
+        let family =
+            encoder.encode_descriptor("events_dropped", help, None, MetricType::Counter)?;
+        ConstCounter::new(self.events.dropped()).encode(family)
+    }
+}
+
+fn encode_sockets(encoder: &mut DescriptorEncoder<'_>, hooks: &[String]) -> Result<(), fmt::Error> {
+    let help = "Hooks of sockets that a program is attached to";
+    let mut family =
+        encoder.encode_descriptor("attached_socket_hooks", help, None, MetricType::Gauge)?;
+    for hook in hooks {
+        let labels = [("hook", hook.as_str())];
+        let metric = family.encode_family(&labels)?;
+        ConstGauge::new(1_i64).encode(metric)?;
+    }
+    Ok(())
 }
 
 fn encode_fill(encoder: &mut DescriptorEncoder<'_>, fill: &[Fill]) -> Result<(), fmt::Error> {

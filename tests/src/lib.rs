@@ -23,6 +23,7 @@ pub mod icmp;
 pub mod lookups;
 pub mod manifests;
 pub mod netns;
+pub mod openmetrics;
 pub mod packet;
 pub mod process;
 pub mod program;

@@ -2,6 +2,7 @@
 //! whatever the one before it said.
 
 use std::{
+    env,
     io::{self, BufRead as _, BufReader, IsTerminal as _},
     process::{Command, Stdio},
     time::Instant,
@@ -48,6 +49,9 @@ enum Level {
 /// The cargo features that open the levels for root. Always all of them: each
 /// other set would compile the test kit again.
 const ROOT_FEATURES: &str = "--features=lb-tests/packet,lb-tests/netns,lb-tests/agent";
+
+/// Names the kubeconfig of a cluster that tests may use.
+const KUBECONFIG: &str = "KLB_TEST_KUBECONFIG";
 
 impl Level {
     const ALL: [Self; 5] = [
@@ -153,6 +157,9 @@ pub(crate) fn run(selection: Option<Selection>) -> Result<()> {
             Tally::BROKEN
         });
         table.push(level.name(), tally, start.elapsed());
+        if level == Level::Agent && env::var_os(KUBECONFIG).is_none() {
+            println!("skipped: the tests against a real API server, for want of {KUBECONFIG}=FILE");
+        }
     }
     println!("\n{table}");
     ensure!(table.total().failed == 0, "some tests failed");

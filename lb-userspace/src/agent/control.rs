@@ -374,6 +374,8 @@ fn log_written(plans: &[ServicePlan], report: &Report) {
 }
 
 #[cfg(test)]
+mod batches;
+#[cfg(test)]
 mod histories;
 #[cfg(test)]
 mod steps;

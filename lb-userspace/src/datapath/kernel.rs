@@ -21,7 +21,7 @@ use lb_common::{
     Addr4, Addr6, Address, Hook, Port, Reason,
     flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP},
     names,
-    node::{Config, Device, Netns, Network},
+    node::{Config, Device, FragmentKey, FragmentPorts, Netns, Network},
     reason::counter_index,
     service::{
         Affinity, AffinityKey, BackendRef, SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot,
@@ -105,9 +105,14 @@ impl<K: Pod, V: Pod> Hash<K, V> {
     }
 
     fn fill(&self) -> Result<Fill, MapError> {
+        let entries = sys::count::<K, V>(&self.fd).map_err(|source| MapError {
+            operation: "read",
+            map: self.name,
+            source,
+        })?;
         Ok(Fill {
             map: self.name,
-            entries: self.read_all()?.len(),
+            entries,
             max_entries: self.max_entries,
         })
     }
@@ -271,6 +276,7 @@ struct FamilyNames {
     flows: &'static str,
     young: &'static str,
     affinity: &'static str,
+    fragments: &'static str,
     sockets: &'static str,
 }
 
@@ -281,6 +287,7 @@ const NAMES4: FamilyNames = FamilyNames {
     flows: names::FLOWS4,
     young: names::YOUNG4,
     affinity: names::AFFINITY4,
+    fragments: names::FRAGMENTS4,
     sockets: names::SOCKETS4,
 };
 
@@ -291,6 +298,7 @@ const NAMES6: FamilyNames = FamilyNames {
     flows: names::FLOWS6,
     young: names::YOUNG6,
     affinity: names::AFFINITY6,
+    fragments: names::FRAGMENTS6,
     sockets: names::SOCKETS6,
 };
 
@@ -306,6 +314,7 @@ where
     flows: Hash<Tuple<A>, FlowEntry<A>>,
     young: Hash<Tuple<A>, FlowEntry<A>>,
     affinities: Hash<AffinityKey<A>, Affinity>,
+    fragments: Hash<FragmentKey<A>, FragmentPorts>,
     sockets: Hash<SocketKey<A>, SocketEntry<A>>,
 }
 
@@ -317,6 +326,7 @@ where
     Tuple<A>: Pod,
     FlowEntry<A>: Pod,
     AffinityKey<A>: Pod,
+    FragmentKey<A>: Pod,
     SocketKey<A>: Pod,
     SocketEntry<A>: Pod,
 {
@@ -328,22 +338,24 @@ where
             flows: Hash::open(pins, names.flows)?,
             young: Hash::open(pins, names.young)?,
             affinities: Hash::open(pins, names.affinity)?,
+            fragments: Hash::open(pins, names.fragments)?,
             sockets: Hash::open(pins, names.sockets)?,
         })
     }
 
-    /// How full the maps are; of an array, which always has all its entries,
-    /// those in use are counted.
-    fn fill(&self) -> Result<[Fill; 4], MapError> {
+    /// How full the maps are that give up their oldest entries for new ones.
+    fn fill_of_evicting(&self) -> Result<[Fill; 5], MapError> {
         Ok([
             self.flows.fill()?,
             self.young.fill()?,
             self.affinities.fill()?,
+            self.fragments.fill()?,
             self.sockets.fill()?,
         ])
     }
 
-    /// As [`Self::fill`], of what only the agent writes.
+    /// How full those are that only the agent writes; of an array, which always
+    /// has all its entries, those in use are counted.
     fn fill_of_services(&self) -> Result<[Fill; 3], MapError> {
         Ok([
             self.services.fill()?,
@@ -681,9 +693,16 @@ impl KernelMaps {
     /// How full the maps are.
     pub fn fill(&self) -> Result<Vec<Fill>, MapError> {
         let mut fill = self.fill_of_services()?;
-        fill.extend(self.v4.fill()?);
-        fill.extend(self.v6.fill()?);
+        fill.extend(self.fill_of_evicting()?);
         fill.sort_by_key(|fill| names::MAPS.iter().position(|map| *map == fill.map));
+        Ok(fill)
+    }
+
+    /// How full those maps are that give up their oldest entries for new ones.
+    /// Takes as long as they are full.
+    pub fn fill_of_evicting(&self) -> Result<Vec<Fill>, MapError> {
+        let mut fill = Vec::from(self.v4.fill_of_evicting()?);
+        fill.extend(self.v6.fill_of_evicting()?);
         Ok(fill)
     }
 

@@ -232,6 +232,25 @@ pub(super) fn clear(map: impl AsFd, key_size: usize) -> io::Result<usize> {
 /// That of the call. `K` and `V` of other sizes than the map's are refused by
 /// the types that the caller opened the map with.
 pub(super) fn read_all<K: Pod, V: Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
+    let mut entries = Vec::new();
+    read_in_parts(map, |keys: &mut Vec<K>, values: &mut Vec<V>| {
+        entries.extend(keys.drain(..).zip(values.drain(..)));
+    })?;
+    Ok(entries)
+}
+
+/// As [`read_all`], keeping none: the number of entries.
+pub(super) fn count<K: Pod, V: Pod>(map: impl AsFd) -> io::Result<usize> {
+    let mut count = 0;
+    read_in_parts(map, |keys: &mut Vec<K>, _: &mut Vec<V>| count += keys.len())?;
+    Ok(count)
+}
+
+/// Reads some thousand entries after the other.
+fn read_in_parts<K: Pod, V: Pod>(
+    map: impl AsFd,
+    mut take: impl FnMut(&mut Vec<K>, &mut Vec<V>),
+) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
         position: u64,
@@ -248,7 +267,6 @@ pub(super) fn read_all<K: Pod, V: Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>
 
     let mut keys = Vec::<K>::with_capacity(CHUNK);
     let mut values = Vec::<V>::with_capacity(CHUNK);
-    let mut entries = Vec::new();
     // Opaque to us. Four bytes for hash maps, a key for arrays: four as well.
     let mut position = None::<u32>;
     loop {
@@ -280,9 +298,9 @@ pub(super) fn read_all<K: Pod, V: Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>
             keys.set_len(count);
             values.set_len(count);
         }
-        entries.extend(keys.drain(..).zip(values.drain(..)));
+        take(&mut keys, &mut values);
         if last {
-            return Ok(entries);
+            return Ok(());
         }
         position = Some(next_position);
     }

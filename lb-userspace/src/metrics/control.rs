@@ -35,6 +35,11 @@ type Seconds = Gauge<f64, AtomicU64>;
 #[derive(Clone, Debug)]
 pub struct ControlMetrics {
     sync: Histogram,
+    /// Of that, the first write of a run, which has everything in it; and the
+    /// others.
+    full_sync: Histogram,
+    partial_sync: Histogram,
+    is_full: bool,
     last_sync: Seconds,
     last_queued: Seconds,
     programming: Histogram,
@@ -100,6 +105,9 @@ impl ControlMetrics {
         let this = Self {
             // 1 ms to 16 s, as kube-proxy's.
             sync: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            full_sync: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            partial_sync: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            is_full: true,
             last_sync: Seconds::default(),
             last_queued: Seconds::default(),
             programming: Histogram::new(programming_buckets()),
@@ -145,6 +153,18 @@ impl ControlMetrics {
             "How long a write of changes to the maps took",
             Unit::Seconds,
             self.sync.clone(),
+        );
+        registry.register_with_unit(
+            "sync_full_proxy_rules_duration",
+            "How long the first write took, of everything",
+            Unit::Seconds,
+            self.full_sync.clone(),
+        );
+        registry.register_with_unit(
+            "sync_partial_proxy_rules_duration",
+            "How long the writes after the first one took",
+            Unit::Seconds,
+            self.partial_sync.clone(),
         );
         registry.register_with_unit(
             "sync_proxy_rules_last_timestamp",
@@ -215,6 +235,12 @@ impl ControlMetrics {
     pub fn written(&mut self, plans: &[ServicePlan], report: &Report, took: Duration) {
         self.writes.inc_by(report.writes);
         self.sync.observe(took.as_secs_f64());
+        let kind = if std::mem::take(&mut self.is_full) {
+            &self.full_sync
+        } else {
+            &self.partial_sync
+        };
+        kind.observe(took.as_secs_f64());
         if report.failed.is_empty() || report.failed.len() < plans.len() {
             self.last_sync.set(since_1970());
         }
@@ -448,6 +474,10 @@ mod tests {
         );
         let syncs = "kubeproxy_sync_proxy_rules_duration_seconds_count";
         assert_eq!(line(&registry, syncs).as_deref(), Some("2"));
+        for kind in ["full", "partial"] {
+            let syncs = format!("kubeproxy_sync_{kind}_proxy_rules_duration_seconds_count");
+            assert_eq!(line(&registry, &syncs).as_deref(), Some("1"), "{kind}");
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use lb_common::Hook;
 use lb_tests::{
     agent::{Agent, Hooks},
     apiserver::ApiServer,
@@ -124,8 +125,8 @@ impl Numbers {
 }
 
 /// A thousand changes of endpoints: a Service that always has a ready one is
-/// always served by one of its own, and a Service that nothing happens to does
-/// not notice.
+/// always served by one of its own, a connection stays with its pod, and a Service
+/// that nothing happens to does not notice.
 #[test]
 fn a_thousand_changes_under_traffic() {
     let (mut world, server) = world(Hooks::ALL);
@@ -161,8 +162,24 @@ fn a_thousand_changes_under_traffic() {
             names(changing),
         ),
         (
-            "changing, outside",
+            "changing, XDP",
             world.cluster.outside.stream(&outside, false),
+            names(changing),
+        ),
+        (
+            "changing, socket, held",
+            pod.stream(&request(&world.service, Family::V4, Protocol::Tcp), true),
+            names(changing),
+        ),
+        (
+            "changing, TC, held",
+            pod.without_cgroup()
+                .stream(&request(&world.service, Family::V6, Protocol::Tcp), true),
+            names(changing),
+        ),
+        (
+            "changing, XDP, held",
+            world.cluster.outside.stream(&outside, true),
             names(changing),
         ),
         (
@@ -178,22 +195,19 @@ fn a_thousand_changes_under_traffic() {
         ),
     ];
     let mut numbers = Numbers(0x6b_6c62);
-    for change in 0..500 {
+    for change in 0..1000 {
         let chosen = match numbers.next(3) {
             0 => &changing[..1],
             1 => &changing[1..],
             _ => changing,
         };
         put_endpoints(&server, &world.service, chosen);
-        let nobody = [(
-            "nobody",
-            100 + u8::try_from(numbers.next(40)).expect("small"),
-        )];
-        put_endpoints(
-            &server,
-            &noise,
-            if numbers.next(4) == 0 { &[] } else { &nobody },
-        );
+        if change % 4 == 0 {
+            let number = 100 + u8::try_from(numbers.next(40)).expect("small");
+            let nobody: &[_] = &[("nobody", number)];
+            let chosen = if numbers.next(4) == 0 { &[] } else { nobody };
+            put_endpoints(&server, &noise, chosen);
+        }
         // As fast as one stream after the other gets an answer.
         streams[change % streams.len()].1.await_more(1);
     }
@@ -201,5 +215,9 @@ fn a_thousand_changes_under_traffic() {
     await_pods(&world.agent, "echo", &[6, 7]);
     for (name, stream, pods) in streams {
         assert_flawless(name, stream, &pods);
+    }
+    let hooks = world.agent.status().new_flows();
+    for hook in [Hook::Xdp, Hook::TcIngress, Hook::Socket] {
+        assert!(hooks.contains_key(&hook), "no flow by {hook:?}: {hooks:?}");
     }
 }

@@ -11,6 +11,8 @@ use lb_tests::{
     wait, web,
 };
 
+use crate::metrics::METRICS;
+
 /// Maps whose content the agent knows to the byte.
 const MAPS: [&str; 8] = [
     names::SERVICES4,
@@ -22,8 +24,6 @@ const MAPS: [&str; 8] = [
     names::CONFIG,
     names::DEVICES,
 ];
-
-const METRICS: u16 = 10249;
 
 #[test]
 fn spoiled_maps_are_mended_and_counted() {

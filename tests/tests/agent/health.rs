@@ -18,6 +18,8 @@ use lb_tests::{
 };
 use serde_json::Value;
 
+use crate::metrics::METRICS;
+
 /// How long a change may take to be seen; a port that is taken is tried again
 /// every other second.
 const CHANGE: Duration = Duration::from_secs(20);
@@ -232,6 +234,22 @@ fn probes_without_a_port_are_told_and_served_later() {
     assert_eq!(event["regarding"]["name"], NODE, "{event}");
     drop(somebody);
     await_healthz(&world, "a port for probes", 200);
+}
+
+#[test]
+fn metrics_without_a_port_are_told_and_served_later() {
+    let (mut world, server) = crate::api::world(Hooks::SOCKET);
+    let somebody = listen(&world.cluster.node.place, METRICS);
+    world.agent.start();
+    let event = await_event(&server, "FailedToStartMetricServer");
+    assert_eq!(event["type"], "Warning");
+    assert_eq!(event["regarding"]["name"], NODE, "{event}");
+    drop(somebody);
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
+    wait::until("a port for metrics", CHANGE, || {
+        let page = web::get(&world.cluster.node.place, address, "/metrics").ok()?;
+        (page.status == 200).then_some(())
+    });
 }
 
 #[test]

@@ -10,12 +10,14 @@ mod dumps;
 mod health;
 mod isolation;
 mod manifests;
+mod metrics;
 mod policies;
 mod privileges;
 mod real_api;
 mod reserved_ports;
 mod restarts;
 mod rollout;
+mod service_manager;
 mod traffic;
 mod upgrades;
 

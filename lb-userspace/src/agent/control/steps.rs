@@ -105,7 +105,7 @@ fn name(number: u8) -> NamespacedName {
     NamespacedName::new("default", format!("service-{number}"))
 }
 
-fn service(number: u8) -> Object {
+pub(super) fn service(number: u8) -> Object {
     Object::Service(Service {
         id: name(number),
         created: 0,
@@ -128,7 +128,7 @@ fn service(number: u8) -> Object {
 }
 
 /// The endpoints of a Service, by last octets.
-fn slice(number: u8, endpoints: &[u8]) -> Object {
+pub(super) fn slice(number: u8, endpoints: &[u8]) -> Object {
     let endpoints = endpoints.iter().map(|last| Endpoint {
         addr: [10, 244, number, *last].into(),
         node: None,

@@ -1,0 +1,115 @@
+//! What `/metrics` tells, as a whole.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use lb_common::names;
+use lb_tests::{
+    agent::Hooks,
+    openmetrics::{self, Samples},
+    topology::Family,
+    traffic::Protocol,
+    wait, web,
+    world::{Frontend, World},
+};
+
+/// Where metrics are.
+pub(crate) const METRICS: u16 = 10249;
+
+/// A page that a strict reader takes.
+fn scrape(world: &World) -> Samples {
+    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
+    let page = web::get(&world.cluster.node.place, server, "/metrics").expect("a page");
+    assert_eq!(page.status, 200, "{page:?}");
+    let kind = &page.headers["content-type"];
+    assert_eq!(
+        kind,
+        "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    );
+    openmetrics::parse(&page.body).unwrap_or_else(|error| panic!("{error}\n{}", page.body))
+}
+
+#[test]
+fn a_page_is_as_the_format_wants_it() {
+    let (mut world, _server) = crate::api::world(Hooks::ALL);
+    world.agent.start();
+    for family in Family::ALL {
+        for kind in [Frontend::ClusterIp, Frontend::NodePort] {
+            let request = world.request(kind, family, Protocol::Tcp);
+            let pod = &world.cluster.client.host;
+            for client in [pod, &pod.without_cgroup()] {
+                client.ask(&request).expect("an answer");
+            }
+        }
+    }
+    let samples = scrape(&world);
+    let value = |name: &str| {
+        let value = samples.get(name);
+        *value.unwrap_or_else(|| panic!("no {name} in {samples:#?}"))
+    };
+    for map in [
+        names::SERVICES4,
+        names::SERVICES6,
+        names::FLOWS4,
+        names::FLOWS6,
+        names::SOCKETS4,
+    ] {
+        let entries = value(&format!("klb_map_entries{{map={map:?}}}"));
+        let capacity = value(&format!("klb_map_capacity{{map={map:?}}}"));
+        assert!(entries > 0.0 && entries <= capacity, "{map}: {entries}");
+    }
+    for map in [names::YOUNG4, names::AFFINITY6, names::FRAGMENTS4] {
+        value(&format!("klb_map_entries{{map={map:?}}}"));
+    }
+    for hook in ["connect4", "connect6", "sendmsg4", "recvmsg6"] {
+        let name = format!("klb_attached_socket_hooks{{hook={hook:?}}}");
+        assert!(value(&name) > 0.0, "{hook}");
+    }
+    assert!(value("klb_events_dropped_total{}") >= 0.0);
+    assert!(value("kubeproxy_sync_full_proxy_rules_duration_seconds_count{}") > 0.0);
+    assert!(value("klb_api_lists_total{kind=\"Service\"}") > 0.0);
+}
+
+/// A line a change, and nothing for packets, in whichever format.
+#[test]
+fn logs_have_a_line_for_each_change_and_none_for_packets() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.flags.push("--log-format=json".to_owned());
+    let info = ("RUST_LOG".to_owned(), "info".to_owned());
+    world.agent.variables.push(info);
+    world.agent.spawn();
+    let ready = r#""message":"ready""#;
+    world.agent.await_log(ready, |line| line.contains(ready));
+    let lines = |world: &mut World| -> Vec<serde_json::Value> {
+        let text = world.agent.log().text();
+        let lines = text.lines().map(|line| {
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+        });
+        lines.collect()
+    };
+    let before = lines(&mut world);
+    for line in &before {
+        for field in ["timestamp", "level"] {
+            assert!(line[field].is_string(), "no {field}: {line}");
+        }
+    }
+    let request = world.any_request();
+    for _ in 0..50 {
+        world.cluster.client.host.ask(&request).expect("an answer");
+    }
+    world.put_endpoints(&[("pod-2", 6)]);
+    world.agent.await_services("one endpoint", |services| {
+        let mut frontends = services.iter().flat_map(|service| &service.frontends);
+        frontends.all(|frontend| frontend.backends.len() == 1)
+    });
+    let after = wait::until("a line of the change", Duration::from_secs(5), || {
+        let after = lines(&mut world);
+        (after.len() > before.len()).then_some(after)
+    });
+    let new = &after[before.len()..];
+    assert_eq!(new.len(), 1, "{new:#?}");
+    assert_eq!(new[0]["fields"]["message"], "written", "{new:?}");
+    assert_eq!(new[0]["fields"]["service"], "default/echo", "{new:?}");
+}
