@@ -25,6 +25,7 @@ pub mod manifests;
 pub mod netns;
 pub mod openmetrics;
 pub mod packet;
+pub mod private;
 pub mod process;
 pub mod program;
 pub mod proxy;

@@ -11,16 +11,14 @@ use lb_common::{
 use lb_tests::{
     agent::Hooks,
     packet::{Packet, flags, read},
+    private::{in_private_namespace, ip},
     program::{Backend, Datapath, NODE4, NODE6, TC_GO_ON, TC_REDIRECT, XDP_PASS, XDP_REDIRECT},
     topology::{Family, Host},
     traffic::Protocol,
     world::Frontend,
 };
 
-use crate::{
-    private::{in_private_namespace, ip},
-    two_nodes::{FAR, TwoNodes},
-};
+use crate::two_nodes::{FAR, TwoNodes};
 
 /// The addresses of one family and one protocol, by role.
 #[derive(Clone, Copy, Debug)]

@@ -19,7 +19,6 @@ mod orphans;
 mod pmtu;
 mod policies;
 mod ports;
-mod private;
 mod reveal;
 mod sctp;
 mod sockets;

@@ -7,11 +7,10 @@ use lb_common::{Hook, Reason};
 use lb_tests::{
     fragments,
     packet::{self, Packet},
+    private::{in_private_namespace, ip},
     program::{Backend, Datapath},
     wire::RawSocket,
 };
-
-use crate::private::{in_private_namespace, ip};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 

@@ -10,19 +10,23 @@ use std::{
 
 use lb_common::{
     Hook,
-    node::{CONFIG_LOOPBACK_NODE_PORTS, Config},
-    service::FRONTEND_REFUSE,
+    flow::{SCTP, UDP},
+    node::{CONFIG_BYPASS, CONFIG_LOOPBACK_NODE_PORTS, Config},
+    service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind},
 };
 use lb_tests::{
     cgroup::Cgroup,
+    fragments::cut,
+    icmp::{Message, echo, too_big},
     lookups::Counting,
-    packet::{Packet, flags},
+    packet::{Packet, chunk, flags},
+    private::{in_private_namespace, ip},
     program::{Backend, Datapath, MASQUERADE_PORTS, NODE4, NODE6},
     scope::Scope,
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{World, with_cluster_network, worlds};
+use crate::world::{World, sctp_worlds, with_cluster_network, worlds};
 
 const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
 
@@ -58,6 +62,12 @@ impl Observer {
         let config = with_cluster_network(self.datapath.config(), frontend.ip());
         self.datapath.configure(&config);
         self.datapath.put_address(frontend.ip(), FRONTEND_REFUSE);
+    }
+
+    /// Changes the settings.
+    fn configure(&mut self, change: impl FnOnce(Config) -> Config) {
+        let config = change(self.datapath.config());
+        self.datapath.configure(&config);
     }
 
     /// Sends a packet in without a look at it.
@@ -101,6 +111,9 @@ impl Observer {
 /// The sum, and the maps without their family.
 fn in_words(counts: &BTreeMap<&str, u64>) -> String {
     let mut text = counts.values().sum::<u64>().to_string();
+    if counts.is_empty() {
+        text += " | –";
+    }
     for (index, (name, count)) in counts.iter().enumerate() {
         let name = name.trim_end_matches(['4', '6']);
         let separator = if index == 0 { " |" } else { "," };
@@ -118,10 +131,24 @@ fn tcp(src: SocketAddr, dst: SocketAddr, flags: u8) -> Packet {
     Packet::tcp(src, dst, flags).numbers(1001, 5001)
 }
 
+/// As the page names it.
+const fn name(world: &World) -> &'static str {
+    match world.protocol {
+        UDP => "UDP",
+        SCTP => "SCTP",
+        _ => "TCP",
+    }
+}
+
 /// What is for somebody else.
 fn strangers(world: &World, observer: &mut Observer) {
     let (client, stranger) = (world.client, world.stranger);
-    if world.is_tcp() {
+    if world.protocol == SCTP {
+        for (what, kind) in [("first", chunk::INIT), ("later", chunk::DATA)] {
+            let packet = Packet::sctp(client, stranger, kind, 80);
+            observer.enters(&format!("no service: SCTP, {what} packet"), &packet);
+        }
+    } else if world.is_tcp() {
         observer.enters("no service: TCP, first packet", &world.first(stranger));
         let later = tcp(client, stranger, flags::ACK);
         observer.enters("no service: TCP, later packet", &later);
@@ -140,8 +167,7 @@ fn strangers(world: &World, observer: &mut Observer) {
     }
     let mut other_port = world.frontend;
     other_port.set_port(81);
-    let what = if world.is_tcp() { "TCP" } else { "UDP" };
-    let what = format!("{what}, another port of a ClusterIP");
+    let what = format!("{}, another port of a ClusterIP", name(world));
     observer.enters(&what, &world.first(other_port));
 }
 
@@ -153,16 +179,19 @@ fn flow(world: &World, observer: &mut Observer) {
         backend,
         ..
     } = *world;
-    let protocol = if world.is_tcp() { "TCP" } else { "UDP" };
+    let protocol = name(world);
     observer.enters(&format!("{protocol}, new flow"), &world.first(frontend));
     observer.leaves(&format!("{protocol}, first answer"), &world.answer(backend));
-    let (there, back) = if world.is_tcp() {
-        (
+    let (there, back) = match world.protocol {
+        UDP => (Packet::udp(client, frontend), Packet::udp(backend, client)),
+        SCTP => (
+            Packet::sctp(client, frontend, chunk::DATA, 80),
+            Packet::sctp(backend, client, chunk::DATA, Packet::SCTP_TAG),
+        ),
+        _ => (
             tcp(client, frontend, flags::ACK),
             Packet::tcp(backend, client, flags::ACK).numbers(5001, 1001),
-        )
-    } else {
-        (Packet::udp(client, frontend), Packet::udp(backend, client))
+        ),
     };
     // What they tell is news once, and once in a second.
     for _ in 0..2 {
@@ -173,7 +202,190 @@ fn flow(world: &World, observer: &mut Observer) {
     observer.leaves(&format!("{protocol}, answer"), &back);
     observer.datapath.age_flows(1);
     observer.enters(&format!("{protocol}, flow, once a second"), &there);
+    errors(world, observer, (&there, &back));
 }
+
+/// ICMP about a flow's packets and about those of others, by which errors and
+/// answers come.
+fn errors(world: &World, observer: &mut Observer, (there, back): (&Packet, &Packet)) {
+    let protocol = name(world);
+    let (client, frontend) = (world.client.ip(), world.frontend.ip());
+    let about = |frame: &[u8], to| {
+        let router = world.stranger.ip();
+        Message::about(frame, usize::MAX, router, to, too_big(router)).bytes()
+    };
+    let forwarded = observer.enter(there);
+    let error = about(&forwarded, client);
+    observer.note(&format!("ICMP about {protocol}"), Hook::TcEgress, &error);
+    let (answered, _) = observer.counting.run(Hook::TcEgress, &back.bytes());
+    let error = about(&answered, frontend);
+    let hook = observer.hook;
+    observer.note(&format!("ICMP about an answer of {protocol}"), hook, &error);
+    let direct = Packet::first(world.protocol, world.client, world.stranger);
+    let error = about(&direct.bytes(), client);
+    for hook in [hook, Hook::TcEgress] {
+        observer.note(&format!("no service: ICMP about {protocol}"), hook, &error);
+    }
+}
+
+/// Pings of an address of a Service, and of another.
+fn pings(world: &World, observer: &mut Observer) {
+    let ping = |dst| {
+        let [kind, _] = echo(dst);
+        Message {
+            src: world.client.ip(),
+            dst,
+            kind,
+            rest: 1,
+            payload: b"how are you".to_vec(),
+        }
+    };
+    let hook = observer.hook;
+    let stranger = ping(world.stranger.ip());
+    observer.note("no service: ping", hook, &stranger.bytes());
+    let frontend = world.frontend.ip();
+    observer
+        .datapath
+        .put_address(frontend, FRONTEND_REFUSE | FRONTEND_ECHO);
+    observer.note("ping", hook, &ping(frontend).bytes());
+    observer.datapath.put_address(frontend, FRONTEND_REFUSE);
+}
+
+/// Datagrams larger than a packet.
+fn fragments(world: &World, observer: &mut Observer) {
+    let large = |src, dst| Packet::udp(src, dst).payload(vec![7; 3000]);
+    let World {
+        client,
+        frontend,
+        backend,
+        stranger,
+        ..
+    } = *world;
+    let hook = observer.hook;
+    for (id, (what, hook, packet)) in (1..).zip([
+        ("no service: UDP", hook, large(client, stranger)),
+        ("no service: UDP", Hook::TcEgress, large(client, stranger)),
+        ("UDP, flow", hook, large(client, frontend)),
+        ("UDP, answer", Hook::TcEgress, large(backend, client)),
+    ]) {
+        let frames = cut(&packet, id, 1000);
+        observer.note(&format!("{what}, first fragment"), hook, &frames[0]);
+        observer.note(&format!("{what}, later fragment"), hook, &frames[1]);
+    }
+}
+
+/// What a Service asks for besides a backend.
+fn policies(world: &World, observer: &mut Observer) {
+    let (protocol, frontend) = (world.protocol, world.other_frontend);
+    let service = World { frontend, ..*world };
+    // Ports that the other hook's clients do not use.
+    let packet = |number| {
+        let port = 100 * (world.client.port() % 100) + number;
+        let client = SocketAddr::new(world.client.ip(), 45_000 + port);
+        Packet::first(protocol, client, frontend)
+    };
+    observer.serve(&service, true);
+    observer
+        .datapath
+        .change_frontend(protocol, frontend, |entry| entry.affinity = 60);
+    let what = name(world);
+    observer.enters(
+        &format!("{what}, new flow of a new client, affinity"),
+        &packet(0),
+    );
+    observer.enters(&format!("{what}, new flow, affinity"), &packet(1));
+    observer.serve(&service, true);
+    let mut number = 0;
+    observer
+        .datapath
+        .change_frontend(protocol, frontend, |entry| {
+            entry.kind = FrontendKind::LoadBalancer as u8;
+            entry.flags = FRONTEND_SOURCE_RANGES;
+            number = entry.service;
+        });
+    observer.enters(&format!("{what}, not in the source ranges"), &packet(2));
+    observer.datapath.allow(number, world.client.ip(), 8);
+    observer.enters(&format!("{what}, new flow, source ranges"), &packet(3));
+}
+
+/// A router whose neighbours are known.
+fn make_a_router() {
+    ip("link add out0 type veth peer name out0-peer");
+    ip("link set out0-peer up");
+    ip("link set out0 up");
+    for neighbour in [
+        "10.244.0.5",
+        "10.244.0.6",
+        "fd00:10:244::5",
+        "fd00:10:244::6",
+        "192.168.50.2",
+        "fd00:50::2",
+    ] {
+        ip(&format!("route add {neighbour} dev out0"));
+        ip(&format!(
+            "neigh add {neighbour} lladdr 02:00:00:00:02:02 dev out0 nud permanent"
+        ));
+    }
+    for family in ["ipv4", "ipv6"] {
+        let path = format!("/proc/sys/net/{family}/conf/all/forwarding");
+        std::fs::write(path, "1").expect("a sysctl of this namespace");
+    }
+}
+
+/// With `--routing bypass`, in a router: past the stack, to a backend here and,
+/// at XDP, to one elsewhere.
+fn bypassed(observer: &mut Observer, is_v4: bool) -> Table {
+    observer.configure(|config| Config {
+        flags: CONFIG_BYPASS,
+        ..config
+    });
+    let world = worlds()
+        .into_iter()
+        .find(|world| world.client.is_ipv4() == is_v4);
+    let mut world = world.expect("TCP first");
+    world.client.set_port(46_000);
+    // To a backend here by TC: its device is not one that XDP sends to.
+    observer.hook = Hook::TcIngress;
+    observer.serve(&world, true);
+    observer.enters("TCP, new flow, bypass", &world.first(world.frontend));
+    for (kind, seq) in ANSWERS {
+        observer.leave(&Packet::tcp(world.backend, world.client, kind).numbers(seq, 1001));
+        observer.enter(&tcp(world.client, world.frontend, flags::ACK));
+    }
+    observer.enters(
+        "TCP, flow, bypass",
+        &tcp(world.client, world.frontend, flags::ACK),
+    );
+    // To one elsewhere and back by XDP.
+    observer.hook = Hook::Xdp;
+    let remote = World {
+        frontend: world.other_frontend,
+        backend: world.other_backend,
+        ..world
+    };
+    observer.serve(&remote, false);
+    let what = "TCP, new flow, masqueraded, bypass";
+    let first = observer.enters(what, &remote.first(remote.frontend));
+    let source = lb_tests::packet::read(&first).src;
+    for (kind, seq) in ANSWERS {
+        observer.enter(&Packet::tcp(remote.backend, source, kind).numbers(seq, 1001));
+        observer.enter(&tcp(remote.client, remote.frontend, flags::ACK));
+    }
+    let there = tcp(remote.client, remote.frontend, flags::ACK);
+    observer.enters("TCP, masqueraded, bypass", &there);
+    let back = Packet::tcp(remote.backend, source, flags::ACK).numbers(5001, 1001);
+    observer.enters("TCP, answer to the node, bypass", &back);
+    observer.configure(|config| Config { flags: 0, ..config });
+    mem::take(&mut observer.table)
+}
+
+/// What a backend sends, flags and sequence numbers, until all is told that can
+/// be.
+const ANSWERS: [(u8, u32); 3] = [
+    (flags::SYN | flags::ACK, 5000),
+    (flags::ACK, 5001),
+    (flags::ACK, 5001),
+];
 
 /// There and back with a source of the node.
 fn masqueraded(world: &World, observer: &mut Observer) {
@@ -187,11 +399,7 @@ fn masqueraded(world: &World, observer: &mut Observer) {
     let (sent, _) = observer.counting.run(Hook::TcEgress, &first);
     let source = lb_tests::packet::read(&sent).src;
     let back = |to, kind, seq| Packet::tcp(backend, to, kind).numbers(seq, 1001);
-    for (kind, seq) in [
-        (flags::SYN | flags::ACK, 5000),
-        (flags::ACK, 5001),
-        (flags::ACK, 5001),
-    ] {
+    for (kind, seq) in ANSWERS {
         observer.enter(&back(source, kind, seq));
         observer.leave(&back(client, kind, seq));
         let entered = observer.enter(&tcp(client, frontend, flags::ACK));
@@ -233,18 +441,25 @@ fn connections(world: &World, observer: &mut Observer) {
 
 /// Everything, in one family.
 fn observe(observer: &mut Observer, is_v4: bool) -> Table {
-    for mut world in worlds() {
+    for mut world in worlds().into_iter().chain(sctp_worlds()) {
         if world.client.is_ipv4() != is_v4 {
             continue;
         }
-        observer.serve(&world, true);
         for (hook, port) in [(Hook::TcIngress, 40000), (Hook::Xdp, 40001)] {
             observer.hook = hook;
+            observer.serve(&world, true);
             world.client.set_port(port);
             strangers(&world, observer);
             flow(&world, observer);
+            if world.protocol == UDP {
+                fragments(&world, observer);
+                pings(&world, observer);
+            }
+            if world.is_tcp() {
+                policies(&world, observer);
+            }
         }
-        if !world.is_tcp() {
+        if world.protocol == UDP {
             connections(&world, observer);
         }
         if world.is_tcp() {
@@ -263,21 +478,33 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
 
 #[test]
 fn packets_cost_the_lookups_that_the_page_says() {
-    let mut observer = Observer::new();
-    let table = observe(&mut observer, true);
-    let other = observe(&mut observer, false);
-    assert_eq!(table, other, "both families cost the same");
-    for ((packet, hook), cell) in &table {
+    in_private_namespace(|| {
+        let mut observer = Observer::new();
+        let mut tables = [true, false].map(|is_v4| observe(&mut observer, is_v4));
+        make_a_router();
+        for (table, is_v4) in tables.iter_mut().zip([true, false]) {
+            table.extend(bypassed(&mut observer, is_v4));
+        }
+        let [table, other] = tables;
+        assert_eq!(table, other, "both families cost the same");
+        compare(&table);
+    });
+}
+
+/// With the page, and with what the design allows.
+fn compare(table: &Table) {
+    for ((packet, hook), cell) in table {
         let cost: Option<u32> = cell.split(' ').next().and_then(|sum| sum.parse().ok());
         let limit = match packet.as_str() {
             "connect(), no service" => 1,
+            packet if packet.ends_with("fragment") => continue,
             packet if packet.starts_with("no service") => 2,
             _ => continue,
         };
         assert!(cost <= Some(limit), "{packet}, {hook}: {cell}");
     }
     let mut rows = String::from("| packet | hook | lookups | in |\n|---|---|---|---|\n");
-    for ((packet, hook), cell) in &table {
+    for ((packet, hook), cell) in table {
         writeln!(rows, "| {packet} | {hook} | {cell} |").expect("a string grows");
     }
     assert!(PAGE.contains(&rows), "the page should say:\n{rows}");

@@ -6,7 +6,10 @@ use nix::sched::{CloneFlags, unshare};
 
 /// Runs `body` in a network namespace without a name, which goes away with the
 /// thread that it lives in.
-pub(crate) fn in_private_namespace(body: impl FnOnce() + Send + 'static) {
+///
+/// # Panics
+/// As `body` does, or if there can be none.
+pub fn in_private_namespace(body: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
         body();
@@ -17,7 +20,10 @@ pub(crate) fn in_private_namespace(body: impl FnOnce() + Send + 'static) {
 }
 
 /// Runs `ip` there.
-pub(crate) fn ip(arguments: &str) {
+///
+/// # Panics
+/// If it fails.
+pub fn ip(arguments: &str) {
     let status = Command::new("ip")
         .args(arguments.split_whitespace())
         .status()
