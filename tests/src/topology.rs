@@ -371,6 +371,12 @@ impl Cluster {
         self.builder().plug_uplink(&self.node, &self.outside);
     }
 
+    /// Gives the uplink its addresses, and the host outside its routes, on the
+    /// devices that have the names of the two ends now.
+    pub fn address_uplink(&self) {
+        Builder::address_uplink(&self.node, &self.outside);
+    }
+
     /// Removes a pod as a kubelet does: processes, then namespace and device.
     ///
     /// # Panics
@@ -430,16 +436,21 @@ impl Builder<'_> {
     }
 
     fn plug_uplink(&self, node: &Host, outside: &Host) {
-        let netns = outside.place.netns();
+        node.place.netns().ip(&format!(
+            "link add {UPLINK} type veth peer name eth0 netns {}\n",
+            outside.place.netns().name(),
+        ));
+        Self::address_uplink(node, outside);
+        self.set_offloads(node, UPLINK, outside);
+    }
+
+    fn address_uplink(node: &Host, outside: &Host) {
         let (here, there) = (Addresses::NODE, Addresses::OUTSIDE);
         node.place.netns().ip(&format!(
-            "link add {UPLINK} type veth peer name eth0 netns {}\n\
-             addr add {}/24 dev {UPLINK}\n\
+            "addr add {}/24 dev {UPLINK}\n\
              addr add {}/64 dev {UPLINK} nodad\n\
              link set {UPLINK} up\n",
-            netns.name(),
-            here.v4,
-            here.v6,
+            here.v4, here.v6,
         ));
         let mut commands = format!(
             "addr add {}/24 dev eth0\n\
@@ -455,8 +466,7 @@ impl Builder<'_> {
         ] {
             writeln!(commands, "route add {network} via {via}").expect("a string grows");
         }
-        netns.ip(&commands);
-        self.set_offloads(node, UPLINK, outside);
+        outside.place.netns().ip(&commands);
     }
 
     /// Connects a second node with the host outside, and has that forward.

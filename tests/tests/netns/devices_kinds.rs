@@ -11,9 +11,9 @@ use lb_tests::{
     world::{ENDPOINTS_FILE, Frontend, World},
 };
 
-const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
+pub(crate) const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 
-fn ask(host: &Host, request: &Request) -> Answer {
+pub(crate) fn ask(host: &Host, request: &Request) -> Answer {
     let answer = host.ask(request);
     answer.unwrap_or_else(|failure| panic!("{}: {failure}", request.to))
 }
@@ -109,7 +109,7 @@ fn join_by_vxlan(world: &World) -> Process {
 
 /// Starts a server in the host outside and makes it the only endpoint, on
 /// another node.
-fn serve_outside(world: &World, [v4, v6]: [&str; 2]) -> Process {
+pub(crate) fn serve_outside(world: &World, [v4, v6]: [&str; 2]) -> Process {
     let outside = &world.cluster.outside.place;
     let mut server = Helper::new(crate::helper()).serve(outside, "remote");
     await_server(&mut server);

@@ -11,6 +11,8 @@ mod devices_addresses;
 mod devices_frames;
 mod devices_kinds;
 mod kernels;
+mod kernels_devices;
+mod kernels_sctp;
 mod kit;
 mod lifecycle;
 mod masquerade;

@@ -13,7 +13,7 @@ use super::modules;
 use crate::process;
 
 /// What is a module in Debian's kernels and that a test may need.
-const MODULES: [&str; 3] = ["veth", "sch_ingress", "cls_bpf"];
+const MODULES: [&str; 6] = ["veth", "sch_ingress", "cls_bpf", "8021q", "bonding", "sctp"];
 
 /// An unpacked kernel.
 pub(super) struct Image {

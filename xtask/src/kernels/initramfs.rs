@@ -84,7 +84,7 @@ fn init<'a>(modules: impl Iterator<Item = &'a str>) -> String {
          export RUST_BACKTRACE=1\n\
          KLB_BPF_OBJECT=/klb.bpf.o /packet --test-threads=1\n\
          packet=$?\n\
-         KLB_BIN=/klb KLB_TRAFFIC=/klb-traffic /netns --test-threads=1 kernels::\n\
+         KLB_BIN=/klb KLB_TRAFFIC=/klb-traffic /netns --test-threads=1 kernels\n\
          netns=$?\n\
          echo \"{MARKER} $((packet | netns))\"\n\
          poweroff -f\n"

@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result};
 use super::{image::Image, initramfs::MARKER};
 use crate::{process, tally::Tally};
 
-/// For a boot and all tests without hardware support, which take about a minute.
-const LIMIT: Duration = Duration::from_secs(420);
+/// For a boot and all tests without hardware support, which take about two minutes.
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// A machine that can be started.
 pub(super) struct Machine {
