@@ -68,15 +68,22 @@ fn terminate_here(is_meant: impl Fn(&Orphan) -> bool) -> io::Result<usize> {
     Ok(ended)
 }
 
-/// Whether the kernel can end UDP sockets (`CONFIG_INET_DIAG_DESTROY`), found by
-/// ending one of our own; `None` if that could not be tried.
+/// Whether the kernel can end UDP sockets (`CONFIG_INET_DIAG_DESTROY`, and the
+/// module `udp_diag`), found by ending one of our own; `None` if that could not
+/// be tried.
 pub fn is_possible() -> Option<bool> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
     let addr = socket.local_addr().ok()?;
     // To itself, so that nobody else hears of it.
     socket.connect(addr).ok()?;
     let netlink = Netlink::of_protocol(NETLINK_SOCK_DIAG).ok()?;
-    let mut sockets = connected(&netlink).ok()?.into_iter();
+    let sockets = match connected(&netlink) {
+        Ok(sockets) => sockets,
+        // Nor can it list them, without the module for that.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Some(false),
+        Err(_) => return None,
+    };
+    let mut sockets = sockets.into_iter();
     let ours = sockets.find(|socket| socket.as_orphan().backend == addr);
     Some(ours.is_some_and(|socket| destroy(&netlink, &socket).is_ok()))
 }

@@ -227,7 +227,7 @@ fn limits(status: &Status, uses_sctp: bool) -> Vec<&'static str> {
         ),
         (
             sockets_are_served && status.kernel.features.sock_destroy == Some(false),
-            "this kernel cannot end sockets (CONFIG_INET_DIAG_DESTROY): \
+            "this kernel cannot end sockets (CONFIG_INET_DIAG_DESTROY, module udp_diag): \
              a process with a connected UDP socket stays with a backend that has gone",
         ),
         (

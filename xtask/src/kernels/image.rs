@@ -13,7 +13,15 @@ use super::modules;
 use crate::process;
 
 /// What is a module in Debian's kernels and that a test may need.
-const MODULES: [&str; 6] = ["veth", "sch_ingress", "cls_bpf", "8021q", "bonding", "sctp"];
+const MODULES: [&str; 7] = [
+    "veth",
+    "sch_ingress",
+    "cls_bpf",
+    "8021q",
+    "bonding",
+    "sctp",
+    "udp_diag",
+];
 
 /// An unpacked kernel.
 pub(super) struct Image {
