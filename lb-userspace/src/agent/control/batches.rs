@@ -27,7 +27,7 @@ async fn writes(news: impl IntoIterator<Item = u64>) -> Vec<u64> {
         metrics: ControlMetrics::register(&mut Registry::default()),
         addresses,
         opted_out: watch::channel(None).0,
-        ended: Arc::default(),
+        orphans: Arc::default(),
         synced,
         health: Reporter::default(),
         events: Events::default(),
