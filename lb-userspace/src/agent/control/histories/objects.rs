@@ -17,8 +17,8 @@ pub(super) fn zone_name(number: u8) -> String {
 
 /// An address of each of the families, by first three octets and last one; a bit
 /// for IPv4 and one for IPv6.
-fn both(first: &[u8; 3], last: u8, families: u8) -> Vec<IpAddr> {
-    let [a, b, c] = *first;
+fn both(first: [u8; 3], last: u8, families: u8) -> Vec<IpAddr> {
+    let [a, b, c] = first;
     let v4 = IpAddr::from([a, b, c, last]);
     let segments = [0xfd00, a.into(), b.into(), c.into(), 0, 0, 0, last.into()];
     let addresses = [v4, IpAddr::from(segments)].into_iter();
@@ -59,10 +59,10 @@ pub(super) fn services() -> impl Strategy<Value = Service> {
             )| Service {
                 id: name(number),
                 created,
-                cluster_ips: both(&[10, 96, 0], address, families),
+                cluster_ips: both([10, 96, 0], address, families),
                 external_ips: Vec::new(),
                 load_balancer_ips: if balanced {
-                    both(&[203, 0, 113], address, 0b11)
+                    both([203, 0, 113], address, 0b11)
                 } else {
                     Vec::new()
                 },
@@ -120,7 +120,7 @@ pub(super) fn slices() -> impl Strategy<Value = EndpointSlice> {
         endpoints: endpoints
             .into_iter()
             .map(|(last, local, health, zone)| Endpoint {
-                addr: both(&[10, 244, 0], last, 0b11)[usize::from(is_v6)],
+                addr: both([10, 244, 0], last, 0b11)[usize::from(is_v6)],
                 node: Some(if local { NODE } else { "there" }.into()),
                 ready: health > 2,
                 serving: health > 0,
