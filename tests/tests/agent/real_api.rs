@@ -11,15 +11,17 @@ use std::{
 use k8s_openapi::api::{
     core::v1::{Namespace, Service},
     discovery::v1::EndpointSlice,
+    events::v1::Event,
 };
 use kube::{
     Api, Client, Config,
-    api::{DeleteParams, PostParams},
+    api::{DeleteParams, ListParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use lb_tests::{
     agent::Hooks,
     apiserver::ApiServer,
+    manifests::NODE,
     proxy::Proxy,
     topology::{Addresses, Family},
     traffic::{Protocol, Request},
@@ -78,8 +80,39 @@ impl Own {
     }
 }
 
+/// What the agent told of a node that is in no cluster, in the namespace where
+/// everybody's nodes are told of.
+const NODE_EVENTS: &str = "default";
+
+impl Own {
+    /// Removes the Events of the agent about its node.
+    fn remove_events(&self) {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), NODE_EVENTS);
+        let list = self.runtime.block_on(events.list(&ListParams::default()));
+        let list = match list {
+            Ok(list) => list,
+            Err(error) => return eprintln!("Events of {NODE} are left: {error}"),
+        };
+        for event in list {
+            let node = event.regarding.and_then(|object| object.name);
+            let name = event.metadata.name.unwrap_or_default();
+            if node.as_deref() != Some(NODE) || event.reporting_controller.as_deref() != Some("klb")
+            {
+                continue;
+            }
+            let deleted = self
+                .runtime
+                .block_on(events.delete(&name, &DeleteParams::default()));
+            if let Err(error) = deleted {
+                eprintln!("Event {name} is left: {error}");
+            }
+        }
+    }
+}
+
 impl Drop for Own {
     fn drop(&mut self) {
+        self.remove_events();
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         let params = DeleteParams::default();
         let deleted = self
@@ -208,22 +241,38 @@ fn follows(kubeconfig: &Path) {
     assert_eq!(answer.name, PODS[0].0);
     own.create(&own.slices(), slice("web-2", PODS[1].1));
     leads_to(&world, &[PODS[0].1, PODS[1].1]);
+    // What happens while there is no agent is made up for by the next one.
+    world.agent.kill();
     let deleted = own
         .runtime
         .block_on(own.slices().delete("web-1", &DeleteParams::default()));
     deleted.expect("it is there");
+    world.agent.start();
     leads_to(&world, &[PODS[1].1]);
     let deleted = own
         .runtime
         .block_on(own.services().delete("web", &DeleteParams::default()));
     deleted.expect("it is there");
     leads_to(&world, &[]);
+    // Here and elsewhere, for clients that are led to nobody elsewhere.
+    let mut local = service();
+    local["metadata"]["name"] = json!("local");
+    local["spec"]["internalTrafficPolicy"] = json!("Local");
+    local["spec"]["clusterIP"] = json!(ip.to_string());
+    own.create(&own.services(), local);
+    for (number, node) in [NODE, "elsewhere"].into_iter().enumerate() {
+        let mut slice = slice(&format!("local-{node}"), PODS[number].1);
+        slice["metadata"]["labels"]["kubernetes.io/service-name"] = json!("local");
+        slice["endpoints"][0]["nodeName"] = json!(node);
+        own.create(&own.slices(), slice);
+    }
+    leads_to(&world, &[PODS[0].1]);
 }
 
 #[test]
 fn follows_a_real_server() {
     let Some(kubeconfig) = env::var_os("KLB_TEST_KUBECONFIG") else {
-        eprintln!("skipped: KLB_TEST_KUBECONFIG names no cluster");
+        // `cargo xtask test` says so.
         return;
     };
     follows(Path::new(&kubeconfig));
