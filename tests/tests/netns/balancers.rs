@@ -119,11 +119,7 @@ fn ranges(hosts: Addresses) -> String {
 
 #[test]
 fn source_ranges_hold_for_clients_outside_and_for_pods() {
-    for (hooks, hook) in [
-        (Hooks::TC, Hook::TcIngress),
-        (Hooks::CLSACT, Hook::TcIngress),
-        (Hooks::XDP, Hook::Xdp),
-    ] {
+    for (hooks, hook) in [(Hooks::TC, Hook::TcIngress), (Hooks::XDP, Hook::Xdp)] {
         let cluster_wide = ranges(Addresses::OUTSIDE);
         let mut world = stopped_world(hooks, &cluster_wide, "");
         world.agent.start();

@@ -18,7 +18,7 @@ const LARGEST: usize = 60_000;
 /// sees the node.
 #[test]
 fn large_datagrams_arrive_whole_both_ways() {
-    for hooks in [Hooks::TC, Hooks::CLSACT, Hooks::XDP, Hooks::ALL] {
+    for hooks in [Hooks::TC, Hooks::XDP, Hooks::ALL] {
         let world = crate::world(hooks);
         let pod = world.cluster.client.host.without_cgroup();
         let outside = &world.cluster.outside;

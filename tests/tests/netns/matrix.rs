@@ -30,7 +30,7 @@ const ATTEMPTS: u32 = 22;
 const ROUNDS: usize = 3;
 
 /// How long nothing must be heard where the page says *silence*.
-const SILENCE: Duration = Duration::from_millis(300);
+const SILENCE: Duration = Duration::from_millis(200);
 
 /// A line of one of the page's tables.
 #[derive(Debug)]
