@@ -100,7 +100,7 @@ fn store<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) -> Result<(
 }
 
 /// The first fragment of a packet has come: sends a carrier for each that waits
-/// for it.
+/// for it. They were put into the first places that were free.
 #[inline(never)]
 pub fn send_carriers<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>, id: u32) {
     let mut key = EarlyKey {
@@ -110,10 +110,11 @@ pub fn send_carriers<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>, i
     for place in 0..EARLY_PLACES {
         key.place = place;
         // SAFETY: only its being there is of interest.
-        if unsafe { F::earlies().get(&key) }.is_some() {
-            // A fragment without a carrier is lost, as any fragment may be.
-            let _ = packet.send_carrier();
+        if unsafe { F::earlies().get(&key) }.is_none() {
+            break;
         }
+        // A fragment without a carrier is lost, as any fragment may be.
+        let _ = packet.send_carrier();
     }
 }
 

@@ -55,10 +55,11 @@ fn exchange(listener: &Socket, client: &Host, to: SocketAddr) -> IpAddr {
     peer.as_socket().expect("an address").ip()
 }
 
+/// With checksums in the packets, and left to devices that never come.
 #[test]
 fn associations_of_real_stacks() {
-    for remote in [false, true] {
-        let world = crate::world(Hooks::ALL);
+    for (offloads, remote) in [(false, false), (false, true), (true, false), (true, true)] {
+        let world = crate::world_with_offloads(Hooks::TC, offloads);
         let pod = &world.cluster.pod(POD.0).host;
         let listeners = Family::ALL.map(|family| socket(pod, family, 3000));
         let [Ok(v4), Ok(v6)] = listeners else {
@@ -70,7 +71,7 @@ fn associations_of_real_stacks() {
         }
         put(&world, &[POD], if remote { "node-2" } else { NODE });
         await_backends(&world, 1);
-        println!("remote: {remote}");
+        println!("offloads: {offloads}, remote: {remote}");
         exchange_all(&world, [&v4, &v6], remote);
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use lb_common::{
     Hook,
     flow::{SCTP, UDP},
-    node::{CONFIG_BYPASS, CONFIG_LOOPBACK_NODE_PORTS, Config},
+    node::{CONFIG_BYPASS, CONFIG_LOOPBACK_NODE_PORTS, Config, DEVICE_XDP, Device},
     service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind},
 };
 use lb_tests::{
@@ -356,7 +356,13 @@ fn bypassed(observer: &mut Observer, is_v4: bool) -> Table {
         "TCP, flow, bypass",
         &tcp(world.client, world.frontend, flags::ACK),
     );
-    // To one elsewhere and back by XDP.
+    // To one elsewhere and back by XDP, which can send by the device.
+    let index = nix::net::if_::if_nametoindex("out0").expect("the router's");
+    let device = Device {
+        flags: DEVICE_XDP,
+        ..Device::default()
+    };
+    observer.datapath.set_device(index, device);
     observer.hook = Hook::Xdp;
     let remote = World {
         frontend: world.other_frontend,
