@@ -169,6 +169,26 @@ fn an_uplink_that_is_a_vlan() {
     }
 }
 
+/// The device below sees them with their tag beside the frame, which would go with
+/// them to the pod.
+#[test]
+fn bypass_leaves_frames_of_a_vlan_to_its_device() {
+    let mut world = crate::stopped_world(Hooks::TC);
+    if !put_in_a_vlan(&world) {
+        return;
+    }
+    let flags = ["--uplink=below", "--routing=bypass"].map(str::to_owned);
+    world.agent.flags.extend(flags);
+    world.agent.start();
+    for family in Family::ALL {
+        for protocol in PROTOCOLS {
+            let request = world.request(Frontend::NodePort, family, protocol);
+            let answer = world.cluster.outside.await_answer(&request, FAILOVER);
+            answer.unwrap_or_else(|failure| panic!("{request:?}: {failure}"));
+        }
+    }
+}
+
 /// And goes on by the other link when one goes.
 #[test]
 fn an_uplink_that_is_a_bond() {
