@@ -54,6 +54,14 @@ pub struct ServiceEntry {
     pub parked: u16,
 }
 
+impl ServiceEntry {
+    /// Whether clients inside get other slots than those from outside.
+    #[inline(always)]
+    pub const fn has_two_windows(&self) -> bool {
+        self.first_slot != self.inner_first_slot || self.slot_count != self.inner_slot_count
+    }
+}
+
 /// The frontend is governed by a traffic policy `Local`.
 pub const FRONTEND_LOCAL_POLICY: u8 = 1 << 0;
 /// With no slot: drop without an answer (a policy `Local` with backends on

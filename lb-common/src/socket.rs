@@ -5,9 +5,9 @@ use crate::{addr::Port, service::BackendRef};
 /// One remote address as one socket sees it.
 ///
 /// With direction [`SOCKET_FORWARD`] the remote is the frontend that the
-/// process named, and the entry tells the backend that it was given; this is
-/// what keeps a UDP socket with its backend from datagram to datagram. With
-/// [`SOCKET_REVERSE`] the remote is the backend, and the entry tells which
+/// process named in a datagram, and the entry tells the backend that it was
+/// given; this is what keeps a UDP socket with its backend from datagram to
+/// datagram. (One that is connected knows by itself.) With [`SOCKET_REVERSE`] the remote is the backend, and the entry tells which
 /// frontend to show for it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -3,7 +3,7 @@
 
 use lb_common::{
     Address as _, Port, Reason,
-    flow::is_for_ingress,
+    flow::{FLOW_MASQUERADED, is_for_ingress},
     node::CONFIG_BYPASS,
     reason::Effect,
     service::{FRONTEND_REFUSE, ServiceEntry, ServiceKey},
@@ -84,7 +84,7 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Outcome {
     if is_of_flow(reason) && config::has(CONFIG_BYPASS) {
         return past_the_stack::<P, F>(packet, reason);
     }
-    Outcome::of(reason)
+    Outcome::of(counted(reason))
 }
 
 /// A packet of a flow, with `--routing bypass`.
@@ -93,15 +93,36 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
     let Some(reason) = blur::<F>(reason) else {
         return Outcome::of(reason);
     };
-    let mut outcome = Outcome::of(reason);
+    let mut outcome = Outcome::of(counted(reason));
     if route::look_up::<P, F>(packet) && route::count_hop::<P, F>(packet) {
-        if P::LEAVES_RARE_TO_TC {
-            // No egress hook comes behind XDP, so its work is done here.
-            go_out::<P, F>(packet);
+        let to_pod = route::is_last_hook::<P, F>(packet);
+        // No egress hook comes behind XDP, nor on the way into a pod, so its
+        // work is done here.
+        if (P::LEAVES_RARE_TO_TC || to_pod)
+            && is_translated_again(reason)
+            && go_out::<P, F>(packet) == Reason::RewriteFailed
+        {
+            return Outcome::of(Reason::RewriteFailed);
         }
-        outcome.way = route::send::<P, F>(packet, reason);
+        outcome.way = route::send::<P, F>(packet, to_pod);
     }
     outcome
+}
+
+/// The reason to count for one that [`go_on`] gives.
+#[inline(always)]
+const fn counted(reason: Reason) -> Reason {
+    match reason {
+        Reason::Masqueraded => Reason::Forward,
+        reason => reason,
+    }
+}
+
+/// Whether an egress hook has something to do with a packet for which [`go_on`]
+/// or [`begin`] gave this reason.
+#[inline(always)]
+const fn is_translated_again(reason: Reason) -> bool {
+    !matches!(reason, Reason::NewFlow | Reason::Forward)
 }
 
 /// The same reason, as a number that the verifier does not know: else it walks
@@ -127,6 +148,7 @@ const fn is_of_flow(reason: Reason) -> bool {
         Reason::NewFlow
             | Reason::NewMasqueradedFlow
             | Reason::Forward
+            | Reason::Masqueraded
             | Reason::Unmasqueraded
             | Reason::TransitReply
     )
@@ -164,23 +186,17 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         }
         fragment::send_carriers::<P, F>(packet, &parsed.tuple, parsed.id);
     }
-    // What is no business of klb's costs two lookups. So the flow of a datagram
-    // or a SYN is only looked up if they are for a frontend, and that of others
-    // first.
+    // What is no business of klb's costs two lookups at most. So the flow of what
+    // may open one is only looked up if it is for a frontend, and that of all
+    // others first.
     let mut service = None;
-    let mut flow = None;
-    if parsed.is_connection() {
-        flow = flow::find_confirmed::<F>(&parsed.tuple);
-    }
-    if flow.is_none() {
-        if parsed.may_open() {
-            service = service_of::<F>(&parsed);
-            if service.is_none() {
-                return Some(without_frontend::<P, F>(packet, &parsed));
-            }
+    if parsed.may_open() {
+        service = service_of::<F>(&parsed);
+        if service.is_none() {
+            return Some(without_frontend::<P, F>(packet, &parsed));
         }
-        flow = flow::find_young::<F>(&parsed.tuple);
     }
+    let flow = flow::find::<F>(&parsed);
     let now = clock::seconds();
     if let Some(flow) = flow {
         if !is_for_ingress(flow.entry().direction) {
@@ -193,11 +209,8 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         }
         flow::remove::<F>(&parsed.tuple);
     }
-    if !parsed.may_open() {
+    let Some(service) = service else {
         return Some(Reason::NoFlow);
-    }
-    let Some(service) = service.or_else(|| service_of::<F>(&parsed)) else {
-        return Some(Reason::NotService);
     };
     if must_leave_to_tc::<P, F>(packet, &parsed) {
         return Some(Reason::UnfinishedChecksum);
@@ -209,7 +222,9 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
     None
 }
 
-/// A packet of a flow that goes on.
+/// A packet of a flow that goes on. [`Reason::Masqueraded`], which is
+/// [`counted`] as another, says that only half of it is done: the client's
+/// packet is to be masqueraded where it goes out.
 #[inline(always)]
 fn follow<P: Packet, F: Family>(
     packet: &P,
@@ -221,7 +236,12 @@ fn follow<P: Packet, F: Family>(
         return Reason::UnfinishedChecksum;
     }
     flow.advance(parsed, now, packet.edge());
-    rewrite::translate::<P, F>(packet, parsed, flow.get(), flow.reason())
+    let reason = if is_half_done::<P, F>(flow) {
+        Reason::Masqueraded
+    } else {
+        flow.reason()
+    };
+    rewrite::translate::<P, F>(packet, parsed, flow.get(), reason)
 }
 
 /// The packet that is in [`opening`] opens a flow.
@@ -237,10 +257,26 @@ fn begin<P: Packet, F: Family>(packet: &P) -> Reason {
     ) {
         return reason;
     }
-    match flow::find_young::<F>(&work.parsed.tuple) {
-        Some(flow) => rewrite::translate::<P, F>(packet, &work.parsed, flow.get(), reason),
-        None => Reason::FlowTableFull,
+    if reason == Reason::NewFlow {
+        return rewrite::translate::<P, F>(packet, &work.parsed, &work.entry, reason);
     }
+    // Of two flows the second one is in `work`; or it has been opened elsewhere.
+    let Some(flow) = flow::find_young::<F>(&work.parsed.tuple) else {
+        return Reason::FlowTableFull;
+    };
+    let reason = if reason == Reason::Forward && is_half_done::<P, F>(&flow) {
+        Reason::Masqueraded
+    } else {
+        reason
+    };
+    rewrite::translate::<P, F>(packet, &work.parsed, flow.get(), reason)
+}
+
+/// Whether a client's packet of this flow is to be masqueraded by this hook too,
+/// when it goes out.
+#[inline(always)]
+fn is_half_done<P: Packet, F: Family>(flow: &Flow<F>) -> bool {
+    P::LEAVES_RARE_TO_TC && flow.entry().flags & FLOW_MASQUERADED != 0
 }
 
 /// A datagram or a SYN that is for no frontend.

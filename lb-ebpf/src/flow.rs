@@ -17,8 +17,8 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
     Reason,
     flow::{
-        EDGE_XDP, FLOW_MASQUERADED, FORWARD, FlowEntry, MASQUERADE, REPLY, Tuple, is_confirmed,
-        is_from_client, seen,
+        EDGE_XDP, FLOW_ALSO_YOUNG, FLOW_MASQUERADED, FORWARD, FlowEntry, MASQUERADE, REPLY, Tuple,
+        is_confirmed, is_from_client, seen,
     },
 };
 
@@ -160,7 +160,9 @@ impl<F: Family> Flow<F> {
             return;
         }
         if !self.young {
-            leave_young(&parsed.tuple, self);
+            if entry.flags & FLOW_ALSO_YOUNG != 0 {
+                leave_young(&parsed.tuple, self);
+            }
         } else if is_confirmed(seen, entry.seen_peer) {
             confirm(&parsed.tuple, self);
         }
@@ -221,6 +223,11 @@ fn confirm<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     if !peer.entry().mirrors(tuple) {
         return;
     }
+    // SAFETY: see the head of this file. Among the young, nobody looks at it.
+    unsafe {
+        (*peer.entry).flags |= FLOW_ALSO_YOUNG;
+        (*flow.entry).flags |= FLOW_ALSO_YOUNG;
+    }
     // A failure leaves the connection young, as it was.
     let is_there = F::flows().insert(&peer_key, peer.get(), u64::from(BPF_ANY));
     if is_there.is_ok() {
@@ -234,6 +241,8 @@ fn confirm<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
 fn leave_young<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let _ = F::young().remove(&flow.entry().peer_key(tuple.protocol));
     let _ = F::young().remove(tuple);
+    // SAFETY: see the head of this file.
+    unsafe { (*flow.entry).flags &= !FLOW_ALSO_YOUNG };
 }
 
 /// Removes all entries of the flow that has `tuple` in one direction.

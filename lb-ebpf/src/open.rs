@@ -5,7 +5,7 @@ use core::ptr;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup};
 use lb_common::{
     Address, Port, Reason,
-    flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple},
+    flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple, UDP},
     node::{CONFIG_BYPASS, DEVICE_POD, Device},
     service::{
         AffinityKey, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES, FrontendKind,
@@ -47,8 +47,6 @@ pub struct Opening<A> {
     /// Where the packet comes in.
     pub ifindex: u32,
     pub edge: u32,
-    /// A pod is behind the device.
-    inside: bool,
     /// The flow that is being written: its client's direction and the other.
     pub key: Tuple<A>,
     pub entry: FlowEntry<A>,
@@ -81,6 +79,12 @@ impl<A: Address> Opening<A> {
         self.ifindex = packet.ifindex();
         self.edge = packet.edge();
     }
+
+    /// Whether a pod is behind the device.
+    #[inline(always)]
+    fn is_inside(&self) -> bool {
+        device(self.ifindex).is_some_and(|device| device.flags & DEVICE_POD != 0)
+    }
 }
 
 /// This CPU's [`Opening`].
@@ -103,14 +107,15 @@ pub fn opening<F: Family>() -> Option<&'static mut Opening<F::Addr>> {
 /// entry already.
 #[inline(always)]
 pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Reason {
-    work.inside = device(work.ifindex).is_some_and(|device| device.flags & DEVICE_POD != 0);
     begin_entry(work);
     if work.service.flags & FRONTEND_SOURCE_RANGES != 0
         && !F::is_in_source_ranges(work.service.service, &work.parsed.tuple.src)
     {
         return Reason::SourceRange;
     }
-    let reason = match Window::of(&work.service, work.inside) {
+    // Mostly it is the same for all.
+    let is_inside = work.service.has_two_windows() && work.is_inside();
+    let reason = match Window::of(&work.service, is_inside) {
         Ok(window) => open_within::<P, F>(window, work),
         Err(reason) => reason,
     };
@@ -241,7 +246,7 @@ fn must_masquerade<A: Address>(work: &Opening<A>, slot: &Slot<A>) -> bool {
     }
     let keeps_source = work.service.kind == FrontendKind::ClusterIp as u8
         || work.service.flags & FRONTEND_LOCAL_POLICY != 0;
-    !(work.inside && keeps_source)
+    !(keeps_source && work.is_inside())
 }
 
 /// What an entry says whatever its backend is.
@@ -268,6 +273,27 @@ fn begin_entry<A: Address>(work: &mut Opening<A>) {
 pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
     work.peer_key = work.entry.peer_key(work.key.protocol);
     work.peer = work.entry.mirrored(&work.key);
+    match F::young().insert(&work.peer_key, &work.peer, u64::from(BPF_NOEXIST)) {
+        // One that is confirmed counts before it, so nobody has seen it yet.
+        Ok(()) if !is_confirmed::<F>(&work.peer_key) => Reason::NewFlow,
+        Ok(()) => {
+            let _ = F::young().remove(&work.peer_key);
+            replace_peer::<F>(work)
+        }
+        Err(error) if error == -EEXIST => replace_peer::<F>(work),
+        Err(_) => Reason::FlowTableFull,
+    }
+}
+
+/// Whether there is, or was, a confirmed connection with this tuple.
+#[inline(always)]
+fn is_confirmed<F: Family>(tuple: &Tuple<F::Addr>) -> bool {
+    tuple.protocol != UDP && flow::find_confirmed::<F>(tuple).is_some()
+}
+
+/// Writes the entry of the other direction where one is or was.
+#[inline(never)]
+fn replace_peer<F: Family>(work: &Opening<F::Addr>) -> Reason {
     if is_in_use::<F>(&work.peer_key, work.now) {
         return Reason::TupleConflict;
     }

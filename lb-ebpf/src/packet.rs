@@ -220,6 +220,13 @@ impl Packet for XdpContext {
         unsafe { bpf_xdp_get_buff_len(self.ctx) as usize }
     }
 
+    /// Most frames are in one buffer, which takes no call to tell.
+    #[inline(always)]
+    fn reaches(&self, length: usize) -> bool {
+        Self::data_end(self) - Self::data(self) >= length
+            || HAS_XDP_FRAGS.load() != 0 && self.length() >= length
+    }
+
     #[inline(always)]
     fn frames(&self) -> u32 {
         1

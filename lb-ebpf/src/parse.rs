@@ -180,13 +180,14 @@ pub fn version<P: Packet>(packet: &P) -> Result<Version, Reason> {
 }
 
 /// Reads, and makes the frame readable first where it is not. The frame may
-/// be spread over pages (TC), and mostly its headers are not.
+/// be spread over pages (TC), and mostly its headers are not; those of a frame at
+/// XDP are in its first buffer.
 #[inline(always)]
 pub fn read<P: Packet, T: Copy>(packet: &P, offset: usize) -> Result<T, Reason> {
     if let Some(value) = packet.read(offset) {
         return Ok(value);
     }
-    if !packet.reaches(offset + size_of::<T>()) {
+    if P::LEAVES_RARE_TO_TC || !packet.reaches(offset + size_of::<T>()) {
         return Err(Reason::Truncated);
     }
     packet.make_readable(offset + size_of::<T>());
@@ -464,13 +465,19 @@ impl Transport {
         if usize::from(self.length) < size_of::<Head>() {
             return Err(Reason::Truncated);
         }
-        let head: Head = read(packet, self.offset)?;
         let mut signals = Signals {
             flags: ACK,
             data: false,
             seq: 1,
             ack: 0,
         };
+        if packet.frames() > 1 {
+            // Chunks of data, which the sender's kernel has left to be split, in
+            // buffers of their own: made readable, they could not be any more.
+            let [src, dst] = read::<P, [Port; 2]>(packet, self.offset)?;
+            return Ok((src, dst, signals));
+        }
+        let head: Head = read(packet, self.offset)?;
         match head.chunk {
             INIT => {
                 let tag: u32 = read(packet, self.offset + size_of::<Head>())?;

@@ -4,10 +4,7 @@
 //! is too large is answered there.
 
 use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, helpers::bpf_fib_lookup};
-use lb_common::{
-    Reason,
-    node::{DEVICE_PEER, DEVICE_XDP},
-};
+use lb_common::node::{DEVICE_PEER, DEVICE_XDP};
 
 use crate::{
     edge::Way,
@@ -92,10 +89,22 @@ pub fn count_hop<P: Packet, F: Family>(packet: &P) -> bool {
     F::count_hop(packet).is_ok()
 }
 
-/// Sends a packet, translated for `reason`, on the way that [`look_up`] has
-/// found; [`Way::On`] if it cannot.
+/// Whether the packet can come out of the other end of the device that
+/// [`look_up`] has found, which is a pod's: there the kernel has it without
+/// another turn in a queue, but no egress hook of the device sees it.
+#[inline(always)]
+pub fn is_last_hook<P: Packet, F: Family>(packet: &P) -> bool {
+    let Some(work) = opening::<F>() else {
+        return false;
+    };
+    let there = work.route.ifindex;
+    !P::LEAVES_RARE_TO_TC && there != packet.ifindex() && device_flags(there) & DEVICE_PEER != 0
+}
+
+/// Sends a packet on the way that [`look_up`] has found, out of the other end of
+/// the device if `to_pod`; [`Way::On`] if it cannot.
 #[inline(never)]
-pub fn send<P: Packet, F: Family>(packet: &P, reason: Reason) -> Way {
+pub fn send<P: Packet, F: Family>(packet: &P, to_pod: bool) -> Way {
     let Some(work) = opening::<F>() else {
         return Way::On;
     };
@@ -103,15 +112,10 @@ pub fn send<P: Packet, F: Family>(packet: &P, reason: Reason) -> Way {
     if packet.write(0, macs).is_err() {
         return Way::On;
     }
-    let there = work.route.ifindex;
-    // Past the egress hook of the pod's device: only what that one would not
-    // have to translate.
-    let last_hook =
-        matches!(reason, Reason::Forward | Reason::NewFlow) && there != packet.ifindex();
-    if last_hook && device_flags(there) & DEVICE_PEER != 0 {
-        packet.hand_over(there)
+    if to_pod {
+        packet.hand_over(work.route.ifindex)
     } else {
-        packet.send_out(there)
+        packet.send_out(work.route.ifindex)
     }
 }
 

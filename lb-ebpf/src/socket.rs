@@ -6,9 +6,11 @@
 //! runs the IPv4 one; so the IPv6 programs look at the address and take the
 //! IPv4 way through [`CallMapped`].
 
+use core::mem::offset_of;
+
 use aya_ebpf::{
     EbpfContext as _, Global,
-    bindings::{BPF_ANY, bpf_sock_addr},
+    bindings::{BPF_ANY, bpf_sock, bpf_sock_addr},
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     programs::SockAddrContext,
 };
@@ -48,6 +50,24 @@ pub trait Call {
     fn context(&self) -> *mut bpf_sock_addr;
     fn addr(&self) -> <Self::Family as Family>::Addr;
     fn set_addr(&self, addr: <Self::Family as Family>::Addr);
+    /// The address that the socket is connected to.
+    fn peer_addr(&self) -> <Self::Family as Family>::Addr;
+
+    /// The port that the socket is connected to; 0 if it is not.
+    #[inline(always)]
+    fn peer_port(&self) -> Port {
+        // SAFETY: the context is the kernel's, and leads to a socket in every
+        // hook. The port is in network order in the first half of a word, which
+        // was a word of its own before 5.17.
+        let port = unsafe {
+            let socket = (*self.context()).__bindgen_anon_1.sk;
+            let port = socket.byte_add(offset_of!(bpf_sock, dst_port));
+            port.cast::<u32>().read_volatile()
+        };
+        Port {
+            octets: (port as u16).to_ne_bytes(),
+        }
+    }
 
     #[inline(always)]
     fn port(&self) -> Port {
@@ -121,6 +141,11 @@ impl Call for Call4 {
         // SAFETY: the context is the kernel's.
         unsafe { (*self.0).user_ip4 = u32::from_ne_bytes(addr.octets) };
     }
+
+    #[inline(always)]
+    fn peer_addr(&self) -> Addr4 {
+        peer_v4(self.0)
+    }
 }
 
 impl Call for Call6 {
@@ -150,6 +175,22 @@ impl Call for Call6 {
             to.add(3).write_volatile(w3);
         }
     }
+
+    #[inline(always)]
+    fn peer_addr(&self) -> Addr6 {
+        // SAFETY: the context is the kernel's, and leads to a socket in every
+        // hook. Each word is a load of its own.
+        let words = unsafe {
+            let from = (&raw const (*(*self.0).__bindgen_anon_1.sk).dst_ip6).cast::<u32>();
+            [
+                from.read_volatile(),
+                from.add(1).read_volatile(),
+                from.add(2).read_volatile(),
+                from.add(3).read_volatile(),
+            ]
+        };
+        Addr6::from_words(words)
+    }
 }
 
 impl Call for CallMapped {
@@ -177,6 +218,20 @@ impl Call for CallMapped {
                 .add(3)
                 .write_volatile(u32::from_ne_bytes(addr.octets));
         }
+    }
+
+    #[inline(always)]
+    fn peer_addr(&self) -> Addr4 {
+        peer_v4(self.0)
+    }
+}
+
+#[inline(always)]
+fn peer_v4(context: *mut bpf_sock_addr) -> Addr4 {
+    // SAFETY: the context is the kernel's, and leads to a socket in every hook.
+    let addr = unsafe { (*(*context).__bindgen_anon_1.sk).dst_ip4 };
+    Addr4 {
+        octets: addr.to_ne_bytes(),
     }
 }
 
@@ -239,7 +294,7 @@ pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
 impl Action for Connect {
     #[inline(always)]
     fn run<C: Call>(call: &C) -> Reason {
-        match assign(call) {
+        match assign::<C, false>(call) {
             // Nothing is sent by this. `ping`, and those who sort addresses by
             // how they are reached, connect a UDP socket to any port to learn
             // their own address. A datagram itself is refused, where it leaves
@@ -269,6 +324,11 @@ fn was_used(context: *mut bpf_sock_addr) -> bool {
 impl Action for Send {
     #[inline(always)]
     fn run<C: Call>(call: &C) -> Reason {
+        if is_connected_to(call) {
+            call.set_addr(call.peer_addr());
+            call.set_port(call.peer_port());
+            return Reason::Socket;
+        }
         // SAFETY: the copy is made at once.
         let known = unsafe { C::Family::sockets().get(&call.key(SOCKET_FORWARD)).copied() };
         if let Some(entry) = known
@@ -278,8 +338,28 @@ impl Action for Send {
             call.set_port(entry.port);
             return Reason::Socket;
         }
-        assign(call)
+        assign::<C, true>(call)
     }
+}
+
+/// Whether the socket is connected to a backend, which lives, of the frontend in
+/// the call: it was given it by `connect()`.
+#[inline(always)]
+fn is_connected_to<C: Call>(call: &C) -> bool {
+    let port = call.peer_port();
+    if port.get() == 0 {
+        return false;
+    }
+    let key = SocketKey {
+        addr: call.peer_addr(),
+        port,
+        ..call.key(SOCKET_REVERSE)
+    };
+    // SAFETY: the copy is made at once.
+    let shown = unsafe { C::Family::sockets().get(&key).copied() };
+    shown.is_some_and(|shown| {
+        shown.addr.same(&call.addr()) && shown.port == call.port() && is_alive(shown.backend)
+    })
 }
 
 impl Action for Reveal {
@@ -296,10 +376,11 @@ impl Action for Reveal {
     }
 }
 
-/// Gives the socket a backend, and notes both directions.
+/// Gives the socket a backend, and notes what it is to be shown; for a datagram
+/// also which backend it has got.
 #[inline(always)]
-fn assign<C: Call>(call: &C) -> Reason {
-    match try_assign(call) {
+fn assign<C: Call, const DATAGRAM: bool>(call: &C) -> Reason {
+    match try_assign::<C, DATAGRAM>(call) {
         Ok(slot) => {
             call.set_addr(slot.addr);
             call.set_port(slot.port);
@@ -310,13 +391,15 @@ fn assign<C: Call>(call: &C) -> Reason {
     }
 }
 
-/// The backend for the frontend in the call, noted in both directions.
+/// The backend for the frontend in the call, noted.
 #[inline(always)]
-fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::Addr>, Reason> {
-    let forward = call.key(SOCKET_FORWARD);
-    let service = frontend::<C>(&forward)?;
+fn try_assign<C: Call, const DATAGRAM: bool>(
+    call: &C,
+) -> Result<&'static Slot<<C::Family as Family>::Addr>, Reason> {
+    let service = frontend::<C>(call)?;
     let caller = Caller::<C::Family>::of(call)?;
     let slot = choose::<C::Family>(service, &caller)?;
+    let forward = call.key(SOCKET_FORWARD);
     let reverse = SocketKey {
         addr: slot.addr,
         port: slot.port,
@@ -324,10 +407,12 @@ fn try_assign<C: Call>(call: &C) -> Result<&'static Slot<<C::Family as Family>::
         ..forward
     };
     // Without its entries a connection works all the same, but the process is
-    // shown the backend's address: refuse rather than confuse. Only datagrams
-    // look the forward entry up again.
-    if forward.protocol == UDP {
+    // shown the backend's address: refuse rather than confuse. Only a socket
+    // that has been used may have been given the same backend before.
+    if DATAGRAM || forward.protocol == UDP && was_used(call.context()) {
         forget_other::<C>(&forward, &reverse);
+    }
+    if DATAGRAM {
         note::<C>(&forward, &reverse, slot, service.service)?;
     }
     note::<C>(&reverse, &forward, slot, service.service).map(|()| slot)
@@ -357,23 +442,22 @@ fn forget_other<C: Call>(
 
 /// The frontend that the address in the call is.
 #[inline(always)]
-fn frontend<C: Call>(
-    key: &SocketKey<<C::Family as Family>::Addr>,
-) -> Result<&'static ServiceEntry, Reason> {
-    let exact = ServiceKey::new(key.addr, key.port, key.protocol);
+fn frontend<C: Call>(call: &C) -> Result<&'static ServiceEntry, Reason> {
+    let addr = call.addr();
+    let exact = ServiceKey::new(addr, call.port(), call.protocol());
     if let Some(service) = C::Family::service(&exact) {
         return Ok(service);
     }
     let config = config::get().ok_or(Reason::NotService)?;
-    if key.addr.is_in(C::Family::cluster_network(config)) {
-        let address = ServiceKey::new(key.addr, Port::default(), 0);
+    if addr.is_in(C::Family::cluster_network(config)) {
+        let address = ServiceKey::new(addr, Port::default(), 0);
         return match C::Family::service(&address) {
             Some(entry) if entry.flags & FRONTEND_REFUSE != 0 => Err(Reason::NoSuchPort),
             _ => Err(Reason::NotService),
         };
     }
-    if config.flags & CONFIG_LOOPBACK_NODE_PORTS != 0 && C::Family::is_loopback(&key.addr) {
-        return node_port_on_loopback::<C>(key);
+    if config.flags & CONFIG_LOOPBACK_NODE_PORTS != 0 && C::Family::is_loopback(&addr) {
+        return node_port_on_loopback::<C>(call);
     }
     Err(Reason::NotService)
 }
@@ -381,11 +465,9 @@ fn frontend<C: Call>(
 /// A `NodePort` is also at the loopback address of the node: it is looked up as
 /// if the process had named the node's own.
 #[inline(always)]
-fn node_port_on_loopback<C: Call>(
-    key: &SocketKey<<C::Family as Family>::Addr>,
-) -> Result<&'static ServiceEntry, Reason> {
+fn node_port_on_loopback<C: Call>(call: &C) -> Result<&'static ServiceEntry, Reason> {
     let node = C::Family::device_address(device(0).ok_or(Reason::NotService)?);
-    let here = ServiceKey::new(node, key.port, key.protocol);
+    let here = ServiceKey::new(node, call.port(), call.protocol());
     C::Family::service(&here)
         .filter(|service| service.kind == FrontendKind::NodePort as u8)
         .ok_or(Reason::NotService)

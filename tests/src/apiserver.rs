@@ -144,10 +144,20 @@ impl ApiServer {
         Self::listen(Some(Authority::new()))
     }
 
+    /// Another address of the same server, in the network namespace of the
+    /// calling thread. When one of the two is dropped, both are closed.
+    #[must_use]
+    pub fn mirror(&self) -> Self {
+        Self::serve(Arc::clone(&self.shared), None)
+    }
+
     fn listen(authority: Option<Authority>) -> Self {
+        Self::serve(Arc::default(), authority)
+    }
+
+    fn serve(shared: Arc<Shared>, authority: Option<Authority>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("it is bound");
-        let shared = Arc::<Shared>::default();
         let server = Self {
             shared: Arc::clone(&shared),
             listener: listener.try_clone().expect("a file descriptor"),

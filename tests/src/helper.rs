@@ -1,8 +1,9 @@
 //! Starting `klb-traffic` in a place, and reading what it reports.
 
-use std::{cell::Cell, path::PathBuf, time::Duration};
+use std::{cell::Cell, net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::{
+    measure::{Measured, Test},
     process::{Place, Process},
     traffic::{Answer, Failure, Outcome, Report, Request, Step},
     wait,
@@ -37,6 +38,39 @@ impl Helper {
         command.args(["serve", name]);
         command.args([format!("--http={http}"), format!("--udp={udp}")]);
         place.start(name, command)
+    }
+
+    /// Starts a server that answers what is measured; [`await_server`] waits
+    /// until it listens.
+    pub fn serve_measure(&self, place: &Place, number: u8, cpu: usize) -> Process {
+        let mut command = place.command(&self.program);
+        command.args(["serve-measure", &number.to_string()]);
+        command.arg(format!("--cpu={cpu}"));
+        place.start(&format!("measured-{number}"), command)
+    }
+
+    /// Asks for a while, by turns of these addresses, and times it.
+    ///
+    /// # Panics
+    /// If a request fails.
+    pub fn measure(
+        &self,
+        place: &Place,
+        test: Test,
+        to: &[SocketAddr],
+        time: Duration,
+        cpu: usize,
+    ) -> Measured {
+        let mut command = place.command(&self.program);
+        command.args(["measure", test.flag()]);
+        command.args(to.iter().map(ToString::to_string));
+        command.arg(format!("--time={}", time.as_millis()));
+        command.arg(format!("--cpu={cpu}"));
+        let mut process = place.start("measure", command);
+        let status = process.wait(LIMIT);
+        assert!(status.success(), "{process:?}");
+        serde_json::from_str(&process.stdout().text())
+            .unwrap_or_else(|error| panic!("{error}: {process:?}"))
     }
 
     /// Asks once.

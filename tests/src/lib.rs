@@ -22,6 +22,7 @@ pub mod helper;
 pub mod icmp;
 pub mod lookups;
 pub mod manifests;
+pub mod measure;
 pub mod netns;
 pub mod openmetrics;
 pub mod packet;

@@ -18,9 +18,10 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupSockAddr, Program, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp,
-        XdpMode,
+        CgroupSockAddr, Program, ProgramType, SchedClassifier, TcAttachType, TestRun as _,
+        TestRunOptions, Xdp, XdpMode,
     },
+    sys::{BpfHelper, is_helper_supported},
 };
 use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
@@ -34,6 +35,8 @@ use lb_common::{
     },
     traffic::Traffic,
 };
+
+use crate::topology::Family;
 
 /// What TC and XDP return, by what it means.
 pub const TC_GO_ON: u32 = u32::MAX;
@@ -85,16 +88,7 @@ pub fn object() -> Vec<u8> {
 /// # Panics
 /// If the kernel refuses it.
 pub fn load() -> Ebpf {
-    // Before Linux 5.11 maps are charged to this limit.
-    let unlimited = libc::rlimit {
-        rlim_cur: libc::RLIM_INFINITY,
-        rlim_max: libc::RLIM_INFINITY,
-    };
-    // SAFETY: the struct lives through the call, which only reads it. A
-    // failure shows as a map that cannot be made.
-    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
-    let mut loader = EbpfLoader::new();
-    for map in names::MAPS {
+    load_with(|map| {
         let fixed = [
             names::COUNTERS,
             names::CONFIG,
@@ -103,15 +97,33 @@ pub fn load() -> Ebpf {
             names::EARLY,
             names::SCRATCH,
         ];
-        if !fixed.contains(&map) {
-            loader.map_max_entries(
-                map,
-                if map == names::BACKENDS {
-                    BACKENDS
-                } else {
-                    1024
-                },
-            );
+        match map {
+            names::BACKENDS => Some(BACKENDS),
+            map => (!fixed.contains(&map)).then_some(1024),
+        }
+    })
+}
+
+/// With what the agent tells programs of packets about the kernel, and so many
+/// entries in a map, or as many as it has by itself.
+fn load_with(entries: impl Fn(&str) -> Option<u32>) -> Ebpf {
+    // Before Linux 5.11 maps are charged to this limit.
+    let unlimited = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the struct lives through the call, which only reads it. A
+    // failure shows as a map that cannot be made.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
+    let has = |helper| u8::from(is_helper_supported(ProgramType::Xdp, helper).unwrap_or(false));
+    let xdp_frags = has(BpfHelper::BPF_FUNC_xdp_get_buff_len);
+    let coarse_clock = has(BpfHelper::BPF_FUNC_ktime_get_coarse_ns);
+    let mut loader = EbpfLoader::new();
+    loader.override_global(names::HAS_XDP_FRAGS, &xdp_frags, true);
+    loader.override_global(names::HAS_COARSE_CLOCK, &coarse_clock, true);
+    for map in names::MAPS {
+        if let Some(entries) = entries(map) {
+            loader.map_max_entries(map, entries);
         }
     }
     loader
@@ -119,8 +131,7 @@ pub fn load() -> Ebpf {
         .unwrap_or_else(|error| panic!("loading the object: {error:?}"))
 }
 
-fn load_packet_programs() -> Ebpf {
-    let mut ebpf = load();
+fn load_packet_programs(mut ebpf: Ebpf) -> Ebpf {
     for name in [names::TC_INGRESS, names::TC_EGRESS] {
         let program: &mut SchedClassifier = ebpf
             .program_mut(name)
@@ -164,8 +175,9 @@ static LOADED: Mutex<Vec<Ebpf>> = Mutex::new(Vec::new());
 pub struct Datapath {
     /// `None` only while it is dropped.
     loaded: Option<Ebpf>,
-    /// A device has a program; nobody else must get it.
-    attached: bool,
+    /// A device has a program, or the maps are not those of tests; nobody else
+    /// must get it.
+    is_special: bool,
     next_slot: u32,
     next_service: u32,
     next_backend: u32,
@@ -180,7 +192,7 @@ impl Default for Datapath {
 
 impl Drop for Datapath {
     fn drop(&mut self) {
-        let loaded = self.loaded.take().filter(|_| !self.attached);
+        let loaded = self.loaded.take().filter(|_| !self.is_special);
         // A test that panicked with the lock held has left nothing half-done.
         let mut free = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         free.extend(loaded);
@@ -192,9 +204,21 @@ impl Datapath {
     /// If the kernel refuses a program.
     pub fn new() -> Self {
         let free = LOADED.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Self::of(free.unwrap_or_else(|| load_packet_programs(load())), false)
+    }
+
+    /// With maps of the size that they have without a flag.
+    ///
+    /// # Panics
+    /// If the kernel refuses a program.
+    pub fn of_default_size() -> Self {
+        Self::of(load_packet_programs(load_with(|_| None)), true)
+    }
+
+    fn of(ebpf: Ebpf, is_special: bool) -> Self {
         let mut this = Self {
-            loaded: Some(free.unwrap_or_else(load_packet_programs)),
-            attached: false,
+            loaded: Some(ebpf),
+            is_special,
             next_slot: 0,
             next_service: 1,
             next_backend: 1,
@@ -216,6 +240,16 @@ impl Datapath {
             },
         );
         this
+    }
+
+    /// Removes every flow of a family.
+    pub fn clear_flows(&mut self, family: Family) {
+        for (v4, v6) in FLOW_TABLES {
+            match family {
+                Family::V4 => clear::<Tuple<Addr4>, FlowEntry<Addr4>>(self.map(v4)),
+                Family::V6 => clear::<Tuple<Addr6>, FlowEntry<Addr6>>(self.map(v6)),
+            }
+        }
     }
 
     /// Empties every map of what a program or a test may find in it.
@@ -533,13 +567,7 @@ impl Datapath {
             ctx_out,
             ..TestRunOptions::default()
         };
-        let name = match hook {
-            Hook::Xdp => names::XDP,
-            Hook::TcIngress => names::TC_INGRESS,
-            Hook::TcEgress => names::TC_EGRESS,
-            Hook::Socket => panic!("the kernel has no test run for sockets"),
-        };
-        let program = self.ebpf().program(name).expect("loaded in new");
+        let program = self.program(hook);
         let result = if hook == Hook::Xdp {
             <&Xdp>::try_from(program)?.test_run(options)?
         } else {
@@ -549,6 +577,30 @@ impl Datapath {
             result.return_value,
             usize::try_from(result.data_size_out).expect("fits"),
         ))
+    }
+
+    /// The packet program of a hook.
+    ///
+    /// # Panics
+    /// For the hook of sockets, which has several.
+    pub fn program(&self, hook: Hook) -> &Program {
+        let name = match hook {
+            Hook::Xdp => names::XDP,
+            Hook::TcIngress => names::TC_INGRESS,
+            Hook::TcEgress => names::TC_EGRESS,
+            Hook::Socket => panic!("sockets have no packets"),
+        };
+        self.ebpf().program(name).expect("loaded in new")
+    }
+
+    /// Any program by its name, for who loads and attaches it himself.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn program_mut(&mut self, name: &str) -> &mut Program {
+        self.is_special = true;
+        let program = self.ebpf_mut().program_mut(name);
+        program.unwrap_or_else(|| panic!("no program {name} in the object"))
     }
 
     /// Attaches a packet program to a device of the current network namespace,
@@ -563,7 +615,7 @@ impl Datapath {
             Hook::TcEgress => (names::TC_EGRESS, Some(TcAttachType::Egress)),
             Hook::Socket => panic!("sockets are no devices"),
         };
-        self.attached = true;
+        self.is_special = true;
         let program = self.ebpf_mut().program_mut(name).expect("loaded in new");
         let result = match (program, side) {
             (Program::Xdp(program), None) => {
@@ -660,7 +712,11 @@ impl Datapath {
         }
     }
 
-    fn map(&mut self, name: &str) -> &mut Map {
+    /// A map of the object.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn map(&mut self, name: &str) -> &mut Map {
         self.ebpf_mut()
             .map_mut(name)
             .unwrap_or_else(|| panic!("no map {name} in the object"))

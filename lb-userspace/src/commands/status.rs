@@ -376,6 +376,7 @@ fn features(features: Features) -> String {
         tcx,
         set_retval,
         xdp_frags,
+        coarse_clock,
         sock_destroy,
         netns_cookie,
     } = features;
@@ -383,6 +384,7 @@ fn features(features: Features) -> String {
         word("tcx", tcx),
         word("bpf_set_retval", set_retval),
         word("xdp.frags", xdp_frags),
+        word("coarse clock", coarse_clock),
         word("SOCK_DESTROY", sock_destroy),
         word("netns cookies", netns_cookie),
     ]
@@ -452,6 +454,7 @@ mod tests {
                     tcx: Some(false),
                     set_retval: Some(true),
                     xdp_frags: Some(true),
+                    coarse_clock: Some(true),
                     sock_destroy: Some(true),
                     netns_cookie: Some(true),
                 },

@@ -22,6 +22,8 @@ pub struct Features {
     /// XDP for packets of several buffers (5.18), without which no driver takes
     /// a program at an MTU of 9000. Known by the helper that came with it.
     pub xdp_frags: Option<bool>,
+    /// `bpf_ktime_get_coarse_ns`: the time of the last tick (5.11).
+    pub coarse_clock: Option<bool>,
     /// Sockets can be ended from outside (`CONFIG_INET_DIAG_DESTROY`, which most
     /// distributions set).
     pub sock_destroy: Option<bool>,
@@ -41,6 +43,11 @@ impl Features {
             .ok(),
             xdp_frags: is_helper_supported(ProgramType::Xdp, BpfHelper::BPF_FUNC_xdp_get_buff_len)
                 .ok(),
+            coarse_clock: is_helper_supported(
+                ProgramType::Xdp,
+                BpfHelper::BPF_FUNC_ktime_get_coarse_ns,
+            )
+            .ok(),
             sock_destroy: termination::is_possible(),
             netns_cookie: netns_cookie(),
         }

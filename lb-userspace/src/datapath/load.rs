@@ -157,10 +157,12 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
 pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
     let set_retval = u8::from(features.set_retval == Some(true));
     let xdp_frags = u8::from(features.xdp_frags == Some(true));
+    let coarse_clock = u8::from(features.coarse_clock == Some(true));
     let paths = names::MAPS.map(|name| (name, pins.map(name)));
     let mut loader = EbpfLoader::new();
     loader.override_global(names::HAS_SET_RETVAL, &set_retval, true);
     loader.override_global(names::HAS_XDP_FRAGS, &xdp_frags, true);
+    loader.override_global(names::HAS_COARSE_CLOCK, &coarse_clock, true);
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
         if let Some(entries) = wanted_entries(sizes, name) {

@@ -4,7 +4,7 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    net::UdpSocket,
+    net::{SocketAddr, UdpSocket},
     process::ExitCode,
     sync::{
         Arc,
@@ -15,8 +15,9 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use lb_tests::traffic::{
-    Answer, Connection, Failure, Protocol, Report, Request, Step, now, serve, take,
+use lb_tests::{
+    measure,
+    traffic::{Answer, Connection, Failure, Protocol, Report, Request, Step, now, serve, take},
 };
 
 /// Servers and clients for klb's tests and demo
@@ -73,6 +74,24 @@ enum Command {
         #[arg(long, conflicts_with = "hold")]
         insist: bool,
     },
+    /// Answer `measure` with a number, on one CPU, until killed
+    ServeMeasure {
+        number: u8,
+        #[arg(long)]
+        cpu: usize,
+    },
+    /// Ask for a while, on one CPU, and report how long that took
+    Measure {
+        #[arg(value_enum)]
+        test: measure::Test,
+        /// Whom to ask, by turns
+        #[arg(required = true)]
+        to: Vec<SocketAddr>,
+        #[arg(long, value_name = "MS", default_value_t = 300)]
+        time: u64,
+        #[arg(long)]
+        cpu: usize,
+    },
 }
 
 fn main() -> ExitCode {
@@ -89,10 +108,7 @@ fn run(command: Command) -> io::Result<()> {
     match command {
         Command::Serve { name, http, udp } => {
             serve(&name, http, udp)?;
-            print("serving")?;
-            loop {
-                thread::park();
-            }
+            go_on()
         }
         Command::Ask { request, count } => (0..count).try_for_each(|_| report(request.perform())),
         Command::Await { request, within } => report(keep_asking(&request, within)),
@@ -117,6 +133,29 @@ fn run(command: Command) -> io::Result<()> {
                 stream(every, || request.perform())
             }
         }
+        Command::ServeMeasure { number, cpu } => {
+            measure::take_cpu(cpu)?;
+            measure::serve(number)?;
+            go_on()
+        }
+        Command::Measure {
+            test,
+            to,
+            time,
+            cpu,
+        } => {
+            measure::take_cpu(cpu)?;
+            let measured = measure::measure(test, &to, Duration::from_millis(time))?;
+            print(&serde_json::to_string(&measured).map_err(io::Error::other)?)
+        }
+    }
+}
+
+/// Says that servers listen, and lets them.
+fn go_on() -> io::Result<()> {
+    print("serving")?;
+    loop {
+        thread::park();
     }
 }
 
