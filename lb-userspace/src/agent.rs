@@ -362,6 +362,7 @@ mod tests {
             tcx,
             set_retval: None,
             xdp_frags: None,
+            coarse_clock: None,
             sock_destroy: None,
             netns_cookie: None,
         }

@@ -46,6 +46,12 @@ const GRACE: Duration = Duration::from_secs(1);
 /// not used again soon, and few enough to keep a list of.
 const SERVICE_IDS: u32 = 1 << 20;
 
+/// So many Services of which nothing is in the maps are written together.
+const MANY: usize = 64;
+
+/// How many writes adding a Service took, and how it went.
+type Counted = (u64, Result<(), MapError>);
+
 /// Owns the maps.
 pub struct Reconciler<M> {
     maps: M,
@@ -170,10 +176,7 @@ impl<M: Maps> Reconciler<M> {
         let before = self.writes;
         let mut report = Report::default();
         self.release_retired(now);
-        let added: Vec<_> = plans
-            .iter()
-            .map(|plan| self.counted(|this| this.add_or_make_room(plan)))
-            .collect();
+        let added = self.add(plans);
         for (place, (plan, (written, result))) in plans.iter().zip(added).enumerate() {
             let (removed, result) = self.counted(|this| match result {
                 Ok(()) => this.remove_rest(plan, now),
@@ -191,6 +194,33 @@ impl<M: Maps> Reconciler<M> {
         report.ended = std::mem::take(&mut self.ended);
         report.begun = std::mem::take(&mut self.begun);
         report
+    }
+
+    /// Adds what the plans say; how many writes each took, with its result. The
+    /// first time, when nothing is to be changed, all is written together. If that
+    /// fails, each Service is written for itself, so that what cannot be written
+    /// of one is not missed by the others.
+    fn add(&mut self, plans: &[ServicePlan]) -> Vec<Counted> {
+        if !self.entries.is_empty() || plans.len() < MANY {
+            return self.add_each(plans);
+        }
+        self.maps.gather();
+        let added = self.add_each(plans);
+        let Err(error) = self.maps.flush() else {
+            return added;
+        };
+        tracing::warn!(%error, "not everything could be written at once");
+        if let Err(error) = self.take_over() {
+            tracing::warn!(%error, "what was written is not known");
+        }
+        self.add_each(plans)
+    }
+
+    fn add_each(&mut self, plans: &[ServicePlan]) -> Vec<Counted> {
+        plans
+            .iter()
+            .map(|plan| self.counted(|this| this.add_or_make_room(plan)))
+            .collect()
     }
 
     /// How many writes something took, with its result.

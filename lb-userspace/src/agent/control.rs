@@ -252,8 +252,9 @@ impl<M: Maps> Control<M> {
         }
         self.links.health.begin(&plans);
         // Writing ten thousand Services takes a while, and others have work too.
+        let writing = Instant::now();
         let report = aside(|| self.reconciler.apply(&plans, now.into_std()));
-        let took = now.elapsed();
+        let (wrote, took) = (writing.elapsed(), now.elapsed());
         log_written(&plans, &report);
         if report.ended {
             self.links.orphans.ended();
@@ -266,6 +267,7 @@ impl<M: Maps> Control<M> {
             services = plans.len(),
             writes = report.writes,
             failed = report.failed.len(),
+            ?wrote,
             ?took,
             "reconciled"
         );

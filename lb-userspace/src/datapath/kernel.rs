@@ -32,6 +32,7 @@ use lb_common::{
 
 use super::{
     Family, FrontendKey, MapError, Maps, SlotValue,
+    gather::Gathered,
     load::{LoadError, open_map},
     pins::Pins,
     sys,
@@ -97,6 +98,10 @@ impl<K: Pod, V: Pod> Hash<K, V> {
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError> {
         let result = self.entries.insert(key, value, 0);
         result.map_err(|error| map_error("write", self.name, error))
+    }
+
+    fn put_many(&mut self, keys: &[K], values: &[V]) -> Result<(), MapError> {
+        put_many(&self.fd, self.name, keys, values)
     }
 
     fn delete(&mut self, key: &K) -> Result<(), MapError> {
@@ -224,6 +229,23 @@ impl<V: Pod> Table<V> {
         let result = self.entries.set(index, value, 0);
         result.map_err(|error| map_error("write", self.name, error))
     }
+
+    fn put_many(&mut self, indices: &[u32], values: &[V]) -> Result<(), MapError> {
+        put_many(&self.fd, self.name, indices, values)
+    }
+}
+
+fn put_many<K: Pod, V: Pod>(
+    map: &OwnedFd,
+    name: &'static str,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), MapError> {
+    sys::write_many(map, keys, values).map_err(|source| MapError {
+        operation: "write",
+        map: name,
+        source,
+    })
 }
 
 fn open(pins: &Pins, name: &'static str) -> Result<(MapData, OwnedFd, u32), LoadError> {
@@ -399,14 +421,38 @@ where
     }
 
     fn put_slot(&mut self, index: u32, value: &SlotValue) -> Result<(), MapError> {
+        let slot = self.as_slot(value)?;
+        self.slots.put(index, slot)
+    }
+
+    fn as_slot(&self, value: &SlotValue) -> Result<Slot<A>, MapError> {
         let addr = A::from_ip(value.addr.ip()).ok_or_else(|| wrong_family(self.slots.name))?;
-        let slot = Slot {
+        Ok(Slot {
             addr,
             port: Port::from(value.addr.port()),
             flags: if value.local { SLOT_LOCAL } else { 0 },
             backend: value.backend,
-        };
-        self.slots.put(index, slot)
+        })
+    }
+
+    /// Writes those slots that are of this family.
+    fn put_slots(
+        &mut self,
+        family: Family,
+        slots: &[(Family, u32, SlotValue)],
+    ) -> Result<(), MapError> {
+        let own = slots.iter().filter(|(of, ..)| *of == family);
+        let own = own.map(|(_, index, value)| Ok((*index, self.as_slot(value)?)));
+        let (indices, slots): (Vec<_>, Vec<_>) = own.collect::<Result<_, MapError>>()?;
+        self.slots.put_many(&indices, &slots)
+    }
+
+    /// Writes those frontends that are of this family.
+    fn put_services(&mut self, services: &[(FrontendKey, ServiceEntry)]) -> Result<(), MapError> {
+        let own = services.iter();
+        let own = own.filter_map(|(key, entry)| Some((Self::service_key(*key)?, *entry)));
+        let (keys, entries): (Vec<_>, Vec<_>) = own.unzip();
+        self.services.put_many(&keys, &entries)
     }
 
     /// Who is in the slots of frontends, whether or not it gets new flows.
@@ -621,6 +667,7 @@ pub struct KernelMaps {
     config: Table<Config>,
     /// As they were set last.
     settings: Option<Config>,
+    gathered: Option<Gathered>,
 }
 
 impl KernelMaps {
@@ -635,7 +682,40 @@ impl KernelMaps {
             metas: Hash::open(pins, names::META)?,
             config: Table::open(pins, names::CONFIG)?,
             settings: None,
+            gathered: None,
         })
+    }
+
+    /// Writes what was gathered, if that has become much.
+    fn write_if_full(&mut self) {
+        let full = self.gathered.take_if(|gathered| gathered.is_full());
+        if let Some(gathered) = full {
+            self.gathered = Some(Gathered {
+                failure: self.write_gathered(gathered).err(),
+                ..Gathered::default()
+            });
+        }
+    }
+
+    fn write_gathered(&mut self, gathered: Gathered) -> Result<(), MapError> {
+        let Gathered {
+            backends,
+            slots,
+            metas,
+            services,
+            failure,
+        } = gathered;
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        let (ids, generations): (Vec<_>, Vec<_>) = backends.into_iter().unzip();
+        self.backends.put_many(&ids, &generations)?;
+        self.v4.put_slots(Family::V4, &slots)?;
+        self.v6.put_slots(Family::V6, &slots)?;
+        let (ids, metas): (Vec<_>, Vec<_>) = metas.into_iter().unzip();
+        self.metas.put_many(&ids, &metas)?;
+        self.v4.put_services(&services)?;
+        self.v6.put_services(&services)
     }
 
     /// The settings that the programs go by.
@@ -837,6 +917,11 @@ impl Maps for KernelMaps {
     }
 
     fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.services.push((key, *entry));
+            self.write_if_full();
+            return Ok(());
+        }
         match Family::of(key.addr) {
             Family::V4 => self.v4.put_service(key, entry),
             Family::V6 => self.v6.put_service(key, entry),
@@ -865,6 +950,11 @@ impl Maps for KernelMaps {
     }
 
     fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.slots.push((family, index, *value));
+            self.write_if_full();
+            return Ok(());
+        }
         match family {
             Family::V4 => self.v4.put_slot(index, value),
             Family::V6 => self.v6.put_slot(index, value),
@@ -884,6 +974,11 @@ impl Maps for KernelMaps {
     }
 
     fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.backends.push((id, generation));
+            self.write_if_full();
+            return Ok(());
+        }
         self.backends.put(id, generation)
     }
 
@@ -892,6 +987,11 @@ impl Maps for KernelMaps {
     }
 
     fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.metas.push((service, *meta));
+            self.write_if_full();
+            return Ok(());
+        }
         self.metas.put(&service, meta)
     }
 
@@ -951,6 +1051,15 @@ impl Maps for KernelMaps {
             self.config.put(0, wanted)?;
         }
         Ok(found != wanted)
+    }
+
+    fn gather(&mut self) {
+        self.gathered = Some(Gathered::default());
+    }
+
+    fn flush(&mut self) -> Result<(), MapError> {
+        let gathered = self.gathered.take().unwrap_or_default();
+        self.write_gathered(gathered)
     }
 }
 

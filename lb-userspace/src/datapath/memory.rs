@@ -12,7 +12,7 @@ use lb_common::{
     service::{ServiceEntry, ServiceMeta, is_living},
 };
 
-use super::{Family, FrontendKey, MapError, Maps, SlotValue};
+use super::{Family, FrontendKey, MapError, Maps, SlotValue, gather::Gathered};
 
 /// The content of all maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,6 +42,8 @@ pub struct MemoryMaps {
     pub backend_capacity: u32,
     pub fault: Option<Fault>,
     pub observer: Option<Observer>,
+    /// What is kept back, if it is.
+    pub gathered: Option<Gathered>,
 }
 
 impl Default for MemoryMaps {
@@ -54,6 +56,7 @@ impl Default for MemoryMaps {
             backend_capacity: 1024,
             fault: None,
             observer: None,
+            gathered: None,
         }
     }
 }
@@ -156,6 +159,10 @@ impl Maps for MemoryMaps {
     }
 
     fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.services.push((key, *entry));
+            return Ok(());
+        }
         let map = services(Family::of(key.addr));
         let services = &self.content.services;
         if services.len() >= self.service_capacity && !services.contains_key(&key) {
@@ -191,6 +198,10 @@ impl Maps for MemoryMaps {
     }
 
     fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.slots.push((family, index, *value));
+            return Ok(());
+        }
         assert_eq!(
             Family::of(value.addr.ip()),
             family,
@@ -210,6 +221,10 @@ impl Maps for MemoryMaps {
     }
 
     fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.backends.push((id, generation));
+            return Ok(());
+        }
         self.write("write", names::BACKENDS, |content| {
             content.backends.insert(id, generation);
         })
@@ -220,6 +235,10 @@ impl Maps for MemoryMaps {
     }
 
     fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError> {
+        if let Some(gathered) = &mut self.gathered {
+            gathered.metas.push((service, *meta));
+            return Ok(());
+        }
         self.write("write", names::META, |content| {
             content.metas.insert(service, *meta);
         })
@@ -255,5 +274,14 @@ impl Maps for MemoryMaps {
         self.write("write", names::CONFIG, |content| {
             content.networks.insert(Family::of(network.addr()), network);
         })
+    }
+
+    fn gather(&mut self) {
+        self.gathered = Some(Gathered::default());
+    }
+
+    fn flush(&mut self) -> Result<(), MapError> {
+        let gathered = self.gathered.take().unwrap_or_default();
+        gathered.put_each(self)
     }
 }

@@ -8,6 +8,7 @@ pub mod attach;
 pub mod cgroup;
 mod clsact;
 pub mod features;
+pub mod gather;
 pub mod inspect;
 pub mod kernel;
 pub mod layouts;
@@ -140,6 +141,16 @@ pub trait Maps {
     fn mend_settings(&mut self) -> Result<bool, MapError> {
         Ok(false)
     }
+
+    /// From now on, what is put may be kept back until [`Self::flush`], to be
+    /// written together: backends first, then slots and names, then frontends.
+    /// Nothing may be deleted meanwhile.
+    fn gather(&mut self) {}
+    /// Writes what was kept back, and keeps back nothing more. After an error
+    /// nobody knows what is written.
+    fn flush(&mut self) -> Result<(), MapError> {
+        Ok(())
+    }
 }
 
 /// Maps that somebody else holds, too: a test that looks at them, say.
@@ -214,6 +225,14 @@ impl<M: Maps> Maps for Arc<Mutex<M>> {
 
     fn mend_settings(&mut self) -> Result<bool, MapError> {
         lock(self).mend_settings()
+    }
+
+    fn gather(&mut self) {
+        lock(self).gather();
+    }
+
+    fn flush(&mut self) -> Result<(), MapError> {
+        lock(self).flush()
     }
 }
 

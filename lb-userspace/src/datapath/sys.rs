@@ -21,6 +21,7 @@ const MAP_GET_NEXT_KEY: libc::c_int = 4;
 const OBJ_GET: libc::c_int = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
+const MAP_UPDATE_BATCH: libc::c_int = 26;
 const LINK_UPDATE: libc::c_int = 29;
 const LINK_DETACH: libc::c_int = 34;
 
@@ -221,6 +222,48 @@ pub(super) fn clear(map: impl AsFd, key_size: usize) -> io::Result<usize> {
     unreachable!("more entries than there are numbers");
 }
 
+/// What the calls about many entries of a map take.
+#[repr(C)]
+struct BatchAttr {
+    position: u64,
+    next_position: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    fd: RawFd,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Writes these entries of a hash map or an array, in order (Linux 5.6).
+///
+/// # Errors
+///
+/// That of the first entry that cannot be written; those before it are. `K` and
+/// `V` are as in [`read_all`].
+pub(super) fn write_many<K: Pod, V: Pod>(
+    map: impl AsFd,
+    keys: &[K],
+    values: &[V],
+) -> io::Result<()> {
+    let count = keys.len().min(values.len());
+    if count == 0 {
+        return Ok(());
+    }
+    let mut attr = BatchAttr {
+        position: 0,
+        next_position: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: u32::try_from(count).map_err(io::Error::other)?,
+        fd: map.as_fd().as_raw_fd(),
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: both slices have `count` elements of the map, and outlive the call.
+    unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) }.map(drop)
+}
+
 /// Reads all entries of a hash map or an array.
 ///
 /// The kernel walks bucket by bucket, so that a map that changes meanwhile is
@@ -251,17 +294,6 @@ fn read_in_parts<K: Pod, V: Pod>(
     map: impl AsFd,
     mut take: impl FnMut(&mut Vec<K>, &mut Vec<V>),
 ) -> io::Result<()> {
-    #[repr(C)]
-    struct Attr {
-        position: u64,
-        next_position: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        fd: RawFd,
-        element_flags: u64,
-        flags: u64,
-    }
     // More than a bucket ever holds, or the call fails with ENOSPC.
     const CHUNK: usize = 4096;
 
@@ -271,7 +303,7 @@ fn read_in_parts<K: Pod, V: Pod>(
     let mut position = None::<u32>;
     loop {
         let mut next_position = 0_u32;
-        let mut attr = Attr {
+        let mut attr = BatchAttr {
             position: position
                 .as_ref()
                 .map_or(0, |position| &raw const *position as u64),

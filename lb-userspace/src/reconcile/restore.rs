@@ -32,32 +32,48 @@ impl<M: Maps> Reconciler<M> {
             writes: 0,
             ended: false,
             begun: Vec::new(),
-            entries: maps.services()?,
+            entries: BTreeMap::new(),
             ports: BTreeMap::new(),
             service_ids: Numbers::new(SERVICE_IDS),
-            backend_ids: BackendIds::new(maps.backends()?, maps.backend_capacity()),
-            slots: Family::ALL
-                .map(|family| (family, FreeRanges::new(maps.slot_capacity(family))))
-                .into(),
+            backend_ids: BackendIds::new(BTreeMap::new(), 0),
+            slots: BTreeMap::new(),
             networks: BTreeMap::new(),
             written_networks: BTreeMap::new(),
             retired: Vec::new(),
             strays: Strays::default(),
             maps,
         };
+        this.take_over()?;
+        Ok(this)
+    }
+
+    /// Forgets everything, and takes over what the maps hold.
+    pub(super) fn take_over(&mut self) -> Result<(), MapError> {
+        let maps = &self.maps;
+        self.entries = maps.services()?;
+        self.ports = BTreeMap::new();
+        self.service_ids = Numbers::new(SERVICE_IDS);
+        self.backend_ids = BackendIds::new(maps.backends()?, maps.backend_capacity());
+        self.slots = Family::ALL
+            .map(|family| (family, FreeRanges::new(maps.slot_capacity(family))))
+            .into();
+        self.networks = BTreeMap::new();
+        self.written_networks = BTreeMap::new();
+        self.retired = Vec::new();
+        self.strays = Strays::default();
         for family in Family::ALL {
-            let network = this.maps.cluster_network(family)?;
-            this.written_networks
+            let network = self.maps.cluster_network(family)?;
+            self.written_networks
                 .extend(network.map(|network| (family, network)));
         }
-        let owners = this.restore_ports()?;
-        this.restore_sources(&owners)?;
-        for (key, entry) in this.entries.clone() {
-            this.restore_frontend(&owners, key, &entry);
+        let owners = self.restore_ports()?;
+        self.restore_sources(&owners)?;
+        for (key, entry) in self.entries.clone() {
+            self.restore_frontend(&owners, key, &entry);
         }
-        this.restore_ranges(&owners)?;
-        this.strays.backends = this.backend_ids.strays();
-        Ok(this)
+        self.restore_ranges(&owners)?;
+        self.strays.backends = self.backend_ids.strays();
+        Ok(())
     }
 
     /// The Service ports by id, from their names.

@@ -340,6 +340,65 @@ fn a_service_without_room_leaves_no_trace() {
     assert_eq!(found(&r.maps.content, 3), [8]);
 }
 
+/// Enough for the first write to be one of many entries.
+fn many() -> Vec<ServicePlan> {
+    let numbers = 1..=u8::try_from(MANY).expect("few");
+    numbers
+        .map(|n| service(&format!("s-{n}"), vec![frontend(n, &[n, n + 1])]))
+        .collect()
+}
+
+/// Every frontend that a reader finds leads to backends that live.
+fn resolve_all(content: &Content) {
+    for key in content.services.keys() {
+        content.resolve(key).expect("a whole range");
+    }
+}
+
+#[test]
+fn what_is_written_together_is_never_found_half() {
+    let mut r = reconciler();
+    r.maps.observer = Some(Box::new(resolve_all));
+    // Two backends, two slots, a name and an entry for each.
+    assert_eq!(apply(&mut r, &many()), 6 * MANY as u64);
+    assert_eq!(r.maps.content.services.len(), MANY);
+    assert_eq!(r.maps.writes, 6 * MANY as u64);
+    r.maps.observer = None;
+    assert_eq!(apply(&mut r, &many()), 0);
+    let mut r = restarted(r);
+    assert_eq!(apply(&mut r, &many()), 0);
+}
+
+#[test]
+fn what_cannot_be_written_together_is_written_one_by_one() {
+    for failing in [1, 3 * MANY as u64, 6 * MANY as u64] {
+        let mut r = reconciler();
+        r.maps.observer = Some(Box::new(resolve_all));
+        r.maps.fault = Some(Box::new(move |number| {
+            if number == failing {
+                return Err(io::ErrorKind::Other.into());
+            }
+            Ok(())
+        }));
+        apply(&mut r, &many());
+        assert_eq!(r.maps.content.services.len(), MANY);
+        assert_eq!(apply(&mut r, &many()), 0);
+    }
+}
+
+#[test]
+fn a_map_that_is_full_at_once_holds_what_it_can() {
+    let maps = MemoryMaps {
+        service_capacity: MANY - 1,
+        ..MemoryMaps::default()
+    };
+    let mut r = Reconciler::restore(maps).expect("memory can be read");
+    let report = r.apply(&many(), Instant::now());
+    let failed: Vec<_> = report.failed.iter().map(|(service, _)| service).collect();
+    assert_eq!(failed, [&name(&format!("s-{MANY}"))]);
+    assert_eq!(r.maps.content.services.len(), MANY - 1);
+}
+
 #[test]
 fn a_frontend_that_changes_hands_is_never_without_an_entry() {
     let mut r = reconciler();
