@@ -42,6 +42,12 @@ pub(crate) const NETWORK: &[Need] = &[
     program("nftables", "nft"),
 ];
 
+/// What kube-proxy programs.
+pub(crate) const BENCH: &[Need] = &[
+    program("iptables", "iptables-restore"),
+    program("nftables", "nft"),
+];
+
 /// For the kernel matrix.
 pub(crate) const KERNELS: &[Need] = &[
     program("apt", "apt-get"),

@@ -1,31 +1,21 @@
 //! `cargo xtask demo`: a cluster of network namespaces, real manifests, real
 //! requests, and a check behind every claim.
-//!
-//! The work is done by the test kit, which panics with a sentence where
-//! something is not as it should be; the panic, and Ctrl-C as well, unwinds
-//! through the guards that remove what the demo made.
 
 mod acts;
 mod page;
 
-use std::{
-    any::Any,
-    panic::{self, AssertUnwindSafe},
-    path::PathBuf,
-    time::Instant,
-};
+use std::{path::PathBuf, time::Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use lb_tests::{
     agent::{Agent, Hooks},
     scope::{self, Scope},
     sweep,
     topology::{Cluster, Options},
-    wait,
 };
 
 use self::page::Checks;
-use crate::{paths, process};
+use crate::{guard, paths, process, traffic};
 
 /// The name of all that the demo makes.
 const NAME: &str = "klb-demo";
@@ -39,20 +29,12 @@ const PODS: [(&str, u8); 3] = [("pod-1", 5), ("pod-2", 6), ("pod-3", 7)];
 /// If a check fails, or on Ctrl-C.
 pub(crate) fn run(keep: bool) -> Result<()> {
     ensure!(process::is_root(), "network namespaces and BPF need root");
-    build_helper()?;
+    traffic::build_helper()?;
     if sweep::exists(NAME) {
         process::step("Removing what an earlier demo left");
         remove()?;
     }
-    wait::interrupt_on_signals();
-    panic::set_hook(Box::new(|_| {}));
-    let played = panic::catch_unwind(AssertUnwindSafe(|| play(keep)));
-    drop(panic::take_hook());
-    match played {
-        Ok(result) => result,
-        Err(_) if wait::is_interrupted() => bail!("interrupted; nothing of the demo is left"),
-        Err(cause) => bail!("{}\nnothing of the demo is left", message(&*cause)),
-    }
+    guard::guarded("the demo", || play(keep))?
 }
 
 /// Removes a demo that was kept.
@@ -71,29 +53,6 @@ pub(crate) fn remove() -> Result<()> {
         "something of {NAME} could not be removed"
     );
     Ok(())
-}
-
-pub(crate) fn build_helper() -> Result<()> {
-    process::step("Building klb-traffic, the demo's servers and clients");
-    process::run(process::cargo().args([
-        "build",
-        "--locked",
-        "--release",
-        "--package=lb-tests",
-        "--bin=klb-traffic",
-    ]))
-}
-
-/// Where [`build_helper`] puts it.
-pub(crate) fn helper() -> PathBuf {
-    paths::target().join("release/klb-traffic")
-}
-
-/// What a panic says.
-fn message(cause: &(dyn Any + Send)) -> String {
-    let text = cause.downcast_ref::<String>().cloned();
-    let text = text.or_else(|| cause.downcast_ref::<&str>().map(|&text| text.to_owned()));
-    text.unwrap_or_else(|| "the demo broke off".to_owned())
 }
 
 /// Everything that is there while the demo is played.
@@ -131,7 +90,7 @@ fn play(keep: bool) -> Result<()> {
 fn set_up(checks: &mut Checks, keep: bool) -> Stage {
     page::section("A cluster of network namespaces");
     let options = Options {
-        helper: helper(),
+        helper: traffic::helper(),
         offloads: false,
     };
     let mut cluster = Cluster::new(Scope::named(NAME, keep), options);

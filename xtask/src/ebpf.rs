@@ -1,6 +1,10 @@
-//! The BPF object: the one place that knows how it is built.
+//! The BPF objects: the one place that knows how they are built.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 
@@ -10,9 +14,11 @@ use crate::{
     toolchain::{TARGET, Toolchain},
 };
 
-/// The crate, and the program in it that is the object.
+/// The crate, and the programs in it that are objects: klb's, and the one that
+/// the benchmark compares it to.
 const PACKAGE: &str = "lb-ebpf";
 const PROGRAM: &str = "klb-bpf";
+const FLOOR: &str = "klb-floor";
 
 /// Builds the object and puts it where `klb` and the tests look for it.
 ///
@@ -20,13 +26,29 @@ const PROGRAM: &str = "klb-bpf";
 /// If it does not compile.
 pub(crate) fn build(toolchain: &Toolchain) -> Result<PathBuf> {
     step("Building the BPF object");
-    process::run(&mut command(toolchain))?;
-    let built = target_dir().join(TARGET).join("release").join(PROGRAM);
-    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     let object = paths::object();
+    build_program(toolchain, PROGRAM, &object)?;
+    Ok(object)
+}
+
+/// Builds the object that the benchmark compares klb's to.
+///
+/// # Errors
+/// If it does not compile.
+pub(crate) fn build_floor(toolchain: &Toolchain) -> Result<PathBuf> {
+    step("Building the floor's BPF object");
+    let object = paths::floor_object();
+    build_program(toolchain, FLOOR, &object)?;
+    Ok(object)
+}
+
+fn build_program(toolchain: &Toolchain, program: &str, object: &Path) -> Result<()> {
+    process::run(command(toolchain).args(["--bin", program]))?;
+    let built = target_dir().join(TARGET).join("release").join(program);
+    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     // An object that is the same keeps its time, or `klb` would be built anew.
-    if fs::read(&object).is_ok_and(|present| present == bytes) {
-        return Ok(object);
+    if fs::read(object).is_ok_and(|present| present == bytes) {
+        return Ok(());
     }
     if let Some(folder) = object.parent() {
         fs::create_dir_all(folder)?;
@@ -34,11 +56,11 @@ pub(crate) fn build(toolchain: &Toolchain) -> Result<PathBuf> {
     // Renamed into place: a test that loads it now sees the old or the new one.
     let fresh = object.with_extension("o.new");
     fs::write(&fresh, bytes)?;
-    fs::rename(fresh, &object)?;
-    Ok(object)
+    fs::rename(fresh, object)?;
+    Ok(())
 }
 
-/// Builds the object, and takes a warning for an error.
+/// Builds every object, and takes a warning for an error.
 ///
 /// # Errors
 /// If there is a warning, or it does not compile.

@@ -4,6 +4,7 @@ mod apt;
 mod bench;
 mod demo;
 mod ebpf;
+mod guard;
 mod kernels;
 mod lint;
 mod paths;
@@ -13,6 +14,7 @@ mod setup;
 mod tally;
 mod test;
 mod toolchain;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -39,8 +41,8 @@ enum Command {
         #[arg(value_enum)]
         level: Option<test::Selection>,
     },
-    /// Measure, and print figures
-    Bench,
+    /// Measure klb beside what it replaces, and print figures
+    Bench(bench::Options),
     /// Print who answers whom over which hook: the table that the tests check
     Matrix,
     /// Check the formatting, and deny every warning of compiler, clippy and rustdoc
@@ -69,10 +71,10 @@ fn run(command: &Command) -> Result<()> {
             demo::run(*keep)
         }
         Command::Test { level } => test::run(*level),
-        Command::Bench => {
-            setup::network()?;
-            release::build()?;
-            bench::run()
+        Command::Bench(options) => {
+            setup::bench()?;
+            bench::build(options)?;
+            bench::run(options)
         }
         Command::Matrix => {
             print!("{}", include_str!("../../docs/matrix.md"));

@@ -27,6 +27,12 @@ pub(crate) fn object() -> PathBuf {
     workspace().join("target/bpf/klb.bpf.o")
 }
 
+/// The object that the benchmark compares it to. In another folder: whatever is
+/// new beside the first makes `klb` be built anew.
+pub(crate) fn floor_object() -> PathBuf {
+    workspace().join("target/bpf-floor/floor.bpf.o")
+}
+
 /// The release build of `klb`.
 pub(crate) fn klb() -> PathBuf {
     target().join("release/klb")

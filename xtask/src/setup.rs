@@ -9,7 +9,7 @@ use crate::{apt, kernels, process::step, toolchain};
 /// # Errors
 /// If something is missing and cannot be installed.
 pub(crate) fn everything() -> Result<()> {
-    network()?;
+    bench()?;
     toolchain::ready()?;
     kernels::fetch()?;
     step("Everything is set up");
@@ -22,4 +22,13 @@ pub(crate) fn everything() -> Result<()> {
 /// If something is missing and cannot be installed.
 pub(crate) fn network() -> Result<()> {
     apt::ensure(apt::NETWORK, "network namespaces")
+}
+
+/// Installs what klb is measured beside.
+///
+/// # Errors
+/// If something is missing and cannot be installed.
+pub(crate) fn bench() -> Result<()> {
+    network()?;
+    apt::ensure(apt::BENCH, "what klb is measured beside")
 }

@@ -1,223 +1,453 @@
-//! The control plane: from the API to the maps, at the sizes that clusters have.
+//! Figures 11 and 12: the control plane, from the API to the kernel.
+//!
+//! klb's own work is what its process takes of a CPU, from the bytes of an event
+//! to its line in the log: the scheduler counts it in nanoseconds, whoever else
+//! is running. Of a rule set it is the time that its tool takes.
 
 use std::{
+    collections::BTreeSet,
     fs,
-    net::Ipv4Addr,
+    net::IpAddr,
+    path::PathBuf,
+    thread::sleep,
     time::{Duration, Instant},
 };
 
 use lb_tests::{
     agent::{Agent, Hooks},
     apiserver::ApiServer,
-    manifests,
+    netns::Netns,
     scope::Scope,
-    topology::{Cluster, Options},
+    sweep,
+    topology::{Cluster, Options as ClusterOptions},
     wait,
 };
-use serde_json::{Value, json};
 
-use super::NAME;
-use crate::{demo, process::step};
+use super::{
+    NAME, Name, Options, progress,
+    report::{Figure, Row, Target},
+    rules,
+    services::{self, Service, Services},
+    stats::{median, quantile},
+};
+use crate::{paths, traffic};
 
-/// Services, and endpoints of each.
-const SIZES: [(u32, u32); 3] = [(10_000, 10), (2_000, 100), (50_000, 2)];
-/// Changes of one Service's endpoints.
-const CHANGES: u32 = 500;
+const SMALL: u32 = 1_000;
+const LARGE: u32 = 50_000;
+/// The most that rule sets are tried with, of either kind.
+const MOST_FOR_RULES: u32 = 10_000;
+const ROUNDS: usize = 9;
+/// Of starts, which take seconds each.
+const STARTS: usize = 3;
+/// Changes of klb's in a round, one after the other.
+const CHANGES: u32 = 20;
 /// Services that are rolled, each with all its endpoints replaced.
 const ROLLED: u32 = 1_000;
-const IDLE: Duration = Duration::from_secs(10);
+const ROLLING: Duration = Duration::from_secs(10);
+const IDLE: Duration = Duration::from_secs(60);
 /// For whatever is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-pub(super) fn run() {
-    for (services, endpoints) in SIZES {
-        step(format_args!("{services} Services of {endpoints} endpoints"));
-        measure(services, endpoints);
+/// Measures the figures that are wanted.
+pub(super) fn measure(options: &Options, done: &mut dyn FnMut(Figure)) {
+    let mut sizes = vec![SMALL, options.services];
+    if !options.quick {
+        sizes.push(LARGE);
+    }
+    sizes.sort_unstable();
+    sizes.dedup();
+    if options.wants(Name::ColdStart) {
+        cold_start(options, &sizes).into_iter().for_each(&mut *done);
+    }
+    if options.wants(Name::Change) {
+        changes(options, &sizes).into_iter().for_each(done);
     }
 }
 
-fn measure(services: u32, endpoints: u32) {
-    let options = Options {
-        helper: demo::helper(),
-        offloads: false,
-    };
-    let cluster = Cluster::new(Scope::named(NAME, false), options);
-    let server = cluster.node.place.netns().within(ApiServer::start);
-    server.put_yaml(&manifests::node());
-    for number in 0..services {
-        server.put(service(number));
-        server.put(slice(number, endpoints, 0));
-    }
-    server.forget_history();
-    let mut agent = Agent::new(&cluster, Hooks::SOCKET);
-    agent.kubeconfig = Some(server.kubeconfig(&cluster.scope().folder()));
-    agent.flags = vec!["--map-services=262144".to_owned()];
-
-    agent.start();
-    row(
-        "first start, all listed → in the maps",
-        listed_to_written(&mut agent),
-    );
-    row("entries written", total(&mut agent, "writes="));
-    row("peak memory", memory(&mut agent, "VmHWM"));
-    agent.terminate();
-    agent.start();
-    row(
-        "second start, entries written",
-        total(&mut agent, "writes="),
-    );
-    row(
-        "second start, all listed → compared",
-        listed_to_written(&mut agent),
-    );
-    row("peak memory", memory(&mut agent, "VmHWM"));
-    one_by_one(&mut agent, &server, services, endpoints);
-    storm(&mut agent, &server, services, endpoints);
-    idle(&mut agent);
+/// An API server with Services, and an agent that hears of them.
+struct Klb {
+    services: Services,
+    // Before the cluster: it cleans up in the node's namespace.
+    agent: Agent,
+    server: ApiServer,
+    cluster: Cluster,
+    /// How far its log was read.
+    read: u64,
 }
 
-/// One slice changes, and again when that is in the maps.
-fn one_by_one(agent: &mut Agent, server: &ApiServer, services: u32, endpoints: u32) {
-    let (before, cpu) = (reconciled(agent).len(), cpu(agent));
-    for change in 0..CHANGES {
-        let number = change * 7 % services;
-        server.put(slice(number, endpoints, 1 + change));
-        await_reconciled(agent, before + change as usize + 1);
-    }
-    let spent = self::cpu(agent).saturating_sub(cpu);
-    let lines = reconciled(agent).split_off(before);
-    let mut took: Vec<_> = lines
-        .iter()
-        .map(|line| duration(field(line, "took=")))
-        .collect();
-    took.sort();
-    let at = |percent: usize| took[(took.len() - 1) * percent / 100];
-    let writes = lines
-        .iter()
-        .map(|line| number(field(line, "writes=")))
-        .max();
-    row(
-        "one change, maps written in (p50, p99)",
-        format!("{:?}, {:?}", at(50), at(99)),
-    );
-    row(
-        "one change, all of the agent's CPU",
-        format!("{:?}", spent / CHANGES),
-    );
-    row("one change, most entries written", writes.unwrap_or(0));
-}
-
-/// Many Services get other endpoints within ten seconds.
-fn storm(agent: &mut Agent, server: &ApiServer, services: u32, endpoints: u32) {
-    let rolled = ROLLED.min(services);
-    let (started, cpu) = (Instant::now(), cpu(agent));
-    let first = memory(agent, "VmRSS");
-    let steps = 5;
-    for step in 0..steps {
-        for number in 0..rolled {
-            server.put(slice(number, endpoints, CHANGES + 1 + step));
+impl Klb {
+    fn new(count: u32) -> Self {
+        progress(format_args!("klb, {count} Services"));
+        let scope = format!("{NAME}-control-{count}");
+        sweep::remove(&scope);
+        let options = ClusterOptions {
+            helper: traffic::helper(),
+            offloads: true,
+        };
+        let cluster = Cluster::new(Scope::named(&scope, false), options);
+        let services = Services { count };
+        let server = cluster.node.place.netns().within(|| services.served());
+        let agent = Self::agent(&cluster, &server);
+        Self {
+            services,
+            agent,
+            server,
+            cluster,
+            read: 0,
         }
-        let rest = (started + Duration::from_secs(10) * (step + 1) / steps)
-            .saturating_duration_since(Instant::now());
-        std::thread::sleep(rest);
     }
-    let last = Ipv4Addr::from(endpoint(rolled - 1, endpoints, 0, CHANGES + steps));
-    agent.await_services("the last change to be there", |services| {
-        let mut frontends = services.iter().flat_map(|service| &service.frontends);
-        frontends.any(|frontend| {
-            frontend
-                .backends
-                .iter()
-                .any(|backend| backend.address == last)
-        })
-    });
-    let spent = self::cpu(agent).saturating_sub(cpu);
-    let share = 100.0 * spent.as_secs_f64() / started.elapsed().as_secs_f64();
-    row("storm, CPU", format!("{share:.0} % of a core"));
-    row(
-        "storm, memory",
-        format!("{first} → {}", memory(agent, "VmRSS")),
-    );
-}
 
-fn idle(agent: &mut Agent) {
-    let before = cpu(agent);
-    std::thread::sleep(IDLE);
-    let spent = cpu(agent).saturating_sub(before);
-    let share = 100.0 * spent.as_secs_f64() / IDLE.as_secs_f64();
-    row("idle, CPU", format!("{share:.2} % of a core"));
-}
+    fn agent(cluster: &Cluster, server: &ApiServer) -> Agent {
+        let mut agent = Agent::new(cluster, Hooks::SOCKET);
+        agent.program = paths::klb();
+        agent.kubeconfig = Some(server.kubeconfig(&cluster.scope().folder()));
+        agent.flags = vec!["--map-services=262144".to_owned()];
+        agent
+    }
 
-fn row(what: &str, value: impl std::fmt::Display) {
-    println!("{what:<44} {value}");
-}
+    /// Starts with nothing in the maps.
+    fn start(&mut self) -> Start {
+        self.agent = Self::agent(&self.cluster, &self.server);
+        self.read = 0;
+        self.agent.start();
+        let own = cpu(&mut self.agent);
+        let text = self.agent.log().text();
+        let line = reconciled(&text).next().expect("it has written");
+        let wrote = duration(field(line, "wrote="));
+        let kinds = ["Service", "EndpointSlice", "Node"].map(|kind| format!("kind={kind} "));
+        let listed = text.lines().filter(|line| line.contains(" listed "));
+        let listed = listed.filter(|line| kinds.iter().any(|kind| line.contains(kind)));
+        let listed = listed.map(time_of_day).fold(0.0, f64::max);
+        Start {
+            wrote,
+            after_list: Duration::from_secs_f64((time_of_day(line) - listed).max(0.0)),
+            own,
+            peak: memory(&mut self.agent, "VmHWM"),
+        }
+    }
 
-fn service(number: u32) -> Value {
-    let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 0, 1)) + number);
-    json!({
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": { "name": format!("service-{number}"), "namespace": "bench" },
-        "spec": { "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "ports": [{ "port": 80 }] },
-    })
-}
-
-/// The address of an endpoint; another one in every round.
-fn endpoint(service: u32, endpoints: u32, index: u32, round: u32) -> u32 {
-    let first = u32::from(Ipv4Addr::new(10, 128, 0, 1));
-    first + (service * endpoints + index + round * 7_919) % (1 << 22)
-}
-
-fn slice(number: u32, endpoints: u32, round: u32) -> Value {
-    let list: Vec<_> = (0..endpoints)
-        .map(|index| {
-            let address = Ipv4Addr::from(endpoint(number, endpoints, index, round));
-            json!({
-                "addresses": [address],
-                "conditions": { "ready": true, "serving": true, "terminating": false },
-                "nodeName": format!("node-{}", index + 2),
-                "targetRef": { "kind": "Pod", "name": format!("pod-{index}"), "namespace": "bench" },
-                "zone": "z",
+    /// The lines about writes since this was last asked for, as soon as there
+    /// are any.
+    fn await_written(&mut self) -> Vec<String> {
+        let (agent, read) = (&mut self.agent, &mut self.read);
+        wait::until("a change to be written", PATIENCE, || {
+            let text = agent.log().text_from(*read);
+            let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
+            let lines: Vec<_> = reconciled(whole).map(str::to_owned).collect();
+            (!lines.is_empty()).then(|| {
+                *read += whole.len() as u64;
+                lines
             })
         })
+    }
+
+    /// Has this Service get the endpoints of another round; returns what that
+    /// took of a CPU, in milliseconds.
+    fn change(&mut self, number: u32, round: u32) -> f64 {
+        let before = cpu(&mut self.agent);
+        self.server.put(services::other(number, round).slice());
+        self.await_written();
+        let after = cpu(&mut self.agent);
+        milliseconds(after.saturating_sub(before))
+    }
+}
+
+/// What a start took.
+struct Start {
+    /// Writing the maps.
+    wrote: Duration,
+    /// From the end of the last list until everything was written.
+    after_list: Duration,
+    /// All of the agent's CPU time until it was ready.
+    own: Duration,
+    /// MiB.
+    peak: f64,
+}
+
+/// A network namespace for a rule set.
+struct Rules {
+    services: Services,
+    kind: Kind,
+    folder: PathBuf,
+    netns: Netns,
+    _scope: Scope,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Iptables,
+    Legacy,
+    Nftables,
+}
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Legacy => "iptables-legacy",
+            Self::Nftables => "nftables",
+        }
+    }
+}
+
+impl Rules {
+    fn new(kind: Kind, count: u32) -> Self {
+        let scope = format!("{NAME}-{}-{count}", kind.name());
+        sweep::remove(&scope);
+        let scope = Scope::named(&scope, false);
+        Self {
+            services: Services { count },
+            kind,
+            folder: scope.folder(),
+            netns: Netns::new(format!("{}-node", scope.name())),
+            _scope: scope,
+        }
+    }
+
+    /// Loads all rules; returns how long that took, in milliseconds.
+    fn load(&self) -> f64 {
+        let texts = match self.kind {
+            Kind::Iptables | Kind::Legacy => vec![rules::iptables(self.services)],
+            Kind::Nftables => rules::nftables(self.services),
+        };
+        texts.iter().map(|text| self.run(text, false)).sum()
+    }
+
+    /// Changes the endpoints of a Service; returns how long that took, in
+    /// milliseconds.
+    fn change(&self, before: &Service, after: &Service) -> f64 {
+        let text = match self.kind {
+            Kind::Iptables | Kind::Legacy => rules::iptables_change(self.services, before, after),
+            Kind::Nftables => rules::nftables_change(before, after),
+        };
+        self.run(&text, true)
+    }
+
+    fn run(&self, text: &str, keep: bool) -> f64 {
+        let path = self.folder.join("rules");
+        fs::write(&path, text).expect("a folder of our own");
+        let file = path.display().to_string();
+        let (program, first) = match self.kind {
+            Kind::Iptables => ("iptables-nft-restore", "--noflush"),
+            Kind::Legacy => ("iptables-legacy-restore", "--noflush"),
+            Kind::Nftables => ("nft", "-f"),
+        };
+        let mut arguments = vec![first, &*file];
+        if self.kind != Kind::Nftables && !keep {
+            arguments.remove(0);
+        }
+        let started = Instant::now();
+        self.netns.output(program, &arguments);
+        milliseconds(started.elapsed())
+    }
+}
+
+fn cold_start(options: &Options, sizes: &[u32]) -> [Figure; 2] {
+    let title = "start with nothing in the kernel: time to program it";
+    let mut figure = Figure::new("12", title, "ms").plot("start.svg");
+    let mut memory = Figure::new("12", "the agent's memory, at most, by Services", "MiB");
+    let rounds = options.rounds(STARTS);
+    for &count in sizes.iter().filter(|count| **count != SMALL) {
+        let mut klb = Klb::new(count);
+        let starts: Vec<_> = (0..rounds).map(|_| klb.start()).collect();
+        let row = |name, value: fn(&Start) -> f64| {
+            Row::new("", starts.iter().map(value).collect()).of_services(name, count)
+        };
+        let bound = if count > 10_000 { 300.0 } else { 50.0 };
+        let maps = row("klb, map writes", |start| milliseconds(start.wrote));
+        let mut maps = maps.target(Target::at_most(bound).of_value());
+        if count == 10_000 {
+            maps = maps
+                .target(Target::at_most(1.0 / 200.0).to("nftables, 10000"))
+                .target(Target::at_most(1.0 / 10.0).to("iptables-legacy, 10000"));
+        }
+        let after_list = row("klb, list to maps", |start| milliseconds(start.after_list));
+        let own = row("klb, all CPU until ready", |start| milliseconds(start.own));
+        figure.rows.extend([maps, after_list, own]);
+        memory.rows.push(row("klb", |start| start.peak));
+        drop(klb);
+        figure.rows.extend(rule_sets(count, rounds));
+        figure.note_load();
+    }
+    memory.load = figure.load;
+    [figure, memory]
+}
+
+/// The same start for each kind of rule set.
+fn rule_sets(count: u32, rounds: usize) -> Vec<Row> {
+    let kinds = [Kind::Iptables, Kind::Legacy, Kind::Nftables].into_iter();
+    let kinds = kinds.filter(|kind| *kind != Kind::Nftables || count <= MOST_FOR_RULES);
+    let rows = kinds.map(|kind| {
+        progress(format_args!("{}, {count} Services", kind.name()));
+        // Those that take a quarter of a minute are as clear after one.
+        let rounds = if count > MOST_FOR_RULES { 1 } else { rounds };
+        let times = (0..rounds).map(|_| Rules::new(kind, count).load());
+        Row::new("", times.collect()).of_services(kind.name(), count)
+    });
+    rows.collect()
+}
+
+fn changes(options: &Options, sizes: &[u32]) -> Vec<Figure> {
+    let mut agents: Vec<_> = sizes.iter().map(|count| Klb::new(*count)).collect();
+    for klb in &mut agents {
+        klb.start();
+    }
+    let mut sets = Vec::new();
+    for &count in sizes.iter().filter(|count| **count <= MOST_FOR_RULES) {
+        for kind in [Kind::Iptables, Kind::Nftables] {
+            progress(format_args!("{}, {count} Services", kind.name()));
+            let rules = Rules::new(kind, count);
+            rules.load();
+            sets.push(rules);
+        }
+    }
+    let mut figures = vec![one_by_one(options, &mut agents, &sets)];
+    drop(sets);
+    if let Some(klb) = agents.last_mut() {
+        figures.push(storm(klb, !options.quick));
+    }
+    figures
+}
+
+/// One slice changes, and again when that is in the kernel.
+fn one_by_one(options: &Options, agents: &mut [Klb], sets: &[Rules]) -> Figure {
+    let title = "one EndpointSlice changes: own work until it is in the kernel";
+    let mut figure = Figure::new("11", title, "ms").plot("change.svg");
+    progress(format_args!("figure 11: {title}"));
+    let mut usual = vec![Vec::new(); agents.len()];
+    let mut slowest = usual.clone();
+    let mut rule_sets = vec![Vec::new(); sets.len()];
+    for round in 0..u32::try_from(options.rounds(ROUNDS)).expect("few") {
+        for (klb, (usual, slowest)) in agents.iter_mut().zip(usual.iter_mut().zip(&mut slowest)) {
+            let times = (0..CHANGES).map(|change| {
+                let number = (round * CHANGES + change) * 7 % (klb.services.count - 1);
+                klb.change(number, 1 + round)
+            });
+            let mut times: Vec<_> = times.collect();
+            times.sort_by(f64::total_cmp);
+            usual.push(median(times.iter().copied()));
+            slowest.push(quantile(&times, 100));
+        }
+        for (rules, times) in sets.iter().zip(&mut rule_sets) {
+            let number = round * 7;
+            let (before, after) = (services::other(number, 0), services::other(number, 1));
+            times.push(rules.change(&before, &after));
+        }
+        figure.note_load();
+    }
+    for (klb, (usual, slowest)) in agents.iter().zip(usual.into_iter().zip(slowest)) {
+        let count = klb.services.count;
+        let mut usual = Row::new("", usual).of_services("klb", count);
+        if count == 10_000 {
+            usual = usual.target(Target::at_most(1.0 / 150.0).to("nftables, 10000"));
+        }
+        if count == LARGE {
+            usual = usual.target(Target::at_most(1.2).to("klb, 1000"));
+        }
+        let slowest = Row::new("", slowest).of_services("klb, slowest of 20", count);
+        let slowest = slowest.target(Target::at_most(1.0).of_value());
+        figure.rows.extend([usual, slowest]);
+    }
+    for (rules, times) in sets.iter().zip(rule_sets) {
+        let row = Row::new("", times).of_services(rules.kind.name(), rules.services.count);
+        figure.rows.push(row);
+    }
+    figure
+}
+
+/// Many Services get other endpoints within ten seconds; then nothing happens.
+fn storm(klb: &mut Klb, with_idle: bool) -> Figure {
+    let count = klb.services.count;
+    let rolled = ROLLED.min(count - 1);
+    let steps = 5;
+    let title = format!("{rolled} of {count} Services rolled {steps} times in 10 s, and nothing");
+    progress(format_args!("figure 11: {title}"));
+    let mut figure = Figure::new("11", title, "% of a CPU");
+    let (started, before) = (Instant::now(), cpu(&mut klb.agent));
+    let round = |step: u32| 100 + step;
+    for step in 0..steps {
+        for number in 0..rolled {
+            klb.server.put(services::other(number, round(step)).slice());
+        }
+        let rest =
+            (started + ROLLING * (step + 1) / steps).saturating_duration_since(Instant::now());
+        sleep(rest);
+    }
+    await_endpoints(klb, rolled, round(steps - 1));
+    let share = |spent: Duration, time: Duration| 100.0 * spent.as_secs_f64() / time.as_secs_f64();
+    let spent = cpu(&mut klb.agent).saturating_sub(before);
+    let busy = share(spent, started.elapsed());
+    figure
+        .rows
+        .push(Row::new("klb, while they are rolled", vec![busy]));
+    if with_idle {
+        let before = cpu(&mut klb.agent);
+        sleep(IDLE);
+        let spent = cpu(&mut klb.agent).saturating_sub(before);
+        figure.rows.push(Row::new(
+            "klb, while nothing happens",
+            vec![share(spent, IDLE)],
+        ));
+    }
+    figure.note_load();
+    figure
+}
+
+/// Waits until every one of the first `rolled` Services has the endpoints of
+/// this round.
+fn await_endpoints(klb: &Klb, rolled: u32, round: u32) {
+    let wanted: Vec<_> = (0..rolled)
+        .map(|number| services::other(number, round))
         .collect();
-    json!({
-        "apiVersion": "discovery.k8s.io/v1",
-        "kind": "EndpointSlice",
-        "metadata": {
-            "name": format!("service-{number}-1"),
-            "namespace": "bench",
-            "labels": { "kubernetes.io/service-name": format!("service-{number}") },
-        },
-        "addressType": "IPv4",
-        "ports": [{ "port": 8080, "protocol": "TCP", "name": "" }],
-        "endpoints": list,
-    })
+    klb.agent
+        .await_services("the last of all changes", |services| {
+            let mut found = std::collections::BTreeMap::<&str, BTreeSet<IpAddr>>::new();
+            for port in services {
+                let backends = port
+                    .frontends
+                    .iter()
+                    .flat_map(|frontend| &frontend.backends);
+                let backends = backends.map(|backend| backend.address);
+                found.entry(&port.name).or_default().extend(backends);
+            }
+            wanted.iter().all(|service| {
+                let endpoints = service
+                    .endpoints
+                    .iter()
+                    .copied()
+                    .map(IpAddr::from)
+                    .collect();
+                found.get(&*service.name) == Some(&endpoints)
+            })
+        });
 }
 
 /// The log's lines about writes.
-fn reconciled(agent: &mut Agent) -> Vec<String> {
-    let text = agent.log().text();
-    let lines = text.lines().filter(|line| line.contains(" reconciled "));
-    lines.map(str::to_owned).collect()
+fn reconciled(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter(|line| line.contains(" reconciled "))
 }
 
-fn await_reconciled(agent: &mut Agent, count: usize) {
-    wait::until("a change to be written", PATIENCE, || {
-        (reconciled(agent).len() >= count).then_some(())
+/// CPU time that all threads of the agent have used, as the scheduler counts it.
+fn cpu(agent: &mut Agent) -> Duration {
+    let folder = format!("/proc/{}/task", agent.process().id());
+    let threads = fs::read_dir(folder).expect("the agent runs");
+    let times = threads.filter_map(|thread| {
+        let text = fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
     });
+    Duration::from_nanos(times.sum())
 }
 
-/// From the end of the last list to the end of the first write.
-fn listed_to_written(agent: &mut Agent) -> String {
-    let text = agent.log().text();
-    let kinds = ["Service", "EndpointSlice", "Node"].map(|kind| format!("kind={kind} "));
-    let listed = text.lines().filter(|line| line.contains(" listed "));
-    let listed = listed.filter(|line| kinds.iter().any(|kind| line.contains(kind)));
-    let listed = listed.map(time_of_day).fold(0.0, f64::max);
-    let written = reconciled(agent);
-    let written = time_of_day(written.first().expect("it was written"));
-    format!("{:.3} s", written - listed)
+/// A field of `/proc/PID/status`, in MiB.
+fn memory(agent: &mut Agent, field: &str) -> f64 {
+    let path = format!("/proc/{}/status", agent.process().id());
+    let text = fs::read_to_string(path).expect("the agent runs");
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    let digits = line.map(|line| line.trim_matches(|c: char| !c.is_ascii_digit()));
+    let kilobytes: f64 = digits
+        .and_then(|digits| digits.parse().ok())
+        .expect("a size");
+    kilobytes / 1024.0
 }
 
 /// Seconds since midnight, from the time that a line begins with.
@@ -236,18 +466,6 @@ fn field<'a>(line: &'a str, name: &str) -> &'a str {
         .unwrap_or_default()
 }
 
-fn number(text: &str) -> u64 {
-    text.parse()
-        .unwrap_or_else(|error| panic!("{text}: {error}"))
-}
-
-fn total(agent: &mut Agent, name: &str) -> u64 {
-    reconciled(agent)
-        .iter()
-        .map(|line| number(field(line, name)))
-        .sum()
-}
-
 /// As `Duration` is written in a log.
 fn duration(text: &str) -> Duration {
     let digits = text.trim_end_matches(|c: char| c.is_alphabetic() || c == 'µ');
@@ -263,22 +481,6 @@ fn duration(text: &str) -> Duration {
     Duration::from_secs_f64(count * unit)
 }
 
-fn memory(agent: &mut Agent, field: &str) -> String {
-    let path = format!("/proc/{}/status", agent.process().id());
-    let text = fs::read_to_string(path).expect("the agent runs");
-    let line = text.lines().find_map(|line| line.strip_prefix(field));
-    let kilobytes = number(
-        line.unwrap_or_default()
-            .trim_matches(|c: char| !c.is_ascii_digit()),
-    );
-    format!("{} MiB", kilobytes / 1024)
-}
-
-/// CPU time that the agent has used (proc(5), `stat`, fields 14 and 15).
-fn cpu(agent: &mut Agent) -> Duration {
-    let path = format!("/proc/{}/stat", agent.process().id());
-    let text = fs::read_to_string(path).expect("the agent runs");
-    let rest = text.rsplit(')').next().unwrap_or_default();
-    let ticks: u64 = rest.split_whitespace().skip(11).take(2).map(number).sum();
-    Duration::from_millis(ticks * 10)
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
 }
