@@ -1,5 +1,5 @@
-//! How much memory the desired state takes, to the byte: a budget, since a
-//! cluster's nodes have better uses for theirs.
+//! How much memory the desired state takes, to the byte, and how often a change
+//! asks for some: budgets, since a cluster's nodes have better uses for theirs.
 
 mod objects;
 
@@ -7,7 +7,10 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     collections::{BTreeMap, BTreeSet},
     hint::black_box,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Instant,
 };
 
@@ -22,15 +25,20 @@ use lb_userspace::{
 
 use self::objects::{service, slice};
 
-/// Counts what is in use.
+/// Counts what is in use, and how often more was asked for.
 struct Counting;
 
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
+static ASKED: AtomicUsize = AtomicUsize::new(0);
+
+/// The counters are of the whole process: one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 // SAFETY: everything is the system allocator's work.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         IN_USE.fetch_add(block(layout.size()), Ordering::Relaxed);
+        ASKED.fetch_add(1, Ordering::Relaxed);
         // SAFETY: as the caller promises.
         unsafe { System.alloc(layout) }
     }
@@ -138,6 +146,7 @@ fn footprint(services: u32, endpoints: u32) -> (usize, usize) {
 
 #[test]
 fn a_service_takes_no_more_than_it_may() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for (services, endpoints, index, reconciler) in
         [(10_000, 10, 2_300, 2_600), (2_000, 100, 9_500, 17_200)]
     {
@@ -148,4 +157,41 @@ fn a_service_takes_no_more_than_it_may() {
             "{services} × {endpoints}: {taken:?}"
         );
     }
+}
+
+/// How often a change of all endpoints of one Service, of so many, asks for
+/// memory: from the decoded event to the last write.
+fn allocations_of_a_change(services: u32) -> usize {
+    const ENDPOINTS: u32 = 3;
+    let mut index = Index::new("node", Settings::default());
+    for number in 0..services {
+        index.apply(service(number));
+        index.apply(slice(number, 0..ENDPOINTS));
+    }
+    let mut reconciler = Reconciler::restore(NoMaps).expect("nothing to read");
+    let mut write = |index: &mut Index| {
+        let changes = index.take_changes().into_iter();
+        let plans: Vec<ServicePlan> = changes.map(|(plan, _)| plan).collect();
+        let report = reconciler.apply(&plans, Instant::now());
+        assert!(report.failed.is_empty());
+    };
+    write(&mut index);
+    let changed = slice(services / 2, 50..50 + ENDPOINTS);
+    let before = ASKED.load(Ordering::Relaxed);
+    index.apply(changed);
+    write(&mut index);
+    ASKED.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn a_change_asks_for_memory_as_often_whatever_the_size() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    // A node of a map may be split where the change falls.
+    const SPREAD: usize = 8;
+    let counts = [1_000, 10_000, 50_000].map(allocations_of_a_change);
+    println!("{counts:?}");
+    assert!(counts.iter().all(|count| *count <= 100), "{counts:?}");
+    let (least, most) = (counts.iter().min(), counts.iter().max());
+    let spread = most.zip(least).map(|(most, least)| most - least);
+    assert!(spread <= Some(SPREAD), "{counts:?}");
 }
