@@ -38,7 +38,10 @@ mod socket;
 mod translate;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_UNSPEC, xdp_action::XDP_PASS},
+    bindings::{
+        TC_ACT_SHOT, TC_ACT_UNSPEC,
+        xdp_action::{XDP_DROP, XDP_PASS},
+    },
     macros::{cgroup_sock_addr, classifier, xdp},
     programs::{SockAddrContext, TcContext, XdpContext},
 };
@@ -150,8 +153,14 @@ pub fn floor_source(ctx: XdpContext) -> u32 {
 
 /// Takes packets in where they arrive.
 #[xdp]
-pub fn floor_sink(ctx: XdpContext) -> u32 {
-    replay::take_in(&ctx)
+pub fn floor_sink_xdp(ctx: XdpContext) -> u32 {
+    replay::take_in(&ctx).map_or(XDP_PASS, |()| XDP_DROP)
+}
+
+/// The same, for what comes past XDP.
+#[classifier]
+pub fn floor_sink_tc(ctx: TcContext) -> i32 {
+    replay::take_in(&ctx).map_or(TC_ACT_UNSPEC, |()| TC_ACT_SHOT)
 }
 
 #[unsafe(no_mangle)]

@@ -62,6 +62,11 @@ pub static WAYS6: Ways<Addr6> = Ways::new();
 #[btf_map(name = "floor_frame")]
 pub static FRAME: Array<Frame, 1> = Array::new();
 
+/// Packets that were taken in, by the last byte of the address that they were
+/// for.
+#[btf_map(name = "floor_taken")]
+pub static TAKEN: Array<u64, 256> = Array::new();
+
 /// The program that gets the packet.
 #[btf_map(name = "floor_next_xdp")]
 pub static NEXT_XDP: ProgramArray<1> = ProgramArray::new();

@@ -5,7 +5,7 @@
 use aya_ebpf::{
     bindings::{
         TC_ACT_SHOT,
-        xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX},
+        xdp_action::{XDP_ABORTED, XDP_TX},
     },
     programs::{TcContext, XdpContext},
 };
@@ -13,7 +13,7 @@ use lb_common::checksum::fold;
 
 use crate::{
     family::{Family, V4, V6},
-    maps::{FRAME, NEXT_TC, NEXT_XDP},
+    maps::{FRAME, NEXT_TC, NEXT_XDP, TAKEN},
     packet::Packet,
     shared::{WORDS, flow},
 };
@@ -55,19 +55,21 @@ pub fn send(ctx: &XdpContext) -> u32 {
 /// Where packets go that are counted.
 const SINK_PORT: u16 = 4002;
 
-/// Takes in what was sent to [`SINK_PORT`], which the device counts as dropped.
-/// Of IPv4 and without options.
+/// Takes in a datagram to [`SINK_PORT`], and counts it. Of IPv4 and without
+/// options.
 #[inline(always)]
-pub fn take_in(ctx: &XdpContext) -> u32 {
-    let ports = V4::PORTS + size_of::<u16>();
-    let (Some(protocol), Some(port)) = (ctx.read(V4::PROTOCOL), ctx.read(ports)) else {
-        return XDP_PASS;
-    };
-    if (protocol, port) == (UDP, SINK_PORT.to_be()) {
-        XDP_DROP
-    } else {
-        XDP_PASS
+pub fn take_in<P: Packet>(packet: &P) -> Option<()> {
+    packet.make_readable(V4::PORTS + size_of::<[u16; 2]>());
+    let protocol: u8 = packet.read(V4::PROTOCOL)?;
+    let port: u16 = packet.read(V4::PORTS + size_of::<u16>())?;
+    if (protocol, port) != (UDP, SINK_PORT.to_be()) {
+        return None;
     }
+    let [.., last]: [u8; 4] = packet.read(V4::DST)?;
+    let count = TAKEN.get_ptr_mut(last.into())?;
+    // SAFETY: all packets that are counted are on one CPU.
+    unsafe { *count += 1 };
+    Some(())
 }
 
 #[inline(always)]

@@ -52,8 +52,9 @@ pub(super) const CONNECT_NOTHING: [&str; 2] = ["floor_no_conn4", "floor_no_conn6
 
 /// Sends the packet of `floor_frame`, as its flows.
 pub(super) const SOURCE: &str = "floor_source";
-/// Takes in what arrives.
-pub(super) const SINK: &str = "floor_sink";
+/// Take in what arrives.
+pub(super) const SINK_XDP: &str = "floor_sink_xdp";
+pub(super) const SINK_TC: &str = "floor_sink_tc";
 
 /// The floor's programs, loaded when they are first asked for. What is attached
 /// is so until this drops.
@@ -273,4 +274,9 @@ pub(super) fn put<K: Pod, V: Pod>(map: &mut Map, key: K, value: V) -> Result<()>
 pub(super) fn set<V: Pod>(map: &mut Map, index: u32, value: V) -> Result<()> {
     let mut map: Array<_, V> = map.try_into()?;
     Ok(map.set(index, value, 0)?)
+}
+
+pub(super) fn get<V: Pod>(map: &mut Map, index: u32) -> Result<V> {
+    let map: Array<_, V> = map.try_into()?;
+    Ok(map.get(&index, 0)?)
 }

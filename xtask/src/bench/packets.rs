@@ -2,14 +2,11 @@
 //! one CPU.
 //!
 //! The host outside sends frames of 1,024 flows from within a test run of its
-//! program, straight into the node's device; the pods' devices take them in and
-//! count. Neither end has a socket, so that what is between them is most of what
+//! program, straight into the node's device; programs at the pods' devices take
+//! them in and count. Neither end has a socket, so that what is between them is most of what
 //! is measured.
 
-use std::{
-    net::Ipv4Addr,
-    time::{Duration, Instant},
-};
+use std::{net::Ipv4Addr, time::Duration};
 
 use aya::{
     TestRunAttrs, TestRunOptions,
@@ -22,8 +19,11 @@ use lb_tests::{
     topology::{Addresses, UPLINK},
 };
 
+use nix::time::{ClockId, clock_gettime};
+
 use super::{
-    floor::{self, Floor, set, shared},
+    floor::{self, Floor, get, set, shared},
+    services::PODS,
     site::{CPU, Site, index_of},
 };
 
@@ -61,7 +61,16 @@ impl Traffic {
             node.ip(&format!("route replace {SENDERS}/24 via {via}\n"));
             for pod in &site.cluster.pods {
                 let netns = pod.host.place.netns();
-                let attached = netns.within(|| floor.attach_xdp(floor::SINK, "eth0"));
+                // A frame that XDP sends on never becomes what TC gets, and the
+                // other way round it would be an effort.
+                let redirects_frames = site.redirects_frames();
+                let attached = netns.within(|| {
+                    if redirects_frames {
+                        floor.attach_xdp(floor::SINK_XDP, "eth0")
+                    } else {
+                        floor.attach_tc(floor::SINK_TC, "eth0")
+                    }
+                });
                 attached.unwrap_or_else(|error| panic!("{}: {error:#}", pod.name));
             }
         }
@@ -82,16 +91,17 @@ impl Traffic {
         };
         let map = self.floor.map("floor_frame").expect("a map of the floor");
         set(map, 0, frame).expect("the one entry");
-        let first = self.send(site, FIRST);
+        let first = self.send(site, FIRST).max(Duration::from_millis(1));
         let enough = f64::from(FIRST) * time.as_secs_f64() / first.as_secs_f64();
         #[expect(clippy::cast_sign_loss, reason = "a number of frames")]
         let count = (enough as u32).next_multiple_of(BATCH);
-        let before = arrived(site);
+        let before = self.arrived();
         let took = self.send(site, count);
-        let after = arrived(site);
+        let after = self.arrived();
         let arrived: Vec<_> = before.iter().zip(&after).map(|(a, b)| b - a).collect();
-        let total: u32 = arrived.iter().sum();
-        let lost = 1.0 - f64::from(total) / f64::from(count);
+        let total: u64 = arrived.iter().sum();
+        let total = f64::from(u32::try_from(total).expect("no more than were sent"));
+        let lost = 1.0 - total / f64::from(count);
         let wanted = if site.is_direct() { 1 } else { arrived.len() };
         let reached = arrived.iter().filter(|count| **count > 0).count();
         assert!(
@@ -99,10 +109,18 @@ impl Traffic {
             "{}: of {count} packets the pods got {arrived:?}",
             site.name
         );
-        f64::from(total) / took.as_secs_f64() / 1e6
+        total / took.as_secs_f64() / 1e6
     }
 
-    /// Sends so many frames; returns how long that took.
+    /// Packets to the address of each pod that were taken in so far.
+    fn arrived(&mut self) -> Vec<u64> {
+        let map = self.floor.map("floor_taken").expect("a map of the floor");
+        let counts = PODS.map(|number| get(map, number.into()).expect("an entry"));
+        counts.into()
+    }
+
+    /// Sends so many frames; returns what that took of the CPU. Whatever becomes
+    /// of a frame is done when it is sent, by who sends it.
     fn send(&mut self, site: &Site, count: u32) -> Duration {
         let program = self.floor.loaded(floor::SOURCE).expect("of the floor");
         let program: &Xdp = (&*program).try_into().expect("for XDP");
@@ -120,30 +138,17 @@ impl Traffic {
                 attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
                 ..TestRunOptions::new()
             };
-            let started = Instant::now();
+            let before = own_time();
             program.test_run(options).expect("frames are sent");
-            started.elapsed()
+            own_time() - before
         })
     }
 }
 
-/// Packets that each pod has taken in so far.
-fn arrived(site: &Site) -> Vec<u32> {
-    let pods = site.cluster.pods.iter();
-    pods.map(|pod| dropped_by_xdp(pod.host.place.netns()))
-        .collect()
-}
-
-fn dropped_by_xdp(netns: &Netns) -> u32 {
-    let text = netns.output("ethtool", &["-S", "eth0"]);
-    let lines = text.lines().filter_map(|line| line.trim().split_once(": "));
-    let mut counts =
-        lines.filter(|(name, _)| name.starts_with("rx_queue_") && name.ends_with("_xdp_drops"));
-    let counts = counts
-        .by_ref()
-        .map(|(_, count)| count.parse::<u64>().expect("a number"));
-    // It is only ever subtracted from a later one.
-    counts.sum::<u64>() as u32
+/// CPU time of this thread. A test run also waits, for RCU.
+fn own_time() -> Duration {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("there is such a clock");
+    time.into()
 }
 
 /// The beginning of a frame to the site's `NodePort`, or to its first pod; its

@@ -251,6 +251,11 @@ impl Site {
         matches!(self.way, Way::Direct)
     }
 
+    /// Whether XDP sends frames straight to pods.
+    pub(super) const fn redirects_frames(&self) -> bool {
+        matches!(self.way, Way::FloorXdp)
+    }
+
     /// Where packets from outside go: to the `NodePort`, or to a pod.
     pub(super) fn packets_to(&self) -> SocketAddrV4 {
         let port = Test::Datagram.port();
