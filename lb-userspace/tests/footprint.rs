@@ -185,9 +185,9 @@ fn allocations_of_a_change(services: u32) -> usize {
 
 #[test]
 fn a_change_asks_for_memory_as_often_whatever_the_size() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // A node of a map may be split where the change falls.
     const SPREAD: usize = 8;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let counts = [1_000, 10_000, 50_000].map(allocations_of_a_change);
     println!("{counts:?}");
     assert!(counts.iter().all(|count| *count <= 100), "{counts:?}");

@@ -154,7 +154,7 @@ impl Klb {
 
 /// What a start took.
 struct Start {
-    /// Writing the maps.
+    /// Writing the maps, in CPU time.
     wrote: Duration,
     /// From the end of the last list until everything was written.
     after_list: Duration,

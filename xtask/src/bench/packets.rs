@@ -140,7 +140,7 @@ impl Traffic {
             };
             let before = own_time();
             program.test_run(options).expect("frames are sent");
-            own_time() - before
+            own_time().saturating_sub(before)
         })
     }
 }
