@@ -100,7 +100,7 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
         // work is done here.
         if (P::LEAVES_RARE_TO_TC || to_pod)
             && is_translated_again(reason)
-            && go_out::<P, F>(packet) == Reason::RewriteFailed
+            && blur::<F>(go_out::<P, F>(packet)) == Some(Reason::RewriteFailed)
         {
             return Outcome::of(Reason::RewriteFailed);
         }
