@@ -163,7 +163,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         crate::process::is_root(),
         "network namespaces and BPF need root"
     );
-    let figures = guard::guarded("the benchmark", || measure(options))?;
+    let mut figures = Vec::new();
+    let outcome = guard::guarded("the benchmark", || measure(options, &mut figures));
+    // What was measured before something went wrong is as good as any.
     if let Some(path) = &options.json {
         write_json(path, &figures)?;
     }
@@ -171,13 +173,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         step(format_args!("Wrote {}", path.display()));
     }
     println!("{}", summary(&figures));
-    Ok(())
+    outcome
 }
 
-fn measure(options: &Options) -> Vec<Figure> {
+fn measure(options: &Options, figures: &mut Vec<Figure>) {
     let started = Instant::now();
     println!("{}, Linux {}", report::processor(), report::kernel());
-    let mut figures = Vec::new();
     for (names, part) in PARTS {
         if !names.iter().any(|name| options.wants(*name)) {
             continue;
@@ -191,7 +192,6 @@ fn measure(options: &Options) -> Vec<Figure> {
         "Measured in {:.0} s",
         started.elapsed().as_secs_f64()
     ));
-    figures
 }
 
 fn write_json(path: &Path, figures: &[Figure]) -> Result<()> {
