@@ -20,6 +20,11 @@ use lb_common::node::Config;
 
 const SYSCTL: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
+/// Where a container has the node's `/proc/sys/net` (`deploy/base`): its own is
+/// read-only unless it is privileged. Which network namespace a list is of is
+/// not for the path to say, but for who opens it.
+const NODES_SYSCTL: &str = "/host/proc/sys/net/ipv4/ip_local_reserved_ports";
+
 /// Longer than any list: every second port, with five digits and a comma.
 const LONGEST: usize = 256 * 1024;
 
@@ -73,8 +78,14 @@ pub struct Reservation {
 
 impl Reservation {
     pub fn new(state_dir: &Path) -> Self {
+        let nodes = Path::new(NODES_SYSCTL);
         Self {
-            sysctl: SYSCTL.into(),
+            sysctl: if nodes.exists() {
+                nodes
+            } else {
+                SYSCTL.as_ref()
+            }
+            .to_owned(),
             added: state_dir.join("reserved-ports"),
         }
     }

@@ -121,11 +121,18 @@ fn holds_up(flow: &Flow) -> bool {
     )
 }
 
-/// Removes the lock's file, and the folder if nothing else is in it.
+/// Removes the lock's file, and the folder if nothing else is in it. In a
+/// container it is a mount in a root that nobody can write to, and stays.
 fn remove_state(folder: &Path) -> io::Result<()> {
     for result in [fs::remove_file(Lock::path(folder)), fs::remove_dir(folder)] {
         match result.map_err(|error| error.kind()) {
-            Ok(()) | Err(io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {}
+            Ok(())
+            | Err(
+                io::ErrorKind::NotFound
+                | io::ErrorKind::DirectoryNotEmpty
+                | io::ErrorKind::ResourceBusy
+                | io::ErrorKind::ReadOnlyFilesystem,
+            ) => {}
             Err(kind) => return Err(kind.into()),
         }
     }
