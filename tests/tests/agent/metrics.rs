@@ -1,13 +1,15 @@
 //! What `/metrics` tells, as a whole.
 
 use std::{
+    collections::BTreeSet,
+    fs,
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
 use lb_common::names;
 use lb_tests::{
-    agent::Hooks,
+    agent::{Hooks, spoil},
     openmetrics::{self, Samples},
     topology::Family,
     traffic::Protocol,
@@ -20,6 +22,11 @@ pub(crate) const METRICS: u16 = 10249;
 
 /// A page that a strict reader takes.
 fn scrape(world: &World) -> Samples {
+    let page = page(world);
+    openmetrics::parse(&page).unwrap_or_else(|error| panic!("{error}\n{page}"))
+}
+
+fn page(world: &World) -> String {
     let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
     let page = web::get(&world.cluster.node.place, server, "/metrics").expect("a page");
     assert_eq!(page.status, 200, "{page:?}");
@@ -28,7 +35,7 @@ fn scrape(world: &World) -> Samples {
         kind,
         "application/openmetrics-text; version=1.0.0; charset=utf-8"
     );
-    openmetrics::parse(&page.body).unwrap_or_else(|error| panic!("{error}\n{}", page.body))
+    page.body
 }
 
 #[test]
@@ -70,6 +77,53 @@ fn a_page_is_as_the_format_wants_it() {
     assert!(value("klb_events_dropped_total{}") >= 0.0);
     assert!(value("kubeproxy_sync_full_proxy_rules_duration_seconds_count{}") > 0.0);
     assert!(value("klb_api_lists_total{kind=\"Service\"}") > 0.0);
+}
+
+/// Names of samples that there may be of the metrics on a page.
+fn announced(page: &str) -> BTreeSet<String> {
+    let lines = page.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let names = lines.flat_map(|line| {
+        let (name, kind) = line.split_once(' ').expect("a kind");
+        let ends: &[_] = match kind {
+            "counter" => &["_total"],
+            "histogram" => &["_bucket", "_count", "_sum"],
+            _ => &[""],
+        };
+        ends.iter().map(move |end| format!("{name}{end}"))
+    });
+    names.collect()
+}
+
+/// Words of a file that look like names of klb's metrics.
+fn named(text: &str) -> BTreeSet<String> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let names = words.filter(|word| word.starts_with("klb_") || word.starts_with("kubeproxy_"));
+    names.map(str::to_owned).collect()
+}
+
+/// What only faults are counted in is there once one was counted: so the server
+/// goes away, and somebody else changes a map.
+#[test]
+fn alerts_and_dashboard_name_metrics_that_there_are() {
+    const FOLDER: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../deploy/components/monitoring"
+    );
+    let (mut world, server) = crate::api::world(Hooks::ALL);
+    world.agent.flags.push("--verify-interval=1s".to_owned());
+    world.agent.start();
+    server.set_down(true);
+    spoil(&world.agent.pins().join(names::SLOTS4));
+    let no_metrics = BTreeSet::from(["klb_", "klb_backend", "klb_meta"].map(str::to_owned));
+    for file in ["prometheusrule.yaml", "dashboard.json"] {
+        let text = fs::read_to_string(format!("{FOLDER}/{file}")).expect("a file");
+        let named = &named(&text) - &no_metrics;
+        assert!(named.len() > 5, "{file}: {named:?}");
+        let what = format!("all of {named:?}, which {file} names");
+        wait::until(&what, Duration::from_secs(20), || {
+            named.is_subset(&announced(&page(&world))).then_some(())
+        });
+    }
 }
 
 /// A line a change, and nothing for packets, in whichever format.
