@@ -60,6 +60,9 @@ pub(crate) const KERNELS: &[Need] = &[
     program("xz-utils", "xz"),
 ];
 
+/// For the container image.
+pub(crate) const IMAGE: &[Need] = &[program("buildah", "buildah"), package("libc6-dev")];
+
 /// A compiler with the source of `core`, and what bpf-linker is built against.
 /// The LLVM is the compiler's.
 pub(crate) const BPF: &[Need] = &[

@@ -5,6 +5,7 @@ mod bench;
 mod demo;
 mod ebpf;
 mod guard;
+mod image;
 mod kernels;
 mod lint;
 mod paths;
@@ -27,6 +28,8 @@ use clap::Parser;
 enum Command {
     /// Build target/release/klb, with the BPF object inside
     Build,
+    /// Build a container image with a static klb, and look whether it is one
+    Image,
     /// Show klb at work in a cluster of network namespaces, and leave nothing behind
     Demo {
         /// Leave the cluster running, and say what to try
@@ -36,7 +39,7 @@ enum Command {
         #[arg(long, conflicts_with = "keep")]
         remove: bool,
     },
-    /// Run tests: all levels but `kernels`, or the one that is named
+    /// Run tests: all levels but `kernels` and `image`, or the one that is named
     Test {
         #[arg(value_enum)]
         level: Option<test::Selection>,
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> Result<()> {
     match command {
         Command::Build => release::build(),
+        Command::Image => image::build(),
         Command::Demo { remove: true, .. } => demo::remove(),
         Command::Demo { keep, .. } => {
             setup::network()?;

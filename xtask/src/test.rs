@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 
 use crate::{
-    ebpf, kernels, paths,
+    ebpf, image, kernels, paths,
     process::{self, step},
     release, setup,
     tally::{Table, Tally},
@@ -33,7 +33,9 @@ pub(crate) enum Selection {
     /// The packet tests and one for each hook on other kernels, in virtual
     /// machines
     Kernels,
-    /// Every level, `kernels` included
+    /// The container image
+    Image,
+    /// Every level, `kernels` and `image` included
     All,
 }
 
@@ -44,6 +46,7 @@ enum Level {
     Netns,
     Agent,
     Kernels,
+    Image,
 }
 
 /// The cargo features that open the levels for root. Always all of them: each
@@ -54,12 +57,13 @@ const ROOT_FEATURES: &str = "--features=lb-tests/packet,lb-tests/netns,lb-tests/
 const KUBECONFIG: &str = "KLB_TEST_KUBECONFIG";
 
 impl Level {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Unit,
         Self::Packet,
         Self::Netns,
         Self::Agent,
         Self::Kernels,
+        Self::Image,
     ];
 
     fn selected(selection: Option<Selection>) -> Vec<Self> {
@@ -67,7 +71,7 @@ impl Level {
             None => {
                 return Self::ALL
                     .into_iter()
-                    .filter(|level| *level != Self::Kernels)
+                    .filter(|level| !level.is_long())
                     .collect();
             }
             Some(Selection::All) => return Self::ALL.into(),
@@ -76,6 +80,7 @@ impl Level {
             Some(Selection::Netns) => Self::Netns,
             Some(Selection::Agent) => Self::Agent,
             Some(Selection::Kernels) => Self::Kernels,
+            Some(Selection::Image) => Self::Image,
         };
         vec![one]
     }
@@ -87,7 +92,13 @@ impl Level {
             Self::Netns => "netns",
             Self::Agent => "agent",
             Self::Kernels => "kernels",
+            Self::Image => "image",
         }
+    }
+
+    /// Whether it runs only if it is asked for, or everything is.
+    fn is_long(self) -> bool {
+        matches!(self, Self::Kernels | Self::Image)
     }
 
     /// Whether it loads BPF programs into this machine's kernel.
@@ -102,8 +113,10 @@ impl Level {
 
     /// Compiles this level's tests.
     fn build(self) -> Result<Tests> {
-        if self == Self::Kernels {
-            return kernels::Matrix::build().map(Tests::Kernels);
+        match self {
+            Self::Kernels => return kernels::Matrix::build().map(Tests::Kernels),
+            Self::Image => return Ok(Tests::Image),
+            Self::Unit | Self::Packet | Self::Netns | Self::Agent => {}
         }
         process::run(self.cargo_test().args(["--quiet", "--no-run"]))?;
         Ok(Tests::Cargo(self.cargo_test()))
@@ -125,6 +138,8 @@ impl Level {
 enum Tests {
     Cargo(Command),
     Kernels(kernels::Matrix),
+    /// Looks at what it builds.
+    Image,
 }
 
 impl Tests {
@@ -132,6 +147,10 @@ impl Tests {
         match self {
             Self::Cargo(command) => stream(command),
             Self::Kernels(matrix) => matrix.run(),
+            Self::Image => image::build().map(|()| Tally {
+                passed: 1,
+                ..Tally::default()
+            }),
         }
     }
 }
@@ -178,6 +197,9 @@ fn set_up(levels: &[Level]) -> Result<()> {
     }
     if levels.contains(&Level::Kernels) {
         kernels::fetch()?;
+    }
+    if levels.contains(&Level::Image) {
+        image::set_up()?;
     }
     if levels.iter().any(|level| level.needs_klb()) {
         release::build()?;
