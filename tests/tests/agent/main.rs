@@ -5,6 +5,7 @@ mod api;
 mod cleanup;
 mod commands;
 mod configuration;
+mod container;
 mod drift;
 mod dumps;
 mod health;

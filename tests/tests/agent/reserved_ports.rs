@@ -6,7 +6,7 @@ use lb_tests::{agent::Hooks, world::World};
 
 const SYSCTL: &str = "net.ipv4.ip_local_reserved_ports";
 
-fn reserved(world: &World) -> String {
+pub(crate) fn reserved(world: &World) -> String {
     let node = world.cluster.node.place.netns();
     node.output("sysctl", &["-n", SYSCTL]).trim().to_owned()
 }
