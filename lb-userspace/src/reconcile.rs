@@ -176,9 +176,11 @@ impl<M: Maps> Reconciler<M> {
         let before = self.writes;
         let mut report = Report::default();
         self.release_retired(now);
-        let added = self.add(plans);
+        let (added, is_first) = self.add(plans);
         for (place, (plan, (written, result))) in plans.iter().zip(added).enumerate() {
             let (removed, result) = self.counted(|this| match result {
+                // There was nothing before, so there is nothing to remove.
+                Ok(()) if is_first => Ok(()),
                 Ok(()) => this.remove_rest(plan, now),
                 // Another try begins where this one did.
                 Err(error) => this.shed(&plan.service, now).and(Err(error)),
@@ -196,24 +198,25 @@ impl<M: Maps> Reconciler<M> {
         report
     }
 
-    /// Adds what the plans say; how many writes each took, with its result. The
-    /// first time, when nothing is to be changed, all is written together. If that
+    /// Adds what the plans say; how many writes each took, with its result, and
+    /// whether there was nothing before. Then all is written together. If that
     /// fails, each Service is written for itself, so that what cannot be written
     /// of one is not missed by the others.
-    fn add(&mut self, plans: &[ServicePlan]) -> Vec<Counted> {
-        if !self.entries.is_empty() || plans.len() < MANY {
-            return self.add_each(plans);
+    fn add(&mut self, plans: &[ServicePlan]) -> (Vec<Counted>, bool) {
+        let is_first = self.entries.is_empty() && self.ports.is_empty();
+        if !is_first || plans.len() < MANY {
+            return (self.add_each(plans), false);
         }
         self.maps.gather();
         let added = self.add_each(plans);
         let Err(error) = self.maps.flush() else {
-            return added;
+            return (added, true);
         };
         tracing::warn!(%error, "not everything could be written at once");
         if let Err(error) = self.take_over() {
             tracing::warn!(%error, "what was written is not known");
         }
-        self.add_each(plans)
+        (self.add_each(plans), false)
     }
 
     fn add_each(&mut self, plans: &[ServicePlan]) -> Vec<Counted> {
