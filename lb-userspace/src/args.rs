@@ -42,6 +42,8 @@ pub enum Command {
     Get(GetArgs),
     /// Show whether all is well: agent, hooks, maps, counters
     Status(StatusArgs),
+    /// Compare what the maps should hold with what they hold
+    Diff(DiffArgs),
     /// Remove everything that klb put into the kernel, and nothing else
     Cleanup(CleanupArgs),
 }
@@ -513,6 +515,97 @@ pub struct StatusArgs {
     pub output: Output,
     #[command(flatten)]
     pub paths: Paths,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Nothing is printed if the maps hold what they should. The settings have to be those of the \
+agent, by flags or by the variables of the environment that it has, too.
+
+Exit status: 0 if nothing differs, 1 if something does, 2 if that cannot be known.
+
+Examples:
+  # In the agent's pod, which has a service account and NODE_NAME
+  klb diff
+  # On a node whose agent reads a folder
+  klb diff --node-name node-1 --manifests /etc/klb/manifests
+  # For a script: the Services of which anything differs
+  klb diff -o json | jq -r '.differences[] | .namespace + \"/\" + .name' | sort -u")]
+pub struct DiffArgs {
+    /// Name of this node, as in the Node object
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "NODE_NAME",
+        value_parser = NonEmptyStringValueParser::new()
+    )]
+    pub node_name: String,
+    /// The folder from which the agent reads Services
+    #[arg(long, value_name = "DIR", env = "KLB_MANIFESTS")]
+    pub manifests: Option<PathBuf>,
+    /// How to reach the Kubernetes API; without this and without --manifests as the service account
+    /// of the pod in which klb runs
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "KLB_KUBECONFIG",
+        conflicts_with = "manifests"
+    )]
+    pub kubeconfig: Option<PathBuf>,
+    /// The agent's --algorithm
+    #[arg(long, value_enum, env = "KLB_ALGORITHM", default_value_t = Algorithm::Random)]
+    pub algorithm: Algorithm,
+    /// The agent's --maglev-table-size
+    #[arg(
+        long,
+        value_name = "N",
+        env = "KLB_MAGLEV_TABLE_SIZE",
+        default_value_t = maglev::DEFAULT_SIZE,
+        value_parser = table_size
+    )]
+    pub maglev_table_size: u32,
+    /// The agent's --ping
+    #[arg(long, value_enum, env = "KLB_PING", default_value_t = Ping::LoadBalancer)]
+    pub ping: Ping,
+    /// The agent's --nodeport-addresses
+    #[arg(
+        long,
+        value_name = "CIDR",
+        env = "KLB_NODEPORT_ADDRESSES",
+        value_delimiter = ',',
+        value_parser = nodeport_network
+    )]
+    pub nodeport_addresses: Vec<IpNet>,
+    /// For how long what differs may still become equal: an agent may be about to write it
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = seconds)]
+    pub wait: u32,
+    /// How long it may take until all Services are told
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = seconds)]
+    pub timeout: u32,
+    /// For people or for programs
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+impl DiffArgs {
+    /// What goes for all Services.
+    pub const fn settings(&self) -> Settings {
+        Settings {
+            algorithm: self.algorithm,
+            maglev_table: self.maglev_table_size,
+            ping: self.ping,
+        }
+    }
+
+    /// As the agent has them, as far as they matter to Services.
+    pub fn devices(&self) -> DeviceArgs {
+        DeviceArgs {
+            nodeport_addresses: self.nodeport_addresses.clone(),
+            ..DeviceArgs::default()
+        }
+    }
 }
 
 #[derive(Args, Debug)]

@@ -7,16 +7,27 @@ use lb_userspace::{agent, args::Command, commands, config};
 fn main() -> ExitCode {
     let cli = config::parse(env::args_os()).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
-        Command::Agent(args) => agent::run(args),
-        Command::Get(args) => commands::get::run(args),
-        Command::Status(args) => commands::status::run(args),
-        Command::Cleanup(args) => commands::cleanup::run(args),
+        Command::Agent(args) => well(agent::run(args)),
+        Command::Get(args) => well(commands::get::run(args)),
+        Command::Status(args) => well(commands::status::run(args)),
+        Command::Diff(args) => commands::diff::run(args),
+        Command::Cleanup(args) => well(commands::cleanup::run(args)),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("klb: {}", lb_userspace::errors::Chain(error.as_ref()));
-            ExitCode::FAILURE
-        }
+    result.unwrap_or_else(|error| {
+        eprintln!("klb: {}", lb_userspace::errors::Chain(error.as_ref()));
+        trouble(&cli.command)
+    })
+}
+
+/// Of a command that has nothing to tell by its exit status but failure.
+fn well(result: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Where failure has an exit status that is not an answer.
+fn trouble(command: &Command) -> ExitCode {
+    match command {
+        Command::Diff(_) => 2.into(),
+        _ => ExitCode::FAILURE,
     }
 }

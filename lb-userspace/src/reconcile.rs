@@ -28,7 +28,8 @@ use lb_common::{
     service::{BackendRef, FRONTEND_REFUSE, ServiceEntry, ServiceMeta},
 };
 
-use self::values::{cover, entry, meta, ordered_slots, parked, slots, wanted_backends};
+use self::values::{cover, meta, ordered_slots, slots, wanted_backends};
+pub(crate) use self::values::{entry, parked, table_size};
 pub use self::verify::Drift;
 use crate::{
     datapath::{Family, FrontendKey, MapError, Maps, SlotValue},

@@ -130,7 +130,7 @@ impl From<SocketAddr> for Endpoint {
 /// The slot ranges of a family's frontends, each read once: frontends of a
 /// Service share theirs.
 #[derive(Default)]
-struct Ranges {
+pub(super) struct Ranges {
     slots: BTreeMap<(Family, u32, u32), Vec<SlotValue>>,
 }
 
@@ -147,7 +147,7 @@ impl Ranges {
     }
 
     /// As [`Self::outer`], of clients on this node.
-    fn inner(
+    pub(super) fn inner(
         &mut self,
         maps: &impl Maps,
         key: FrontendKey,
@@ -157,7 +157,7 @@ impl Ranges {
         self.read(maps, family, entry.inner_first_slot, entry.inner_slot_count)
     }
 
-    fn read(
+    pub(super) fn read(
         &mut self,
         maps: &impl Maps,
         family: Family,

@@ -1,12 +1,14 @@
 //! The commands that look at the kernel and go: they work with no agent.
 
 pub mod cleanup;
+pub mod diff;
 pub mod get;
 pub mod status;
 mod table;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     io::{self, Write as _},
 };
 
@@ -75,6 +77,12 @@ impl PortId {
 
     fn is_in(&self, namespace: Option<&str>) -> bool {
         namespace.is_none_or(|wanted| self.namespace == wanted)
+    }
+}
+
+impl fmt::Display for PortId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.service())
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
 
 /// The living backends of the frontend's family that it does not lead to, as
 /// many as an entry can count.
-pub(super) fn parked(frontend: &FrontendPlan, alive: &[Backend]) -> Vec<Backend> {
+pub(crate) fn parked(frontend: &FrontendPlan, alive: &[Backend]) -> Vec<Backend> {
     let listed: BTreeSet<_> = frontend.backends.iter().collect();
     let family = Family::of(frontend.key.addr);
     alive
@@ -62,13 +62,19 @@ pub(super) fn slots(
     known: &BTreeMap<SocketAddr, BackendRef>,
 ) -> Vec<SlotValue> {
     let in_order = ordered_slots(backends, known);
+    let Some(size) = table_size(in_order.len(), choice) else {
+        return in_order;
+    };
+    let addresses: Vec<_> = in_order.iter().map(|slot| slot.addr).collect();
+    let table = maglev::table(&addresses, size).into_iter();
+    table.map(|index| in_order[index]).collect()
+}
+
+/// Slots of the Maglev table for so many backends, where they get one.
+pub(crate) fn table_size(backends: usize, choice: Choice) -> Option<u32> {
     match choice {
-        Choice::Maglev(size) if (2..=size as usize).contains(&in_order.len()) => {
-            let addresses: Vec<_> = in_order.iter().map(|slot| slot.addr).collect();
-            let table = maglev::table(&addresses, size).into_iter();
-            table.map(|index| in_order[index]).collect()
-        }
-        Choice::Maglev(_) | Choice::Random | Choice::Affinity(_) => in_order,
+        Choice::Maglev(size) => (2..=size as usize).contains(&backends).then_some(size),
+        Choice::Random | Choice::Affinity(_) => None,
     }
 }
 
@@ -90,7 +96,7 @@ pub(super) fn ordered_slots(
 }
 
 /// The entry of a frontend, but for the slots that it leads to.
-pub(super) fn entry(frontend: &FrontendPlan, choice: Choice, service: u32) -> ServiceEntry {
+pub(crate) fn entry(frontend: &FrontendPlan, choice: Choice, service: u32) -> ServiceEntry {
     let mut flags = frontend.flags;
     if frontend.policy == Policy::Local {
         flags |= FRONTEND_LOCAL_POLICY;

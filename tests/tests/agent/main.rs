@@ -6,6 +6,7 @@ mod cleanup;
 mod commands;
 mod configuration;
 mod container;
+mod diff;
 mod drift;
 mod dumps;
 mod health;
