@@ -608,11 +608,27 @@ impl DiffArgs {
     }
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  # Before klb is uninstalled for good: wait until its connections have ended
+  klb cleanup --drain
+  # After kube-proxy was uninstalled: see what it left, and remove it
+  klb cleanup --kube-proxy --dry-run
+  klb cleanup --kube-proxy")]
 pub struct CleanupArgs {
-    /// Go on although an agent runs; it will go wrong until it is restarted
+    /// Go on although an agent runs, which will go wrong until it is restarted; or although a
+    /// kube-proxy does, which will write its rules anew, or connections end that need its rules
     #[arg(long)]
     pub force: bool,
+    /// Remove what kube-proxy left in iptables, nftables and IPVS, and nothing of klb's. Needs the
+    /// node's own iptables-save, nft and ipvsadm where these were used
+    #[arg(long, conflicts_with = "drain")]
+    pub kube_proxy: bool,
+    /// Only list what would be removed
+    #[arg(long, requires = "kube_proxy")]
+    pub dry_run: bool,
     /// First leave new connections to whoever comes behind klb, and wait until those of klb's
     /// have ended
     #[arg(long, conflicts_with = "force")]

@@ -12,6 +12,7 @@ pub mod health;
 pub mod ids;
 pub mod index;
 pub mod k8s;
+pub mod kube_proxy;
 pub mod maglev;
 pub mod metrics;
 pub mod model;

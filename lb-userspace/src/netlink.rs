@@ -201,6 +201,15 @@ impl Netlink {
             .collect())
     }
 
+    /// Removes a device.
+    pub fn delete_link(&self, device: u32) -> io::Result<()> {
+        // `struct ifinfomsg`, with the index in it.
+        let mut body = vec![0; 4];
+        body.extend(device.to_ne_bytes());
+        body.resize(16, 0);
+        self.request(libc::RTM_DELLINK, NLM_F_ACK, &body).map(drop)
+    }
+
     /// Removes a device's `clsact` qdisc, with all its filters.
     pub fn delete_clsact(&self, device: u32) -> io::Result<()> {
         const TC_H_CLSACT: u32 = 0xffff_fff1;

@@ -40,6 +40,7 @@ pub(crate) const NETWORK: &[Need] = &[
     program("ethtool", "ethtool"),
     program("bpftool", "bpftool"),
     program("nftables", "nft"),
+    program("iptables", "iptables-save"),
 ];
 
 /// What kube-proxy programs.

@@ -7,12 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use lb_common::{
     flow::State,
     node::{Config, Network},
 };
 
+use super::print_text;
 use crate::{
     args::CleanupArgs,
     datapath::{
@@ -21,6 +22,7 @@ use crate::{
         layouts,
         pins::{Lock, LockError, Pins, PinsLock},
     },
+    kube_proxy::{Leftovers, process},
     sysctl::Reservation,
 };
 
@@ -29,6 +31,9 @@ use crate::{
 /// Device hooks are looked for in the network namespace that the command runs
 /// in, which must be the agent's.
 pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
+    if args.kube_proxy {
+        return of_kube_proxy(args);
+    }
     let pins = args.paths.pins();
     let locks = if args.force {
         None
@@ -58,6 +63,39 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
         eprintln!(
             "klb: detached from sockets and from devices ({devices}), removed maps ({removed})"
         );
+    }
+    Ok(())
+}
+
+/// Runs `klb cleanup --kube-proxy`.
+fn of_kube_proxy(args: &CleanupArgs) -> anyhow::Result<()> {
+    let leftovers = Leftovers::find()?;
+    for kept in leftovers.kept() {
+        eprintln!("klb: stays: {kept}");
+    }
+    let harm = leftovers.harm()?;
+    for harm in &harm {
+        eprintln!("klb: {harm}");
+    }
+    if args.dry_run {
+        return print_text(&leftovers.to_string());
+    }
+    if let Some(sign) = process::find().filter(|_| !args.force) {
+        bail!("{sign}, and would write its rules anew: uninstall it first, or give --force");
+    }
+    if leftovers.is_empty() {
+        eprintln!("klb: nothing of kube-proxy's is here");
+        return Ok(());
+    }
+    if !harm.is_empty() && !args.force {
+        bail!("nothing was removed: wait until these have ended, and give --force");
+    }
+    leftovers.remove()?;
+    for removed in leftovers.summary() {
+        eprintln!("klb: removed {removed}");
+    }
+    if !args.paths.pins().root().exists() {
+        eprintln!("klb: nothing of klb is here either: nobody serves Services on this node");
     }
     Ok(())
 }

@@ -47,6 +47,10 @@ fn print<T: Serialize>(
         Output::Table => text(document),
         Output::Json => serde_json::to_string_pretty(document)? + "\n",
     };
+    print_text(&text)
+}
+
+fn print_text(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout
         .write_all(text.as_bytes())

@@ -14,6 +14,7 @@ mod kernels;
 mod kernels_devices;
 mod kernels_sctp;
 mod kit;
+mod leftovers;
 mod lifecycle;
 mod masquerade;
 mod matrix;

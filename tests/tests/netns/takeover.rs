@@ -24,7 +24,7 @@ use lb_tests::{
 const SOME: usize = 20;
 
 /// Rules as kube-proxy makes them, for the ports of the world's Service.
-fn kube_proxy(world: &World) {
+pub(crate) fn kube_proxy(world: &World) {
     let mut rules = String::new();
     for family in Family::ALL {
         let ip = match family {
@@ -74,18 +74,23 @@ fn kube_proxy(world: &World) {
     }
     let file = world.cluster.scope().new_file("kube-proxy.nft");
     fs::write(&file, rules).expect("a folder of our own");
+    add_default_routes(world);
     let node = world.cluster.node.place.netns();
-    // A packet of the node's own is routed before it is translated.
+    node.output("nft", &["-f", &file.display().to_string()]);
+}
+
+/// A packet of the node's own is routed before it is translated.
+pub(crate) fn add_default_routes(world: &World) {
+    let node = world.cluster.node.place.netns();
     for family in Family::ALL {
         let via = Addresses::OUTSIDE.ip(family);
         node.ip(&format!("route add default via {via}\n"));
     }
-    node.output("nft", &["-f", &file.display().to_string()]);
 }
 
 /// Connections of every kind of client to every kind of frontend, each asking
 /// again and again.
-fn connections(world: &World) -> Vec<(String, Stream)> {
+pub(crate) fn connections(world: &World) -> Vec<(String, Stream)> {
     streams(world, Protocol::Tcp)
 }
 
@@ -114,7 +119,7 @@ fn streams(world: &World, protocol: Protocol) -> Vec<(String, Stream)> {
     streams
 }
 
-fn assert_go_on(streams: &[(String, Stream)]) {
+pub(crate) fn assert_go_on(streams: &[(String, Stream)]) {
     for (name, stream) in streams {
         println!("{name}");
         stream.await_more(SOME);
@@ -122,7 +127,7 @@ fn assert_go_on(streams: &[(String, Stream)]) {
 }
 
 /// Ends them, and makes sure that nothing was ever missed.
-fn stop(streams: Vec<(String, Stream)>) {
+pub(crate) fn stop(streams: Vec<(String, Stream)>) {
     for (name, stream) in streams {
         for report in stream.stop() {
             if let Outcome::Failure(failure) = report.outcome {
@@ -144,13 +149,13 @@ fn seen_address(world: &World, family: Family) -> IpAddr {
     client.ip()
 }
 
-fn assert_served_by_kube_proxy(world: &World) {
+pub(crate) fn assert_served_by_kube_proxy(world: &World) {
     for family in Family::ALL {
         assert_ne!(seen_address(world, family), Addresses::OUTSIDE.ip(family));
     }
 }
 
-fn assert_served_by_klb(world: &World) {
+pub(crate) fn assert_served_by_klb(world: &World) {
     for family in Family::ALL {
         assert_eq!(seen_address(world, family), Addresses::OUTSIDE.ip(family));
     }
