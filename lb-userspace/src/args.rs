@@ -44,6 +44,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Compare what the maps should hold with what they hold
     Diff(DiffArgs),
+    /// Look whether this node is fit for klb, and klb well on it
+    Doctor(DoctorArgs),
     /// Remove everything that klb put into the kernel, and nothing else
     Cleanup(CleanupArgs),
 }
@@ -606,6 +608,41 @@ impl DiffArgs {
             ..DeviceArgs::default()
         }
     }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Each check is ok, warn (klb works, but not as well or not as somebody may think) or fail \
+(Services are not served, or not all), with what was found and what helps.
+
+Exit status: 0 if nothing fails, 1 if something does.
+
+Examples:
+  # On a node that has no klb yet
+  klb doctor --preflight
+  # When something is wrong
+  klb doctor
+  # For a script: all that is not well
+  klb doctor -o json | jq -r '.checks[] | select(.level != \"ok\") | .finding'")]
+pub struct DoctorArgs {
+    /// Before klb is installed: nothing of it is expected
+    #[arg(long)]
+    pub preflight: bool,
+    /// The agent's --masquerade-ports, where there is no agent yet that says
+    #[arg(
+        long,
+        value_name = "FIRST-LAST",
+        env = "KLB_MASQUERADE_PORTS",
+        default_value = "50000-65535"
+    )]
+    pub masquerade_ports: PortRange,
+    /// For people or for programs
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(flatten)]
+    pub paths: Paths,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
 }
 
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag")]

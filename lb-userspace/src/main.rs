@@ -11,6 +11,7 @@ fn main() -> ExitCode {
         Command::Get(args) => well(commands::get::run(args)),
         Command::Status(args) => well(commands::status::run(args)),
         Command::Diff(args) => commands::diff::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
         Command::Cleanup(args) => well(commands::cleanup::run(args)),
     };
     result.unwrap_or_else(|error| {

@@ -7,7 +7,7 @@
 //! its programs.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, AsRawFd as _},
@@ -167,6 +167,18 @@ impl Netlink {
             .iter()
             .filter_map(|reply| parse_link(reply))
             .collect())
+    }
+
+    /// The MTU of every device, by index.
+    pub fn mtus(&self) -> io::Result<BTreeMap<u32, u32>> {
+        // `struct ifinfomsg`, all zero for every device.
+        let replies = self.dump(libc::RTM_GETLINK, &[0; 16])?;
+        let mtus = replies.iter().filter_map(|reply| {
+            let mut attributes = attributes(reply, 16);
+            let mtu = attributes.find(|attribute| attribute.kind() == libc::IFLA_MTU)?;
+            Some((word(reply, 4)?, word(mtu.value(), 0)?))
+        });
+        Ok(mtus.collect())
     }
 
     /// Every address of every device.

@@ -165,12 +165,17 @@ pub fn complaints(ports: &RangeInclusive<u16>) -> Vec<String> {
         )),
         Err(error) => complaints.push(format!("{SYSCTL}: {error}")),
     }
-    match sockets_on(ports) {
-        Ok(sockets) if sockets.is_empty() => {}
-        Ok(sockets) => complaints.push(in_use(&sockets)),
-        Err(error) => complaints.push(format!("the node's sockets cannot be listed: {error}")),
-    }
+    complaints.extend(users_of(ports));
     complaints
+}
+
+/// As [`complaints`], of those only who use the ports now.
+pub fn users_of(ports: &RangeInclusive<u16>) -> Option<String> {
+    match sockets_on(ports) {
+        Ok(sockets) if sockets.is_empty() => None,
+        Ok(sockets) => Some(in_use(&sockets)),
+        Err(error) => Some(format!("the node's sockets cannot be listed: {error}")),
+    }
 }
 
 fn in_use(sockets: &BTreeSet<(&'static str, SocketAddr)>) -> String {

@@ -2,6 +2,7 @@
 
 pub mod cleanup;
 pub mod diff;
+pub mod doctor;
 pub mod get;
 pub mod status;
 mod table;

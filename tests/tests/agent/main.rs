@@ -7,6 +7,7 @@ mod commands;
 mod configuration;
 mod container;
 mod diff;
+mod doctor;
 mod drift;
 mod dumps;
 mod health;
