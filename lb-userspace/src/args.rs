@@ -471,6 +471,19 @@ pub enum LogFormat {
 }
 
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  # Where a Service leads to, with every backend
+  klb get services --service web -o wide
+  # Who is behind a load balancer's address
+  klb get services --vip 203.0.113.7:443
+  # How much each backend of a Service has had
+  klb get backends -n shop --service web:http -o wide
+  # The connections of a client, and those to a backend
+  klb get flows --client 192.0.2.9
+  klb get flows --backend 10.244.0.5:3000
+  # For a script
+  klb get maps -o json | jq '.maps[] | select(.entries > .max_entries / 2) | .name'")]
 pub struct GetArgs {
     /// What to list
     #[arg(value_enum)]
@@ -478,9 +491,21 @@ pub struct GetArgs {
     /// Only what belongs to Services of this namespace
     #[arg(short, long)]
     pub namespace: Option<String>,
-    /// For people or for programs
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    pub output: Output,
+    /// Only what belongs to Services of this name, or to one of their ports
+    #[arg(long, value_name = "NAME[:PORT]")]
+    pub service: Option<String>,
+    /// Only what has this address as a frontend's
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub vip: Option<End>,
+    /// Only what has this address as a backend's
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub backend: Option<End>,
+    /// Only what has this address as a client's
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub client: Option<End>,
+    /// For people, with more columns or less, or for programs
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
     #[command(flatten)]
     pub paths: Paths,
 }
@@ -499,9 +524,75 @@ pub enum What {
     /// Translations made at sockets, which the packet hooks never see
     #[value(alias = "socket")]
     Sockets,
+    /// Which clients keep which backends, by sessionAffinity
+    Affinity,
     /// Devices with klb's programs on them
     #[value(alias = "device")]
     Devices,
+    /// How full the maps are
+    #[value(alias = "map")]
+    Maps,
+}
+
+impl What {
+    /// As on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::Backends => "backends",
+            Self::Flows => "flows",
+            Self::Sockets => "sockets",
+            Self::Affinity => "affinity",
+            Self::Devices => "devices",
+            Self::Maps => "maps",
+        }
+    }
+}
+
+/// An address, with a port or any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    pub ip: IpAddr,
+    pub port: Option<u16>,
+}
+
+impl FromStr for End {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let alone = text.parse().map(|ip| Self { ip, port: None });
+        let with_port = || {
+            text.parse().map(|addr: SocketAddr| Self {
+                ip: addr.ip(),
+                port: Some(addr.port()),
+            })
+        };
+        alone
+            .or_else(|_no_address: std::net::AddrParseError| with_port())
+            .map_err(|_neither| {
+                "wanted is an address with or without a port, such as 10.0.0.1, 10.0.0.1:80, \
+                 fd00::1 or [fd00::1]:80"
+                    .to_owned()
+            })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    /// A table that tells more
+    Wide,
+    Json,
+    Yaml,
+}
+
+impl From<Output> for Format {
+    fn from(output: Output) -> Self {
+        match output {
+            Output::Table => Self::Table,
+            Output::Json => Self::Json,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

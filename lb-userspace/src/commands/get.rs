@@ -1,5 +1,8 @@
 //! `klb get`: what the maps hold.
 
+mod affinity;
+mod selection;
+
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map},
     net::{IpAddr, SocketAddr},
@@ -7,19 +10,25 @@ use std::{
 
 use ipnet::IpNet;
 use lb_common::service::{
-    FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES, FrontendKind,
-    ServiceEntry,
+    BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES,
+    FrontendKind, ServiceEntry,
 };
 use serde::Serialize;
 
-use super::{Names, PortId, open_pins, print, protocol_name, table::Table};
+use self::selection::Selection;
+use super::{
+    Names, PortId, open_pins, print, protocol_name,
+    status::{MapRow, map_table},
+    table::Table,
+};
 use crate::{
-    args::{GetArgs, What},
+    args::{Format, GetArgs, What},
     datapath::{
         Family, FrontendKey, MapError, Maps, SlotValue,
         inspect::{self, DeviceHooks},
         kernel::{Flow, KernelMaps, Socket},
         pins::Pins,
+        traffic::{Totals, TrafficTable},
     },
 };
 
@@ -28,42 +37,105 @@ const SHOWN_BACKENDS: usize = 4;
 
 /// Runs `klb get`.
 pub fn run(args: &GetArgs) -> anyhow::Result<()> {
+    let selection = Selection::new(args)?;
     let pins = open_pins(&args.paths)?;
+    if args.what == What::Devices {
+        return get_devices(args, &pins);
+    }
+    let maps = KernelMaps::open(&pins)?;
     match args.what {
-        What::Services => get_services(args, &KernelMaps::open(&pins)?),
-        What::Backends => get_backends(args, &KernelMaps::open(&pins)?),
-        What::Flows => get_flows(args, &KernelMaps::open(&pins)?),
-        What::Sockets => get_sockets(args, &KernelMaps::open(&pins)?),
-        What::Devices => get_devices(args, &pins),
+        What::Services => get_services(args, &selection, &maps),
+        What::Backends => get_backends(args, &selection, &maps, &pins),
+        What::Flows => get_flows(args, &selection, &maps),
+        What::Sockets => get_sockets(args, &selection, &maps),
+        What::Affinity => {
+            let list = affinity::read(&maps, &selection)?;
+            print(args.output, &list, affinity::table)
+        }
+        What::Maps => get_maps(args, &maps),
+        What::Devices => Ok(()),
     }
 }
 
-fn get_services(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_services(
+    args: &GetArgs,
+    selection: &Selection<'_>,
+    maps: &KernelMaps,
+) -> anyhow::Result<()> {
     let mut services = services(maps)?;
-    services.retain(|row| row.service.is_in(args.namespace.as_deref()));
-    print(args.output, &ServiceList { services }, service_table)
+    services.retain_mut(|row| {
+        row.frontends.retain(|frontend| {
+            let addr = SocketAddr::new(frontend.address, frontend.port);
+            let inner = frontend.inner_backends.iter().flatten();
+            let backends = frontend.backends.iter().chain(inner);
+            selection.has_vip(addr) && selection.has_any_backend(backends.map(Endpoint::socket))
+        });
+        selection.has_service(&row.service) && !row.frontends.is_empty()
+    });
+    let is_wide = args.output == Format::Wide;
+    print(args.output, &ServiceList { services }, |list| {
+        if is_wide {
+            wide_service_table(list)
+        } else {
+            service_table(list)
+        }
+    })
 }
 
-fn get_backends(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_backends(
+    args: &GetArgs,
+    selection: &Selection<'_>,
+    maps: &KernelMaps,
+    pins: &Pins,
+) -> anyhow::Result<()> {
     let mut backends = backends(maps)?;
-    backends.retain(|row| row.service.is_in(args.namespace.as_deref()));
-    print(args.output, &BackendList { backends }, backend_table)
+    backends.retain(|row| {
+        let addr = SocketAddr::new(row.address, row.port);
+        selection.has_service(&row.service) && selection.has_backend(addr)
+    });
+    let traffic = TrafficTable::open(pins)?;
+    for row in &mut backends {
+        let life = BackendRef {
+            id: row.id,
+            generation: row.generation,
+        };
+        if traffic.counts(life) {
+            row.traffic = Some(traffic.read(life)?.into());
+        }
+    }
+    let is_wide = args.output == Format::Wide;
+    print(args.output, &BackendList { backends }, |list| {
+        if is_wide {
+            wide_backend_table(list)
+        } else {
+            backend_table(list)
+        }
+    })
 }
 
-fn get_flows(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_flows(args: &GetArgs, selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<()> {
     let names = Names::read(maps)?;
     let rows = maps.flows()?.into_iter();
     let mut flows: Vec<_> = rows.map(|flow| FlowRow::new(&flow, &names)).collect();
-    flows.retain(|row| row.service.is_in(args.namespace.as_deref()));
+    flows.retain(|row| {
+        selection.has_service(&row.service)
+            && selection.has_vip(row.frontend)
+            && selection.has_backend(row.backend)
+            && selection.has_client(row.client)
+    });
     flows.sort_by(|a, b| (&a.service, a.client).cmp(&(&b.service, b.client)));
     print(args.output, &FlowList { flows }, flow_table)
 }
 
-fn get_sockets(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_sockets(args: &GetArgs, selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<()> {
     let names = Names::read(maps)?;
     let rows = maps.sockets()?.into_iter();
     let mut sockets: Vec<_> = rows.map(|socket| SocketRow::new(&socket, &names)).collect();
-    sockets.retain(|row| row.service.is_in(args.namespace.as_deref()));
+    sockets.retain(|row| {
+        selection.has_service(&row.service)
+            && selection.has_vip(row.frontend)
+            && selection.has_backend(row.backend)
+    });
     sockets.sort_by(|a, b| (&a.service, a.cookie).cmp(&(&b.service, b.cookie)));
     print(args.output, &SocketList { sockets }, socket_table)
 }
@@ -73,6 +145,18 @@ fn get_devices(args: &GetArgs, pins: &Pins) -> anyhow::Result<()> {
     print(args.output, &DeviceList { devices }, |list| {
         device_table(&list.devices).to_string()
     })
+}
+
+fn get_maps(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+    let maps = maps.fill()?.into_iter().map(MapRow::from).collect();
+    print(args.output, &MapList { maps }, |list| {
+        map_table(&list.maps).to_string()
+    })
+}
+
+#[derive(Debug, Serialize)]
+struct MapList {
+    maps: Vec<MapRow>,
 }
 
 /// `klb get services -o json`, on which other programs rely.
@@ -116,6 +200,12 @@ struct FrontendRow {
 struct Endpoint {
     address: IpAddr,
     port: u16,
+}
+
+impl Endpoint {
+    fn socket(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
 }
 
 impl From<SocketAddr> for Endpoint {
@@ -296,6 +386,52 @@ fn service_table(list: &ServiceList) -> String {
     table.to_string()
 }
 
+/// A line for each frontend, with all its backends.
+fn wide_service_table(list: &ServiceList) -> String {
+    let mut table = Table::new(&[
+        "NAMESPACE",
+        "SERVICE",
+        "PORT",
+        "KIND",
+        "FRONTEND",
+        "POLICY",
+        "ALGORITHM",
+        "AFFINITY",
+        "SOURCES",
+        "BACKENDS",
+        "FROM-HERE",
+    ]);
+    for row in &list.services {
+        for frontend in &row.frontends {
+            let ranges = frontend.source_ranges.iter().flatten();
+            let ranges: Vec<_> = ranges.map(ToString::to_string).collect();
+            let inner = frontend.inner_backends.as_ref();
+            table.row([
+                row.service.namespace.clone(),
+                row.service.service(),
+                format!("{}/{}", row.port, row.protocol),
+                frontend.kind.to_owned(),
+                SocketAddr::new(frontend.address, frontend.port).to_string(),
+                frontend.policy.to_owned(),
+                row.algorithm.to_owned(),
+                row.affinity_seconds.map(seconds).unwrap_or_default(),
+                ranges.join(","),
+                match frontend.backends.len() {
+                    0 => format!("none: {}", frontend.verdict),
+                    _ => all_of(&frontend.backends),
+                },
+                inner.map(all_of).unwrap_or_default(),
+            ]);
+        }
+    }
+    table.to_string()
+}
+
+fn all_of(backends: &BTreeSet<Endpoint>) -> String {
+    let backends = backends.iter().map(|backend| backend.socket().to_string());
+    backends.collect::<Vec<_>>().join(",")
+}
+
 fn backend_summary(frontend: &FrontendRow) -> String {
     let outer = if frontend.backends.is_empty() {
         format!("none: {}", frontend.verdict)
@@ -335,6 +471,37 @@ struct BackendRow {
     local: bool,
     id: u32,
     generation: u32,
+    /// `null` for one that has no counters of its own.
+    traffic: Option<Traffic>,
+}
+
+/// What a backend has had since it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+struct Traffic {
+    flows: u64,
+    packets_in: u64,
+    bytes_in: u64,
+    packets_out: u64,
+    bytes_out: u64,
+}
+
+impl From<Totals> for Traffic {
+    fn from(totals: Totals) -> Self {
+        let Totals {
+            flows,
+            packets_in,
+            bytes_in,
+            packets_out,
+            bytes_out,
+        } = totals;
+        Self {
+            flows,
+            packets_in,
+            bytes_in,
+            packets_out,
+            bytes_out,
+        }
+    }
 }
 
 /// The backends in the slots of frontends, each once per Service port.
@@ -358,6 +525,7 @@ fn backends(maps: &impl Maps) -> Result<Vec<BackendRow>, MapError> {
             local: slot.local,
             id: slot.backend.id,
             generation: slot.backend.generation,
+            traffic: None,
         }));
     }
     Ok(rows.into_iter().collect())
@@ -373,6 +541,44 @@ fn backend_table(list: &BackendList) -> String {
             SocketAddr::new(backend.address, backend.port).to_string(),
             if backend.local { "yes" } else { "no" }.to_owned(),
             backend.id.to_string(),
+        ]);
+    }
+    table.to_string()
+}
+
+fn wide_backend_table(list: &BackendList) -> String {
+    let mut table = Table::new(&[
+        "NAMESPACE",
+        "SERVICE",
+        "PROTOCOL",
+        "BACKEND",
+        "LOCAL",
+        "ID",
+        "LIFE",
+        "FLOWS",
+        "PACKETS-IN",
+        "BYTES-IN",
+        "PACKETS-OUT",
+        "BYTES-OUT",
+    ]);
+    for backend in &list.backends {
+        let count = |of: fn(&Traffic) -> u64| {
+            let count = backend.traffic.as_ref().map(of);
+            count.map(|count| count.to_string()).unwrap_or_default()
+        };
+        table.row([
+            backend.service.namespace.clone(),
+            backend.service.service(),
+            backend.protocol.clone(),
+            SocketAddr::new(backend.address, backend.port).to_string(),
+            if backend.local { "yes" } else { "no" }.to_owned(),
+            backend.id.to_string(),
+            backend.generation.to_string(),
+            count(|traffic| traffic.flows),
+            count(|traffic| traffic.packets_in),
+            count(|traffic| traffic.bytes_in),
+            count(|traffic| traffic.packets_out),
+            count(|traffic| traffic.bytes_out),
         ]);
     }
     table.to_string()

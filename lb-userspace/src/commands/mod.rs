@@ -18,7 +18,7 @@ use lb_common::{flow, service::ServiceMeta};
 use serde::Serialize;
 
 use crate::{
-    args::{Output, Paths},
+    args::{Format, Paths},
     datapath::{MapError, Maps, pins::Pins},
 };
 
@@ -40,13 +40,14 @@ fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
 
 /// Prints a document as asked.
 fn print<T: Serialize>(
-    output: Output,
+    output: impl Into<Format>,
     document: &T,
     text: impl FnOnce(&T) -> String,
 ) -> anyhow::Result<()> {
-    let text = match output {
-        Output::Table => text(document),
-        Output::Json => serde_json::to_string_pretty(document)? + "\n",
+    let text = match output.into() {
+        Format::Table | Format::Wide => text(document),
+        Format::Json => serde_json::to_string_pretty(document)? + "\n",
+        Format::Yaml => serde_yaml_ng::to_string(document)?,
     };
     print_text(&text)
 }

@@ -92,7 +92,7 @@ struct Kernel {
 }
 
 #[derive(Clone, Debug, Serialize)]
-struct MapRow {
+pub(super) struct MapRow {
     name: &'static str,
     entries: usize,
     max_entries: u32,
@@ -405,7 +405,7 @@ fn section(page: &mut String, title: &str, rows: usize, table: &Table) {
     }
 }
 
-fn map_table(maps: &[MapRow]) -> Table {
+pub(super) fn map_table(maps: &[MapRow]) -> Table {
     let mut table = Table::new(&["MAP", "ENTRIES", "MAX", "FULL"]);
     for map in maps {
         table.row([

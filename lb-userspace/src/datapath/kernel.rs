@@ -518,6 +518,16 @@ where
             .filter_map(move |(key, entry)| flow(&key, &entry, now, &timeouts)))
     }
 
+    fn clients(&self, now: u32) -> Result<impl Iterator<Item = Client>, MapError> {
+        let entries = self.affinities.read_all()?.into_iter();
+        Ok(entries.map(move |(key, affinity)| Client {
+            client: key.client.into(),
+            service: key.service,
+            life: affinity.backend,
+            idle: now.saturating_sub(affinity.last_used),
+        }))
+    }
+
     fn sockets(&self) -> Result<impl Iterator<Item = Socket>, MapError> {
         let entries = self.sockets.read_all()?.into_iter();
         Ok(entries.filter_map(|(key, entry)| socket(&key, &entry)))
@@ -631,6 +641,18 @@ fn socket<A: MapAddr>(key: &SocketKey<A>, entry: &SocketEntry<A>) -> Option<Sock
         service: entry.service,
         life: entry.backend,
     })
+}
+
+/// A client that keeps its backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    pub client: IpAddr,
+    /// Service port, the key of the names.
+    pub service: u32,
+    /// Which life of the backend it is of.
+    pub life: BackendRef,
+    /// Seconds since its last new flow.
+    pub idle: u32,
 }
 
 /// A backend in the slots of a Service.
@@ -768,6 +790,13 @@ impl KernelMaps {
     /// The translations that were made at sockets.
     pub fn sockets(&self) -> Result<Vec<Socket>, MapError> {
         Ok(self.v4.sockets()?.chain(self.v6.sockets()?).collect())
+    }
+
+    /// The clients of Services with affinity, also those that keep nothing any
+    /// more.
+    pub fn clients(&self) -> Result<Vec<Client>, MapError> {
+        let now = monotonic_seconds();
+        Ok(self.v4.clients(now)?.chain(self.v6.clients(now)?).collect())
     }
 
     /// How full the maps are.

@@ -8,10 +8,10 @@ use lb_tests::{
     topology::Family,
     traffic::Protocol,
     web,
-    world::{Frontend, World},
+    world::{Frontend, SERVICE_FILE, World},
 };
 
-const WHAT: [&str; 4] = ["services", "backends", "flows", "devices"];
+const WHAT: [&str; 5] = ["services", "backends", "flows", "devices", "maps"];
 
 /// Leaves a flow in the tables.
 fn use_it(world: &World) {
@@ -47,6 +47,7 @@ fn all_of_them_work_without_an_agent() {
         ("backends", vec!["10.244.0.6", "fd00:10:244::7", "3053"]),
         ("flows", vec!["10.96.0.1", "10.244.0.9", "fd00:10:244::9"]),
         ("devices", vec!["up0", "pod5", "pod9"]),
+        ("maps", vec!["klb_svc4", "klb_flow6"]),
     ];
     for (what, words) in words {
         let said = world.agent.klb(&["get", what]);
@@ -79,6 +80,103 @@ fn a_namespace_selects() {
         let said = world.agent.klb(&["get", "services", "-n", namespace]);
         assert_eq!(said.stdout.contains("echo"), shown, "{said:?}");
     }
+}
+
+/// The rows of a listing.
+fn rows(world: &World, what: &str, flags: &[&str]) -> Vec<serde_json::Value> {
+    let said = world
+        .agent
+        .klb(&[&["get", what, "-o", "json"], flags].concat());
+    let document: serde_json::Value = serde_json::from_str(&said.stdout)
+        .unwrap_or_else(|error| panic!("{flags:?}: {error}: {said:?}"));
+    document[what].as_array().expect("a list").clone()
+}
+
+#[test]
+fn addresses_and_names_select() {
+    let world = crate::world(Hooks::TC);
+    use_it(&world);
+    for (what, flags, count) in [
+        ("services", &["--vip", "10.96.0.1:80"][..], 1),
+        ("services", &["--vip", "10.96.0.1"], 2),
+        ("services", &["--backend", "10.244.0.5:3053"], 1),
+        ("services", &["--service", "echo:http"], 1),
+        ("services", &["--service", "ech"], 0),
+        ("backends", &["--service", "echo:datagrams"], 6),
+        ("backends", &["--backend", "fd00:10:244::5"], 2),
+        ("flows", &["--client", "10.244.0.9"], 1),
+        (
+            "flows",
+            &["--client", "10.244.0.9", "--vip", "10.96.0.2"],
+            0,
+        ),
+        ("flows", &["--vip", "[fd00:10:96::1]:53"], 1),
+    ] {
+        let rows = rows(&world, what, flags);
+        assert_eq!(rows.len(), count, "{what} {flags:?}: {rows:?}");
+    }
+    let said = world
+        .agent
+        .klb(&["get", "services", "--client", "10.0.0.1"]);
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    assert!(said.stderr.contains("--client selects"), "{said:?}");
+    let said = world.agent.klb(&["get", "flows", "--client", "here"]);
+    assert_eq!(said.status.code(), Some(2), "{said:?}");
+}
+
+#[test]
+fn wide_tells_more_and_yaml_is_for_programs() {
+    let world = crate::world(Hooks::TC);
+    use_it(&world);
+    let traffic = rows(&world, "backends", &["--service", "echo:datagrams"]);
+    let flows = traffic.iter().map(|row| row["traffic"]["flows"].as_u64());
+    assert_eq!(flows.flatten().sum::<u64>(), 2, "{traffic:?}");
+    for (what, words) in [
+        ("backends", &["FLOWS", "BYTES-OUT", "10.244.0.6:3053"][..]),
+        (
+            "services",
+            &[
+                "ALGORITHM",
+                "random",
+                "10.244.0.5:3000,10.244.0.6:3000,10.244.0.7:3000",
+            ],
+        ),
+    ] {
+        let said = world.agent.klb(&["get", what, "-o", "wide"]);
+        for word in words {
+            assert!(said.stdout.contains(word), "no {word} in\n{}", said.stdout);
+        }
+    }
+    let said = world.agent.klb(&["get", "flows", "-o", "yaml"]);
+    assert!(
+        said.stdout.starts_with("flows:\n- namespace: default\n"),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn affinity_tells_who_keeps_whom() {
+    let mut world = crate::stopped_world(Hooks::TC);
+    let affinity = "spec:\n  sessionAffinity: ClientIP\n  \
+                    sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}\n";
+    let manifest = world.service.to_string().replace("spec:\n", affinity);
+    world.agent.manifests.put(SERVICE_FILE, &manifest);
+    world.agent.start();
+    use_it(&world);
+    let all = rows(&world, "affinity", &[]);
+    assert_eq!(all.len(), 2, "{all:?}");
+    let [row] = &rows(&world, "affinity", &["--client", "10.244.0.9"])[..] else {
+        panic!("one of each family: {all:?}");
+    };
+    assert_eq!(row["port_name"], "datagrams", "{row}");
+    let backend = row["backend"].as_str().expect("a backend");
+    assert!(backend.starts_with("10.244.0."), "{row}");
+    assert!(
+        row["left_seconds"].as_u64().is_some_and(|left| left <= 60),
+        "{row}"
+    );
+    world.agent.age_affinity(61);
+    assert_eq!(rows(&world, "affinity", &[]), [] as [serde_json::Value; 0]);
 }
 
 #[test]
