@@ -103,6 +103,7 @@ fn features(features: Features) -> Vec<Check> {
         xdp_frags,
         sock_destroy,
         netns_cookie,
+        coarse_clock,
     } = features;
     let all = [
         (
@@ -129,6 +130,11 @@ fn features(features: Features) -> Vec<Check> {
             "netns cookies (5.14)",
             netns_cookie,
             "pods cannot opt out of socket load balancing, and NodePorts are not on loopback",
+        ),
+        (
+            "the time of the last tick (5.11)",
+            coarse_clock,
+            "each packet of a flow takes some twenty nanoseconds more",
         ),
     ];
     let missing = all.iter().filter(|(_, found, _)| *found == Some(false));
@@ -173,6 +179,7 @@ mod tests {
         xdp_frags: Some(true),
         sock_destroy: Some(true),
         netns_cookie: Some(true),
+        coarse_clock: Some(true),
     };
 
     fn facts() -> Facts {
