@@ -17,6 +17,7 @@ fn root() -> &'static Path {
 fn pages() -> Vec<(PathBuf, String)> {
     let entries = fs::read_dir(root().join("docs")).expect("a folder");
     let pages = entries.map(|entry| entry.expect("an entry").path());
+    let pages = pages.filter(|path| path.extension().is_some_and(|end| end == "md"));
     let pages = pages.chain(["README.md", "ARCHITECTURE.md"].map(|name| root().join(name)));
     let read = |path: PathBuf| {
         let text = fs::read_to_string(&path).expect("a page");
