@@ -174,7 +174,7 @@ fn node_port(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
     let mut tail = Figure::new("3", format!("{title}, p99.9"), "µs").to(DIRECT);
     tail.load = figure.load;
     let known = Known {
-        target: |name| matches!(name, BYPASS | XDP).then_some(1.0),
+        target: |name| (name == BYPASS).then_some(1.0),
         nftables: (1.15, 1.33),
         floor: (0.94, 1.03),
     };
