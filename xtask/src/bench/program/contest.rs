@@ -9,7 +9,7 @@ use aya::{
 use lb_common::{
     Hook,
     flow::State,
-    node::{CONFIG_BYPASS, Config},
+    node::{CONFIG_BYPASS, Config, DEVICE_XDP, Device},
 };
 use lb_tests::{
     packet::{self, Packet},
@@ -18,6 +18,7 @@ use lb_tests::{
 };
 
 use super::{
+    DEVICE,
     cases::{Case, PROTOCOL, Service, Traffic},
     flows,
 };
@@ -153,6 +154,13 @@ impl Contest {
             flags: if case.is_routed { CONFIG_BYPASS } else { 0 },
             ..Config::default()
         });
+        // As the agent says of a device whose driver runs XDP.
+        let index = nix::net::if_::if_nametoindex(DEVICE).expect("made for this");
+        let device = Device {
+            flags: DEVICE_XDP,
+            ..Device::default()
+        };
+        self.klb.set_device(index, device);
     }
 
     /// Makes the flows that packets are of, and no others.
