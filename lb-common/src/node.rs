@@ -31,10 +31,8 @@ pub struct Config {
 
 /// Sockets of pods are left alone (`--socket-lb host`).
 pub const CONFIG_HOST_SOCKETS_ONLY: u32 = 1 << 0;
-/// `NodePort`s answer on the loopback addresses, at the socket.
-pub const CONFIG_LOOPBACK_NODE_PORTS: u32 = 1 << 1;
 /// Translated packets go past the node's stack (`--routing bypass`).
-pub const CONFIG_BYPASS: u32 = 1 << 2;
+pub const CONFIG_BYPASS: u32 = 1 << 1;
 
 /// A network: the address has no bits outside of the mask. Without a mask it is
 /// every address if its own is not zero, and none if it is.
@@ -108,6 +106,9 @@ pub struct EarlyKey<A> {
 
 /// How many fragments of one packet are kept.
 pub const EARLY_PLACES: u32 = 4;
+
+/// Binary logarithm of the number of entries of `klb_rare`.
+pub const RARE_BITS: u32 = 10;
 
 /// The longest frame that is kept, in bytes.
 pub const EARLY_BYTES: usize = 2048;

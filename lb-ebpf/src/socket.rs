@@ -17,10 +17,9 @@ use aya_ebpf::{
 use lb_common::{
     Addr4, Addr6, Address as _, Port, Reason,
     flow::UDP,
-    node::{CONFIG_HOST_SOCKETS_ONLY, CONFIG_LOOPBACK_NODE_PORTS, NETNS_OPTED_OUT},
+    node::{CONFIG_HOST_SOCKETS_ONLY, NETNS_OPTED_OUT},
     service::{
-        AffinityKey, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind, ServiceEntry,
-        ServiceKey, Slot,
+        AffinityKey, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, ServiceEntry, ServiceKey, Slot,
     },
     socket::{SOCKET_FORWARD, SOCKET_REVERSE, SocketEntry, SocketKey},
 };
@@ -456,21 +455,7 @@ fn frontend<C: Call>(call: &C) -> Result<&'static ServiceEntry, Reason> {
             _ => Err(Reason::NotService),
         };
     }
-    if config.flags & CONFIG_LOOPBACK_NODE_PORTS != 0 && C::Family::is_loopback(&addr) {
-        return node_port_on_loopback::<C>(call);
-    }
     Err(Reason::NotService)
-}
-
-/// A `NodePort` is also at the loopback address of the node: it is looked up as
-/// if the process had named the node's own.
-#[inline(always)]
-fn node_port_on_loopback<C: Call>(call: &C) -> Result<&'static ServiceEntry, Reason> {
-    let node = C::Family::device_address(device(0).ok_or(Reason::NotService)?);
-    let here = ServiceKey::new(node, call.port(), call.protocol());
-    C::Family::service(&here)
-        .filter(|service| service.kind == FrontendKind::NodePort as u8)
-        .ok_or(Reason::NotService)
 }
 
 /// Who makes the call.

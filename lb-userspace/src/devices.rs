@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
@@ -29,6 +29,13 @@ pub const DEFAULT_POD_DEVICES: [&str; 6] = ["veth*", "cali*", "lxc*", "eni*", "a
 /// The dummy device on which kube-proxy in IPVS mode keeps every `ClusterIP`;
 /// these are no addresses of the node.
 const IPVS_DEVICE: &str = "kube-ipvs0";
+
+/// The loopback addresses at which the node's own processes may name a
+/// `NodePort`.
+const LOOPBACK: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::LOCALHOST),
+    IpAddr::V6(Ipv6Addr::LOCALHOST),
+];
 
 /// What is said of a device in [`Listing::unservable`].
 pub const UNSERVABLE: &str = "a device without Ethernet headers cannot be served: \
@@ -123,13 +130,14 @@ impl Rules {
 
     /// The addresses on which `NodePort`s answer: those of the node that are
     /// reachable from elsewhere, of which a router's may well be on the loopback
-    /// device; and `127.0.0.1` or `::1` if a network is named that holds it.
+    /// device; and, for the node's own processes, `127.0.0.1` and `::1`.
     pub fn node_addresses(&self, node: &Listing) -> BTreeSet<IpAddr> {
         let ipvs = node.links.iter().find(|link| link.name == IPVS_DEVICE);
         let ipvs = ipvs.map(|link| link.index);
         let usable = node.addresses.iter().filter(|address| {
-            let is_named = address.addr.is_loopback() && !self.nodeport_addresses.is_empty();
-            (address.global || is_named) && is_in_use(address.flags) && Some(address.device) != ipvs
+            (address.global || LOOPBACK.contains(&address.addr))
+                && is_in_use(address.flags)
+                && Some(address.device) != ipvs
         });
         usable
             .map(|address| address.addr)
@@ -459,6 +467,7 @@ mod tests {
         let mut node = node(&["lo", "eth0", IPVS_DEVICE], &[]);
         node.addresses = vec![
             address(1, "127.0.0.1", false, 0),
+            address(1, "127.0.0.53", false, 0),
             address(1, "10.1.1.1", true, 0),
             address(2, "192.0.2.1", true, 0),
             address(2, "2001:db8::1", true, libc::IFA_F_PERMANENT),
@@ -485,7 +494,13 @@ mod tests {
         };
         assert_eq!(
             node_addresses(&[]),
-            ["10.1.1.1", "192.0.2.1", "2001:db8::1", "2001:db8::5"]
+            [
+                "10.1.1.1",
+                "127.0.0.1",
+                "192.0.2.1",
+                "2001:db8::1",
+                "2001:db8::5"
+            ]
         );
         assert_eq!(node_addresses(&["192.0.2.0/24"]), ["192.0.2.1"]);
         assert_eq!(node_addresses(&["10.2.0.0/16"]), [""; 0]);

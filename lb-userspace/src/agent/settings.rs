@@ -3,14 +3,10 @@
 use std::{
     fs::File,
     io::{self, Read as _},
-    net::IpAddr,
 };
 
 use anyhow::{Context as _, bail};
-use ipnet::IpNet;
-use lb_common::node::{
-    CONFIG_BYPASS, CONFIG_HOST_SOCKETS_ONLY, CONFIG_LOOPBACK_NODE_PORTS, Config,
-};
+use lb_common::node::{CONFIG_BYPASS, CONFIG_HOST_SOCKETS_ONLY, Config};
 
 use crate::{
     args::{AgentArgs, Routing, SocketLb},
@@ -25,9 +21,6 @@ use crate::{
 /// If the kernel has no randomness to give.
 pub(super) fn config(args: &AgentArgs, earlier: Config) -> anyhow::Result<Config> {
     let mut flags = 0;
-    if serves_loopback(&args.devices.nodeport_addresses) {
-        flags |= CONFIG_LOOPBACK_NODE_PORTS;
-    }
     if args.routing == Routing::Bypass {
         flags |= CONFIG_BYPASS;
     }
@@ -51,17 +44,6 @@ pub(super) fn config(args: &AgentArgs, earlier: Config) -> anyhow::Result<Config
         timeouts: args.timeouts.by_state(),
         ..earlier
     })
-}
-
-/// Whether `NodePort`s answer on loopback addresses: unless the operator named
-/// networks, and none of them holds one.
-fn serves_loopback(networks: &[IpNet]) -> bool {
-    let loopback = [
-        IpAddr::from([127, 0, 0, 1]),
-        IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1_u16]),
-    ];
-    let mut named = networks.iter();
-    networks.is_empty() || named.any(|network| loopback.iter().any(|ip| network.contains(ip)))
 }
 
 /// The cookie of the agent's network namespace, which is the node's.
@@ -120,21 +102,5 @@ mod tests {
             (second.secret, second.cluster_net4),
             (first.secret, network)
         );
-    }
-
-    #[test]
-    fn loopback_answers_unless_other_networks_are_named() {
-        for (networks, served) in [
-            (&[][..], true),
-            (&["10.0.0.0/8"], false),
-            (&["10.0.0.0/8", "127.0.0.0/8"], true),
-            (&["::1/128"], true),
-        ] {
-            let networks: Vec<IpNet> = networks
-                .iter()
-                .map(|network| network.parse().expect("a network"))
-                .collect();
-            assert_eq!(serves_loopback(&networks), served, "{networks:?}");
-        }
     }
 }

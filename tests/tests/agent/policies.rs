@@ -141,7 +141,6 @@ fn flags_reach_the_programs() {
     let status: Value = serde_json::from_str(&said.stdout).expect("JSON");
     let settings = &status["settings"];
     assert_eq!(settings["masquerade_ports"], "40000-40009");
-    assert_eq!(settings["loopback_node_ports"], false);
     assert_eq!(
         settings["cluster_networks"],
         json!(["10.96.0.1/32", "fd00:10:96::1/128"])

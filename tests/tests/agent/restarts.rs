@@ -190,14 +190,15 @@ fn what_went_while_it_was_away_is_removed() {
     let text = format!("{gone}---\n{}", endpoints(&gone, &lb_tests::world::PODS));
     world.agent.manifests.put("gone.yaml", &text);
     world.agent.start();
-    assert_eq!(world.agent.backends("gone").len(), 8);
+    // Two ports at a ClusterIP, the node and its loopback, in two families.
+    assert_eq!(world.agent.backends("gone").len(), 12);
     let kept = world.agent.backends("echo");
 
     world.agent.kill();
     world.agent.manifests.remove("gone.yaml");
     assert_eq!(
         world.agent.backends("gone").len(),
-        8,
+        12,
         "nobody was there to see it"
     );
     world.agent.start();

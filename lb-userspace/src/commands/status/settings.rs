@@ -2,7 +2,7 @@
 
 use lb_common::{
     flow::State,
-    node::{CONFIG_BYPASS, CONFIG_LOOPBACK_NODE_PORTS, Config},
+    node::{CONFIG_BYPASS, Config},
 };
 use serde::Serialize;
 
@@ -19,7 +19,6 @@ pub(super) struct Settings {
     masquerade_ports: Option<String>,
     /// In which ports of a `ClusterIP` that nobody has are refused.
     cluster_networks: Vec<String>,
-    loopback_node_ports: bool,
     timeouts: Vec<Timeout>,
 }
 
@@ -55,7 +54,6 @@ impl Settings {
             masquerade_ports: (config.port_count > 0)
                 .then(|| format!("{}-{}", config.first_port, last - 1)),
             cluster_networks,
-            loopback_node_ports: config.flags & CONFIG_LOOPBACK_NODE_PORTS != 0,
             timeouts: timeouts.into(),
         }
     }
@@ -74,12 +72,6 @@ impl Settings {
             networks => networks.join(" "),
         };
         row("ClusterIPs within", networks);
-        let loopback = if self.loopback_node_ports {
-            "yes"
-        } else {
-            "no"
-        };
-        row("NodePorts on loopback", loopback.to_owned());
         for Timeout { state, seconds } in &self.timeouts {
             row(&format!("timeout {state}"), format!("{seconds}s"));
         }
@@ -96,7 +88,7 @@ mod tests {
         let config = Config {
             first_port: 50_000,
             port_count: 15_536,
-            flags: CONFIG_BYPASS | CONFIG_LOOPBACK_NODE_PORTS,
+            flags: CONFIG_BYPASS,
             timeouts: State::TIMEOUTS,
             ..Config::default()
         };
@@ -106,7 +98,6 @@ mod tests {
             ("routing", "bypass"),
             ("masquerade ports", "50000-65535"),
             ("ClusterIPs within", "10.96.0.0/16"),
-            ("NodePorts on loopback", "yes"),
             ("timeout established", "86400s"),
         ] {
             let mut lines = page.lines();
