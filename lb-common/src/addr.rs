@@ -14,6 +14,13 @@ pub trait Address: Copy + Eq + 'static {
     /// nothing to a sum.
     fn words(&self) -> [u32; 4];
 
+    /// The words mixed into one, for hashes.
+    #[inline(always)]
+    fn folded(&self) -> u32 {
+        let [a, b, c, d] = self.words();
+        a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24)
+    }
+
     /// As `==`, but word by word: on bytes it is a call of `memcmp`, one more
     /// frame on a BPF stack that has none to spare.
     #[inline(always)]

@@ -115,7 +115,8 @@ pub struct FlowEntry<A> {
     /// What has been seen in the other; written by the other direction's
     /// packets, and a byte of its own so that neither store undoes the other.
     pub seen_peer: u8,
-    /// Bits of `FLOW_*`; the same in both entries but for [`FLOW_ALSO_YOUNG`].
+    /// Bits of `FLOW_*`; the same in both entries but for [`FLOW_ALSO_YOUNG`]
+    /// and [`FLOW_PORT_TAKEN`].
     pub flags: u8,
     pub service: u32,
     pub backend: BackendRef,
@@ -143,6 +144,10 @@ pub const FLOW_SYN_DATA: u8 = 1 << 1;
 /// Bit of [`FlowEntry::flags`], of a connection among the confirmed: it stands
 /// among the young as well, where it was before. Each entry has it for itself.
 pub const FLOW_ALSO_YOUNG: u8 = 1 << 2;
+
+/// Bit of [`FlowEntry::flags`], of an entry from the client: the backend has told
+/// that it knows another connection with these ports.
+pub const FLOW_PORT_TAKEN: u8 = 1 << 3;
 
 /// Bit of [`FlowEntry::edge`]. Device indices are positive `int`s.
 pub const EDGE_XDP: u32 = 1 << 31;

@@ -37,6 +37,9 @@ pub const FRAGMENTS6: &str = "klb_frag6";
 /// Fragment that came before its first → its frame; written by the TC programs.
 pub const EARLY4: &str = "klb_early4";
 pub const EARLY6: &str = "klb_early6";
+/// By a hash of a packet: when something rare last happened to it; written by the
+/// packet programs.
+pub const RARE: &str = "klb_rare";
 /// Memory for such a frame; per CPU.
 pub const EARLY: &str = "klb_early";
 /// Settings; one entry, written by the agent.
@@ -59,7 +62,7 @@ pub const COUNTERS: &str = "klb_count";
 pub const TRAFFIC: &str = "klb_traffic";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 29] = [
+pub const MAPS: [&str; 30] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -78,6 +81,7 @@ pub const MAPS: [&str; 29] = [
     FRAGMENTS6,
     EARLY4,
     EARLY6,
+    RARE,
     EARLY,
     SOCKETS4,
     SOCKETS6,

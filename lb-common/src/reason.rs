@@ -148,6 +148,8 @@ reasons! {
     FragmentKept = 33, "fragment_kept", Keep;
     /// Fragment that was kept: comes in once more, now that the first has come.
     FragmentReleased = 34, "fragment_released", Keep;
+    /// The backend knows another connection with the client's port: the client's next SYN gets another.
+    PortTaken = 35, "port_taken", Refuse;
 }
 
 /// Room for reasons in a row of the counters; a power of two, so that rows

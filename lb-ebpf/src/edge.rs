@@ -10,16 +10,22 @@ use lb_common::{
 };
 
 use crate::{
-    answer, clock, config,
+    answer, clock, config, direct,
     family::{Family, V4, V6},
     flow::{self, Flow},
-    fragment,
-    icmp::{self, Side},
+    fragment, icmp, opaque,
     open::{open, opening},
     packet::Packet,
     parse::{Fragment, Parsed, Version, version},
     rewrite, route,
 };
+
+/// Which of the two hooks of a device a packet meets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    In,
+    Out,
+}
 
 /// What becomes of a packet.
 pub struct Outcome {
@@ -68,8 +74,7 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Outcome {
         Some(Reason::OtherProtocol) if !P::LEAVES_RARE_TO_TC => {
             icmp::handle::<P, F>(packet, Side::In)
         }
-        Some(Reason::Fragment) if !P::LEAVES_RARE_TO_TC => fragment::keep::<P, F>(packet),
-        Some(Reason::FragmentReleased) if !P::LEAVES_RARE_TO_TC => fragment::unload::<P, F>(packet),
+        Some(reason) if !P::LEAVES_RARE_TO_TC => fragment_at::<P, F>(packet, reason, Side::In),
         Some(reason) => reason,
         None => begin::<P, F>(packet),
     };
@@ -87,12 +92,21 @@ fn enter_family<P: Packet, F: Family>(packet: &P) -> Outcome {
     Outcome::of(counted(reason))
 }
 
+/// What becomes of a fragment that must wait for its first, and of a carrier; any
+/// other reason stays.
+#[inline(always)]
+fn fragment_at<P: Packet, F: Family>(packet: &P, reason: Reason, side: Side) -> Reason {
+    match reason {
+        Reason::Fragment => fragment::keep::<P, F>(packet, side),
+        Reason::FragmentReleased => fragment::unload::<P, F>(packet, side),
+        reason => reason,
+    }
+}
+
 /// A packet of a flow, with `--routing bypass`.
 #[inline(always)]
 fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
-    let Some(reason) = blur::<F>(reason) else {
-        return Outcome::of(reason);
-    };
+    let reason = opaque::reason(reason);
     let mut outcome = Outcome::of(counted(reason));
     if route::look_up::<P, F>(packet) && route::count_hop::<P, F>(packet) {
         let to_pod = route::is_last_hook::<P, F>(packet);
@@ -100,9 +114,10 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
         // work is done here.
         if (P::LEAVES_RARE_TO_TC || to_pod)
             && is_translated_again(reason)
-            && blur::<F>(go_out::<P, F>(packet)) == Some(Reason::RewriteFailed)
+            && let reason @ (Reason::RewriteFailed | Reason::PortTaken) =
+                opaque::reason(go_out::<P, F>(packet))
         {
-            return Outcome::of(Reason::RewriteFailed);
+            return Outcome::of(reason);
         }
         outcome.way = route::send::<P, F>(packet, to_pod);
     }
@@ -123,20 +138,6 @@ const fn counted(reason: Reason) -> Reason {
 #[inline(always)]
 const fn is_translated_again(reason: Reason) -> bool {
     !matches!(reason, Reason::NewFlow | Reason::Forward)
-}
-
-/// The same reason, as a number that the verifier does not know: else it walks
-/// through all that follows for each of them.
-#[inline(always)]
-fn blur<F: Family>(reason: Reason) -> Option<Reason> {
-    let work = opening::<F>()?;
-    let memory = &raw mut work.reason;
-    // SAFETY: it is this CPU's memory, and what is read is what was written.
-    // Volatile, so that the compiler does not know it either.
-    unsafe {
-        memory.write_volatile(reason);
-        Some(memory.read_volatile())
-    }
 }
 
 /// Whether a packet counted under this reason goes on to the other end of a
@@ -168,7 +169,7 @@ pub fn leave<P: Packet>(packet: &P) -> Outcome {
 fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
     match go_out::<P, F>(packet) {
         Reason::OtherProtocol => icmp::handle::<P, F>(packet, Side::Out),
-        reason => reason,
+        reason => fragment_at::<P, F>(packet, reason, Side::Out),
     }
 }
 
@@ -180,46 +181,69 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         Ok(parsed) => parsed,
         Err(reason) => return Some(reason),
     };
-    if !P::LEAVES_RARE_TO_TC && parsed.fragment == Fragment::First {
-        if packet.is_carrier() {
-            return Some(Reason::FragmentReleased);
-        }
-        fragment::send_carriers::<P, F>(packet, &parsed.tuple, parsed.id);
+    if is_carrier::<P, F>(packet, &parsed, Side::In) {
+        return Some(Reason::FragmentReleased);
     }
     // What is no business of klb's costs two lookups at most. So the flow of what
     // may open one is only looked up if it is for a frontend, and that of all
     // others first.
-    let mut service = None;
+    let (mut service, mut is_direct) = (None, false);
     if parsed.may_open() {
         service = service_of::<F>(&parsed);
         if service.is_none() {
-            return Some(without_frontend::<P, F>(packet, &parsed));
+            is_direct = direct::is_second::<F>(&parsed, packet.edge());
+            if !is_direct && !direct::is_known::<F>(&parsed) {
+                return Some(without_frontend::<P, F>(packet, &parsed));
+            }
         }
     }
     let flow = flow::find::<F>(&parsed);
     let now = clock::seconds();
+    let mut is_port_taken = false;
     if let Some(flow) = flow {
         if !is_for_ingress(flow.entry().direction) {
             // It is translated where it goes out. What has expired is
             // translated nowhere.
             return Some(Reason::TransitReply);
         }
+        if direct::is_elsewhere(&flow, packet.edge()) {
+            return Some(Reason::NotService);
+        }
         if !flow.is_over(&parsed, now) {
             return Some(follow::<P, F>(packet, &parsed, &flow, now));
         }
+        is_port_taken = flow.is_port_taken();
         flow::remove::<F>(&parsed.tuple);
     }
-    let Some(service) = service else {
+    if service.is_none() && !is_direct {
         return Some(Reason::NoFlow);
-    };
+    }
     if must_leave_to_tc::<P, F>(packet, &parsed) {
         return Some(Reason::UnfinishedChecksum);
     }
     let Some(work) = opening::<F>() else {
         return Some(Reason::FlowTableFull);
     };
+    if is_direct {
+        direct::note(&parsed.tuple);
+    }
     work.start(packet, &parsed, service, now);
+    work.is_port_taken = is_port_taken || is_direct;
     None
+}
+
+/// Whether the packet is there for another that waits. Those that wait for it are
+/// sent for.
+#[inline(always)]
+fn is_carrier<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>, side: Side) -> bool {
+    if P::LEAVES_RARE_TO_TC || parsed.fragment != Fragment::First {
+        return false;
+    }
+    if packet.is_carrier() {
+        return true;
+    }
+    fragment::meet_first::<P, F>(packet, &parsed.tuple, parsed.id, side);
+    false
 }
 
 /// A packet of a flow that goes on. [`Reason::Masqueraded`], which is
@@ -326,6 +350,9 @@ fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
         Ok(parsed) => parsed,
         Err(reason) => return reason,
     };
+    if is_carrier::<P, F>(packet, &parsed, Side::Out) {
+        return Reason::FragmentReleased;
+    }
     let Some(flow) = flow::find::<F>(&parsed) else {
         return Reason::NotService;
     };
@@ -336,6 +363,9 @@ fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
     if flow.is_over(&parsed, now) {
         flow::remove::<F>(&parsed.tuple);
         return Reason::StaleFlow;
+    }
+    if flow.meets_another(&parsed) {
+        return flow::take_port::<F>(&parsed.tuple, &flow);
     }
     flow.advance(&parsed, now, packet.edge());
     rewrite::translate::<P, F>(packet, &parsed, flow.get(), flow.reason())

@@ -17,15 +17,15 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
     Reason,
     flow::{
-        EDGE_XDP, FLOW_ALSO_YOUNG, FLOW_MASQUERADED, FORWARD, FlowEntry, MASQUERADE, REPLY, Tuple,
-        is_confirmed, is_from_client, seen,
+        EDGE_XDP, FLOW_ALSO_YOUNG, FLOW_MASQUERADED, FLOW_PORT_TAKEN, FORWARD, FlowEntry,
+        MASQUERADE, REPLY, Tuple, is_confirmed, is_from_client, seen,
     },
 };
 
 use crate::{
     config,
     family::{Family, is_alive},
-    parse::Parsed,
+    parse::{Fragment, Parsed},
 };
 
 /// An entry in one of the flow tables.
@@ -54,7 +54,14 @@ pub fn find_young<F: Family>(tuple: &Tuple<F::Addr>) -> Option<Flow<F>> {
 /// The entry for packets with this tuple.
 #[inline(always)]
 pub fn find<F: Family>(parsed: &Parsed<F::Addr>) -> Option<Flow<F>> {
-    find_by(&parsed.tuple, parsed.is_connection())
+    if parsed.is_connection() {
+        let flow = find_confirmed(&parsed.tuple);
+        // What is large enough for fragments comes after the handshake.
+        if flow.is_some() || parsed.fragment == Fragment::Later {
+            return flow;
+        }
+    }
+    find_young(&parsed.tuple)
 }
 
 /// As [`find`], for a tuple that is not the packet's own.
@@ -111,8 +118,25 @@ impl<F: Family> Flow<F> {
             return parsed.answers_other(self.get());
         }
         parsed.is_syn()
-            && parsed.signals.seq != self.entry().isn
-            && self.entry().state(protocol).yields_to_syn()
+            && (self.is_port_taken()
+                || parsed.signals.seq != self.entry().isn
+                    && self.entry().state(protocol).yields_to_syn())
+    }
+
+    /// Whether the client's next SYN needs another port.
+    #[inline(always)]
+    pub fn is_port_taken(&self) -> bool {
+        self.entry().flags & FLOW_PORT_TAKEN != 0
+    }
+
+    /// Whether the backend, instead of answering the client's SYN, acknowledges
+    /// what another connection with these ports has sent: one that is not klb's
+    /// ([`crate::direct`]), or that it alone remembers. Seen by the client, this
+    /// would be answered with a RST, and end the other connection.
+    #[inline(always)]
+    pub fn meets_another(&self, parsed: &Parsed<F::Addr>) -> bool {
+        let entry = self.entry();
+        entry.direction == REPLY && entry.seen == 0 && parsed.is_bare_ack()
     }
 
     /// Notes what the packet tells, in both entries of the flow; nothing is
@@ -167,6 +191,17 @@ impl<F: Family> Flow<F> {
             confirm(&parsed.tuple, self);
         }
     }
+}
+
+/// Has the client's next SYN open a new flow, with another port; given an entry
+/// from the backend.
+#[inline(never)]
+pub fn take_port<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) -> Reason {
+    if let Some(peer) = find_young::<F>(&flow.entry().peer_key(tuple.protocol)) {
+        // SAFETY: see the head of this file.
+        unsafe { (*peer.entry).flags |= FLOW_PORT_TAKEN };
+    }
+    Reason::PortTaken
 }
 
 /// Brings the other direction up to date, and back if the LRU dropped it: one

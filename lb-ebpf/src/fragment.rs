@@ -1,25 +1,36 @@
 //! Fragments follow their first one, which alone has the ports.
 //!
 //! One that comes before it is kept. When the first comes, it is copied into the
-//! device's ingress as often as there are fragments that wait, and in each of
-//! these *carriers* the frame becomes that of such a fragment: a program cannot
-//! make a packet, but it can write over a copy of one.
+//! same hook as often as there are fragments that wait, and in each of these
+//! *carriers* the frame becomes that of such a fragment: a program cannot make a
+//! packet, but it can write over a copy of one.
+//!
+//! Whether a fragment is klb's only its first can tell. So every first is noted,
+//! and a fragment is kept only where the kernel would keep it for its first too:
+//! at the edge of whoever puts the packet together, which is the node where it
+//! comes in, or stands for, and a pod where it goes out.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
     Address, Port, Reason,
     flow::Tuple,
-    node::{EARLY_PLACES, Early, EarlyKey, FragmentKey, FragmentPorts},
+    node::{DEVICE_POD, EARLY_PLACES, Early, EarlyKey, FragmentKey, FragmentPorts},
     service::ServiceKey,
 };
 
 use crate::{
+    edge::Side,
     family::Family,
     maps::EARLY,
     open::device,
     packet::{Packet, Refused},
     parse::{Fragment, Parsed},
+    rare, route,
 };
+
+/// Seconds that a fragment waits for its first: as long as the kernel has it wait
+/// (`net.ipv4.ipfrag_time`).
+const PATIENCE: u32 = 30;
 
 #[inline(always)]
 const fn key<A: Address>(tuple: &Tuple<A>, id: u32) -> FragmentKey<A> {
@@ -42,43 +53,65 @@ pub fn ports<F: Family>(tuple: &Tuple<F::Addr>, id: u32) -> Option<&'static Frag
     unsafe { F::fragments().get(&key(tuple, id)) }
 }
 
-/// Notes the ports for the fragments that follow the one with this tuple.
+/// The first fragment of a packet has come, with this tuple: notes the ports for
+/// those that follow, and sends a carrier for each that waits.
+///
+/// In this order: one that comes meanwhile, on another CPU, finds the ports after
+/// it has been put where this looks for it (see [`keep`]).
 #[inline(never)]
-pub fn note<F: Family>(tuple: &Tuple<F::Addr>, id: u32) {
+pub fn meet_first<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>, id: u32, side: Side) {
     let ports = FragmentPorts {
         src_port: tuple.src_port,
         dst_port: tuple.dst_port,
     };
+    let key = key(tuple, id);
     // Without an entry the fragments that follow pass untouched, and are
     // counted as lost.
-    let _ = F::fragments().insert(&key(tuple, id), &ports, u64::from(BPF_ANY));
+    let _ = F::fragments().insert(&key, &ports, u64::from(BPF_ANY));
+    if rare::is_noted(hash(&key), PATIENCE) {
+        send_carriers::<P, F>(packet, key, side);
+    }
 }
 
-/// Keeps a fragment whose first has not come yet, if it may be klb's at all: sent
-/// to an address of a Service or of the node.
+/// Keeps a fragment whose first has not come yet, where that is due.
 #[inline(never)]
-pub fn keep<P: Packet, F: Family>(packet: &P) -> Reason {
+pub fn keep<P: Packet, F: Family>(packet: &P, side: Side) -> Reason {
     let Ok(parsed) = F::parse_fragment(packet) else {
         return Reason::Fragment;
     };
-    if parsed.fragment != Fragment::Later || !may_be_ours::<F>(packet.ifindex(), &parsed.tuple.dst)
-    {
+    if parsed.fragment != Fragment::Later || !is_to_wait::<P, F>(packet, &parsed, side) {
         return Reason::Fragment;
     }
-    match store::<P, F>(packet, &parsed) {
-        Ok(()) => Reason::FragmentKept,
-        Err(Refused) => Reason::Fragment,
+    let Ok(place) = store::<P, F>(packet, &parsed) else {
+        return Reason::Fragment;
+    };
+    if ports::<F>(&parsed.tuple, parsed.id).is_none() || F::earlies().remove(&place).is_err() {
+        return Reason::FragmentKept;
+    }
+    // The first has come meanwhile, and no carrier has taken this one.
+    match packet.come_again(side) {
+        Ok(()) => Reason::FragmentReleased,
+        Err(Refused) => Reason::RewriteFailed,
+    }
+}
+
+/// Whether this hook is the last one before somebody puts the packet together.
+#[inline(always)]
+fn is_to_wait<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>, side: Side) -> bool {
+    match side {
+        Side::In => {
+            F::service(&ServiceKey::new(parsed.tuple.dst, Port::default(), 0)).is_some()
+                || route::ends_here::<P, F>(packet, &parsed.tuple)
+        }
+        Side::Out => device(packet.ifindex()).is_some_and(|to| to.flags & DEVICE_POD != 0),
     }
 }
 
 #[inline(always)]
-fn may_be_ours<F: Family>(ifindex: u32, dst: &F::Addr) -> bool {
-    let is_at = |index| device(index).is_some_and(|device| F::device_address(device).same(dst));
-    is_at(0) || is_at(ifindex) || F::service(&ServiceKey::new(*dst, Port::default(), 0)).is_some()
-}
-
-#[inline(always)]
-fn store<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) -> Result<(), Refused> {
+fn store<P: Packet, F: Family>(
+    packet: &P,
+    parsed: &Parsed<F::Addr>,
+) -> Result<EarlyKey<F::Addr>, Refused> {
     let early = EARLY.get_ptr_mut(0).ok_or(Refused)?;
     // SAFETY: the memory is this CPU's.
     let early: &mut Early = unsafe { &mut *early };
@@ -93,18 +126,25 @@ fn store<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) -> Result<(
             .insert(&key, &*early, u64::from(BPF_NOEXIST))
             .is_ok()
         {
-            return Ok(());
+            rare::note(hash(&key.packet));
+            return Ok(key);
         }
     }
     Err(Refused)
 }
 
-/// The first fragment of a packet has come: sends a carrier for each that waits
-/// for it. They were put into the first places that were free.
-#[inline(never)]
-pub fn send_carriers<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>, id: u32) {
+/// For [`rare`]: first fragments are many, and those that come before them few.
+#[inline(always)]
+fn hash<A: Address>(key: &FragmentKey<A>) -> u32 {
+    key.src.folded() ^ key.id
+}
+
+/// Sends a carrier for each fragment that waits. They were put into the first
+/// places that were free.
+#[inline(always)]
+fn send_carriers<P: Packet, F: Family>(packet: &P, key: FragmentKey<F::Addr>, side: Side) {
     let mut key = EarlyKey {
-        packet: key(tuple, id),
+        packet: key,
         place: 0,
     };
     for place in 0..EARLY_PLACES {
@@ -114,13 +154,14 @@ pub fn send_carriers<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>, i
             break;
         }
         // A fragment without a carrier is lost, as any fragment may be.
-        let _ = packet.send_carrier();
+        let _ = packet.send_carrier(side);
     }
 }
 
-/// A carrier becomes one of the fragments that wait, and comes in once more.
+/// A carrier becomes one of the fragments that wait, and comes to this hook once
+/// more.
 #[inline(never)]
-pub fn unload<P: Packet, F: Family>(packet: &P) -> Reason {
+pub fn unload<P: Packet, F: Family>(packet: &P, side: Side) -> Reason {
     let Ok(parsed) = F::parse_fragment(packet) else {
         return Reason::RewriteFailed;
     };
@@ -136,8 +177,11 @@ pub fn unload<P: Packet, F: Family>(packet: &P) -> Reason {
             continue;
         };
         let replaced = packet.replace(&early.bytes, early.length);
-        let _ = F::earlies().remove(&key);
-        return match replaced {
+        // Whoever removes it has it, and it may be on its way already.
+        if F::earlies().remove(&key).is_err() {
+            break;
+        }
+        return match replaced.and_then(|()| packet.come_again(side)) {
             Ok(()) => Reason::FragmentReleased,
             Err(Refused) => Reason::RewriteFailed,
         };

@@ -12,6 +12,7 @@ use lb_common::{
 
 use crate::{
     answer,
+    edge::Side,
     family::Family,
     flow::{self, Flow},
     packet::{Packet, Refused},
@@ -24,13 +25,6 @@ pub const ICMP_HEADER: usize = 8;
 
 /// Where the checksum stands in it.
 const CHECKSUM: usize = 2;
-
-/// On which side of the node a message is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    In,
-    Out,
-}
 
 /// A packet that has no ports of its own.
 #[inline(never)]

@@ -12,7 +12,7 @@ use lb_common::{
     Addr4, Addr6,
     flow::{FlowEntry, Tuple},
     names::size,
-    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns},
+    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, RARE_BITS},
     reason::COUNTERS as COUNTER_COUNT,
     service::{Affinity, AffinityKey, ServiceEntry, ServiceKey, ServiceMeta, Slot, SourceRange},
     socket::{SocketEntry, SocketKey},
@@ -95,6 +95,11 @@ pub static FRAGMENTS6: Fragments<Addr6> = Fragments::new();
 pub static EARLY4: Earlies<Addr4> = Earlies::new();
 #[btf_map(name = "klb_early6")]
 pub static EARLY6: Earlies<Addr6> = Earlies::new();
+
+/// By a hash of a packet: when something rare last happened to it, in seconds of
+/// the monotonic clock; the packet programs.
+#[btf_map(name = "klb_rare")]
+pub static RARE: Array<u32, { 1 << RARE_BITS }> = Array::new();
 
 /// Memory for such a frame, by CPU; the TC programs.
 #[btf_map(name = "klb_early")]

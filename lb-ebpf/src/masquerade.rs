@@ -83,8 +83,9 @@ fn link_client<F: Family>(work: &Opening<F::Addr>) -> Reason {
 /// before it is used again.
 #[inline(always)]
 fn next_port<A: lb_common::Address>(config: &Config, key: &Tuple<A>, step: u32) -> Option<Port> {
-    let [a, b, c, d] = key.dst.words();
-    let backend = (a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24))
+    let backend = key
+        .dst
+        .folded()
         .wrapping_add(u32::from(key.dst_port.get()))
         .wrapping_mul(0x9e37_79b1);
     let cursor = PORT_CURSORS.get_ptr_mut(backend >> 22)?;

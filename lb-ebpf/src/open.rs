@@ -14,7 +14,7 @@ use lb_common::{
 };
 
 use crate::{
-    config,
+    config, direct,
     family::Family,
     flow::{self, is_in_use},
     maps::{DEVICES, SCRATCH, Scratch},
@@ -42,6 +42,10 @@ pub struct Opening<A> {
     /// [`crate::edge`] leaves off.
     pub parsed: Parsed<A>,
     pub service: ServiceEntry,
+    /// Another connection to the backend has the client's port.
+    pub is_port_taken: bool,
+    /// The backend.
+    pub slot: Slot<A>,
     /// Seconds of the monotonic clock.
     pub now: u32,
     /// Where the packet comes in.
@@ -52,8 +56,6 @@ pub struct Opening<A> {
     pub entry: FlowEntry<A>,
     pub peer_key: Tuple<A>,
     pub peer: FlowEntry<A>,
-    /// Why a packet is translated that goes past the stack.
-    pub reason: Reason,
     /// By which device the packet will leave.
     pub route: FibLookup,
 }
@@ -65,7 +67,7 @@ impl<A: Address> Opening<A> {
         &mut self,
         packet: &P,
         parsed: &Parsed<A>,
-        service: &ServiceEntry,
+        service: Option<&ServiceEntry>,
         now: u32,
     ) {
         // SAFETY: neither packet nor map entry is in this CPU's memory. By
@@ -73,7 +75,11 @@ impl<A: Address> Opening<A> {
         // call of `memmove`.
         unsafe {
             ptr::copy_nonoverlapping(parsed, &raw mut self.parsed, 1);
-            ptr::copy_nonoverlapping(service, &raw mut self.service, 1);
+            if let Some(service) = service {
+                ptr::copy_nonoverlapping(service, &raw mut self.service, 1);
+            } else {
+                self.service = direct::SERVICE;
+            }
         }
         self.now = now;
         self.ifindex = packet.ifindex();
@@ -144,6 +150,7 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
         select::kept::<F>(&affinity, window, timeout, work.now)
     };
     let hash = select::hash(&work.parsed.tuple);
+    let is_direct = work.service.service == direct::NO_SERVICE;
     for attempt in 0..ATTEMPTS {
         let number = if work.service.flags & FRONTEND_MAGLEV != 0 {
             hash
@@ -152,24 +159,25 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
         } else {
             select::random()
         };
-        let slot = match kept {
-            Some(slot) => slot,
+        work.slot = match kept {
+            _ if is_direct => direct::receiver(&work.parsed.tuple),
+            Some(slot) => *slot,
             None => match window.slot::<F>(number) {
-                Ok(slot) => slot,
+                Ok(slot) => *slot,
                 Err(reason) => return reason,
             },
         };
-        let port = if attempt < OWN_PORT_ATTEMPTS {
+        let port = if attempt < OWN_PORT_ATTEMPTS && !work.is_port_taken {
             work.parsed.tuple.src_port
         } else {
             any_port()
         };
-        let reason = try_open::<P, F>(slot, port, work);
+        let reason = try_open::<P, F>(port, work);
         if reason == Reason::TupleConflict {
             continue;
         }
         if timeout != 0 && reason != Reason::Forward {
-            select::keep::<F>(&affinity, slot.backend, work.now);
+            select::keep::<F>(&affinity, work.slot.backend, work.now);
         }
         return reason;
     }
@@ -193,23 +201,19 @@ pub fn device(ifindex: u32) -> Option<&'static Device> {
     unsafe { DEVICES.get(&ifindex) }
 }
 
-/// Opens a flow with one backend.
+/// Opens a flow with the backend in the slot.
 #[inline(never)]
-fn try_open<P: Packet, F: Family>(
-    slot: &Slot<F::Addr>,
-    port: Port,
-    work: &mut Opening<F::Addr>,
-) -> Reason {
-    let masquerades = must_masquerade(work, slot);
+fn try_open<P: Packet, F: Family>(port: Port, work: &mut Opening<F::Addr>) -> Reason {
+    let masquerades = must_masquerade(work);
     if P::LEAVES_RARE_TO_TC && masquerades && !config::has(CONFIG_BYPASS) {
         return Reason::RemoteBackend;
     }
     work.key = work.parsed.tuple;
     work.entry.src = work.key.src;
     work.entry.src_port = port;
-    work.entry.dst = slot.addr;
-    work.entry.dst_port = slot.port;
-    work.entry.backend = slot.backend;
+    work.entry.dst = work.slot.addr;
+    work.entry.dst_port = work.slot.port;
+    work.entry.backend = work.slot.backend;
     work.entry.direction = FORWARD;
     if masquerades {
         work.entry.flags |= FLOW_MASQUERADED;
@@ -240,9 +244,9 @@ fn try_open<P: Packet, F: Family>(
 /// A pod of this node gets its answers anyway. Its own address is kept where
 /// kube-proxy keeps it: towards a `ClusterIP`, and where the policy is `Local`.
 #[inline(always)]
-fn must_masquerade<A: Address>(work: &Opening<A>, slot: &Slot<A>) -> bool {
-    if slot.flags & SLOT_LOCAL != 0 {
-        return work.parsed.tuple.src.same(&slot.addr);
+fn must_masquerade<A: Address>(work: &Opening<A>) -> bool {
+    if work.slot.flags & SLOT_LOCAL != 0 {
+        return work.parsed.tuple.src.same(&work.slot.addr);
     }
     let keeps_source = work.service.kind == FrontendKind::ClusterIp as u8
         || work.service.flags & FRONTEND_LOCAL_POLICY != 0;

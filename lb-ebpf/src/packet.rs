@@ -20,7 +20,7 @@ use aya_ebpf::{
 };
 use lb_common::{checksum::Delta, flow::EDGE_XDP, node::EARLY_BYTES};
 
-use crate::edge::Way;
+use crate::edge::{Side, Way};
 
 /// The kernel's `EINVAL`.
 const EINVAL: c_long = 22;
@@ -34,7 +34,7 @@ const BPF_F_IPV6: u64 = 1 << 7;
 static HAS_XDP_FRAGS: Global<u8> = Global::new(0);
 
 /// The mark of a frame that is only there to carry another one ("klbf"). It is
-/// set for the way from the device's ingress into its ingress, and nobody else
+/// set for the way from a hook of a device into the same hook, and nobody else
 /// sees it.
 const CARRIER_MARK: u32 = 0x6b6c_6266;
 
@@ -124,15 +124,17 @@ pub trait Packet {
     /// Copies the whole frame; returns its length in bytes.
     fn save(&self, to: &mut [u8; EARLY_BYTES]) -> Result<u32, Refused>;
 
-    /// Has a copy of the frame come in at this device once more, as a carrier.
-    fn send_carrier(&self) -> Result<(), Refused>;
+    /// Has a copy of the frame come to this hook once more, as a carrier.
+    fn send_carrier(&self, side: Side) -> Result<(), Refused>;
 
     /// Whether the frame was sent so.
     fn is_carrier(&self) -> bool;
 
-    /// Makes the frame another, which comes in at this device next and is no
-    /// carrier.
+    /// Makes the frame another.
     fn replace(&self, by: &[u8; EARLY_BYTES], length: u32) -> Result<(), Refused>;
+
+    /// Has the frame come to this hook once more, as no carrier.
+    fn come_again(&self, side: Side) -> Result<(), Refused>;
 
     /// Applies `delta` to the header checksum at `offset`.
     fn fix_header_checksum(&self, offset: usize, delta: Delta) -> Result<(), Refused>;
@@ -178,6 +180,15 @@ const fn way(answer: c_long, action: u32) -> Way {
         Way::Elsewhere
     } else {
         Way::On
+    }
+}
+
+/// Flags of a helper that redirects to one of the hooks of a device.
+#[inline(always)]
+const fn redirect_to(side: Side) -> u64 {
+    match side {
+        Side::In => BPF_F_INGRESS as u64,
+        Side::Out => 0,
     }
 }
 
@@ -290,7 +301,7 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
-    fn send_carrier(&self) -> Result<(), Refused> {
+    fn send_carrier(&self, _side: Side) -> Result<(), Refused> {
         Err(Refused)
     }
 
@@ -301,6 +312,11 @@ impl Packet for XdpContext {
 
     #[inline(always)]
     fn replace(&self, _by: &[u8; EARLY_BYTES], _length: u32) -> Result<(), Refused> {
+        Err(Refused)
+    }
+
+    #[inline(always)]
+    fn come_again(&self, _side: Side) -> Result<(), Refused> {
         Err(Refused)
     }
 
@@ -472,8 +488,8 @@ impl Packet for TcContext {
     }
 
     #[inline(always)]
-    fn send_carrier(&self) -> Result<(), Refused> {
-        let flags = u64::from(BPF_F_INGRESS);
+    fn send_carrier(&self, side: Side) -> Result<(), Refused> {
+        let flags = redirect_to(side);
         // SAFETY: the context is the kernel's, and the mark a field that may be
         // written.
         let result = unsafe {
@@ -500,14 +516,16 @@ impl Packet for TcContext {
         // SAFETY: the context is the kernel's, and `length` bytes are there.
         let stored =
             unsafe { bpf_skb_store_bytes(self.skb.skb, 0, by.as_ptr().cast(), length, flags) };
-        if stored != 0 {
-            return Err(Refused);
-        }
+        if stored == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
+    fn come_again(&self, side: Side) -> Result<(), Refused> {
         // SAFETY: the mark is a field that may be written, and the helper takes
         // numbers only.
         let action = unsafe {
             (*self.skb.skb).mark = 0;
-            bpf_redirect(self.ifindex(), u64::from(BPF_F_INGRESS))
+            bpf_redirect(self.ifindex(), redirect_to(side))
         };
         match way(action, TC_ACT_REDIRECT as u32) {
             Way::On => Err(Refused),

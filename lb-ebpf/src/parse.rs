@@ -2,6 +2,8 @@
 //!
 //! Whatever cannot be parsed is passed on untouched; the reason says why.
 
+use core::mem::transmute;
+
 use lb_common::{
     Addr4, Addr6, Port, Reason,
     flow::{FLOW_SYN_DATA, FlowEntry, SCTP, TCP, Tuple, UDP, seen},
@@ -10,7 +12,7 @@ use network_types::{eth::EthHdr, ip::Ipv4Hdr, ip::Ipv6Hdr, tcp::TcpHdr, udp::Udp
 
 use crate::{
     family::{Family, V4, V6},
-    fragment,
+    fragment, opaque,
     packet::Packet,
 };
 
@@ -99,6 +101,20 @@ impl<A> Parsed<A> {
         if length < QUOTABLE { length } else { QUOTABLE }
     }
 
+    /// Takes from the verifier what it knows, which is another thing for each way
+    /// through the headers.
+    #[inline(always)]
+    fn blur(&mut self) {
+        let zero = opaque::zero();
+        self.l4 ^= zero as u16;
+        self.l4_length ^= zero as u16;
+        self.id ^= zero;
+        self.signals.seq ^= zero;
+        self.signals.ack ^= zero;
+        // SAFETY: it is the same value.
+        self.fragment = unsafe { transmute::<u8, Fragment>(self.fragment as u8 ^ zero as u8) };
+    }
+
     /// Whether the protocol has connections, which are opened and closed.
     #[inline(always)]
     pub const fn is_connection(&self) -> bool {
@@ -122,6 +138,12 @@ impl<A> Parsed<A> {
     #[inline(always)]
     pub const fn acknowledges(&self, syn_ack: u32) -> bool {
         self.signals.flags & (SYN | ACK | RST) == ACK && self.signals.ack == syn_ack && syn_ack != 0
+    }
+
+    /// Whether this packet acknowledges something and says nothing else.
+    #[inline(always)]
+    pub const fn is_bare_ack(&self) -> bool {
+        self.signals.flags & (SYN | ACK | RST | FIN) == ACK && !self.signals.data
     }
 
     /// Whether this packet may open a flow.
@@ -430,14 +452,16 @@ impl Transport {
                 _ => self.parse_sctp(packet)?,
             };
         }
-        Ok(Parsed {
+        let mut parsed = Parsed {
             tuple,
             l4: self.offset as u16 & L4_MASK,
             l4_length: self.length,
             fragment: self.fragment,
             id: self.id,
             signals,
-        })
+        };
+        parsed.blur();
+        Ok(parsed)
     }
 
     /// SCTP's handshake and end, told as TCP's: INIT and INIT ACK carry a tag

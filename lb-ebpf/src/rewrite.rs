@@ -9,7 +9,7 @@ use lb_common::{
 
 use crate::{
     family::Family,
-    fragment,
+    opaque,
     packet::{ChecksumField, Packet, Refused},
     parse::{Fragment, L3, Parsed},
     traffic,
@@ -36,6 +36,7 @@ pub fn translate<P: Packet, F: Family>(
     flow: &FlowEntry<F::Addr>,
     done: Reason,
 ) -> Reason {
+    let done = opaque::reason(done);
     match try_translate::<P, F>(packet, parsed, flow) {
         Ok(()) => {
             traffic::count_packet(packet, flow, done);
@@ -75,9 +76,6 @@ fn translate_transport<P: Packet, F: Family>(
     flow: &FlowEntry<F::Addr>,
     addresses: Delta,
 ) -> Result<(), Refused> {
-    if !P::LEAVES_RARE_TO_TC && parsed.fragment == Fragment::First {
-        fragment::note::<F>(&parsed.tuple, parsed.id);
-    }
     let ports = Pair {
         src: flow.src_port,
         dst: flow.dst_port,

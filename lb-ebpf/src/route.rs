@@ -4,7 +4,10 @@
 //! is too large is answered there.
 
 use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, helpers::bpf_fib_lookup};
-use lb_common::node::{DEVICE_PEER, DEVICE_XDP};
+use lb_common::{
+    flow::Tuple,
+    node::{DEVICE_PEER, DEVICE_XDP},
+};
 
 use crate::{
     edge::Way,
@@ -21,6 +24,8 @@ const _: () = assert!(size_of::<FibLookup>() == SIZE as usize);
 
 /// The kernel has found route and neighbour (`BPF_FIB_LKUP_RET_SUCCESS`).
 const FOUND: i64 = 0;
+/// The packet is for the node, or leads nowhere (`BPF_FIB_LKUP_RET_NOT_FWDED`).
+const NOT_FORWARDED: i64 = 4;
 
 /// Asks the kernel by which device a packet of `length` bytes leaves that comes
 /// in at `ifindex`, and between which Ethernet addresses. Whether it knows all of
@@ -36,6 +41,33 @@ pub fn find<P: Packet, F: Family>(
     length: u16,
     ifindex: u32,
 ) -> bool {
+    FOUND == ask::<P, F>(packet, route, addresses, protocol, length, ifindex)
+}
+
+/// Whether packets with this tuple that come in here are for the node itself.
+#[inline(always)]
+pub fn ends_here<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>) -> bool {
+    let Some(work) = opening::<F>() else {
+        return false;
+    };
+    let ends = Pair {
+        src: tuple.src,
+        dst: tuple.dst,
+    };
+    let (route, here) = (&mut work.route, packet.ifindex());
+    NOT_FORWARDED == ask::<P, F>(packet, route, &ends, tuple.protocol, 0, here)
+}
+
+/// What the kernel says to [`find`]: its `BPF_FIB_LKUP_RET_*`.
+#[inline(always)]
+fn ask<P: Packet, F: Family>(
+    packet: &P,
+    route: &mut FibLookup,
+    addresses: &Pair<F::Addr>,
+    protocol: u8,
+    length: u16,
+    ifindex: u32,
+) -> i64 {
     F::set_route_ends(route, &addresses.src, &addresses.dst);
     // Family, protocol, no ports, the length; the device; no type of service.
     // Field by field the compiler would call `memset`.
@@ -49,7 +81,7 @@ pub fn find<P: Packet, F: Family>(
     // SAFETY: these are the fields before the addresses, all integers.
     unsafe { (&raw mut *route).cast::<[u32; 4]>().write(head) };
     // SAFETY: context and struct live through the call.
-    FOUND == unsafe { bpf_fib_lookup(packet.context(), &raw mut *route, SIZE, 0) }
+    unsafe { bpf_fib_lookup(packet.context(), &raw mut *route, SIZE, 0) }
 }
 
 /// Finds the way of a packet that comes in here, and leaves it in [`opening`].

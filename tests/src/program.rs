@@ -27,7 +27,7 @@ use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
     names,
-    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts},
+    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, RARE_BITS},
     reason::counter_index,
     service::{
         Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
@@ -94,6 +94,7 @@ pub fn load() -> Ebpf {
             names::CONFIG,
             names::PORT_CURSORS,
             names::ANSWERS,
+            names::RARE,
             names::EARLY,
             names::SCRATCH,
         ];
@@ -276,6 +277,9 @@ impl Datapath {
         for id in 0..BACKENDS {
             set(self.map(names::BACKENDS), id, 0_u32);
             set_per_cpu(self.map(names::TRAFFIC), id, Traffic::default());
+        }
+        for index in 0..1 << RARE_BITS {
+            set(self.map(names::RARE), index, 0_u32);
         }
         set_per_cpu(self.map(names::ANSWERS), 0, [0_u32; 2]);
     }

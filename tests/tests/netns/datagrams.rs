@@ -1,9 +1,10 @@
 //! Datagrams larger than a packet, in fragments both ways.
 
+use lb_common::{Hook, Reason};
 use lb_tests::{
     agent::Hooks,
     topology::{Addresses, Family},
-    traffic::Protocol,
+    traffic::{Protocol, Request},
     world::Frontend,
 };
 
@@ -50,5 +51,35 @@ fn large_datagrams_arrive_whole_both_ways() {
                 }
             }
         }
+    }
+}
+
+/// To a process of the node itself, which is no business of klb's, and between
+/// pods.
+#[test]
+fn large_datagrams_of_strangers_arrive_whole_both_ways() {
+    let world = crate::world(Hooks::ALL);
+    let node = &world.cluster.node;
+    let _server = node.serve("node", 8080, 5353);
+    let pod = &world.cluster.client.host;
+    for family in Family::ALL {
+        for (client, to) in [
+            (&world.cluster.outside, node.addresses.port(family, 5353)),
+            (pod, node.addresses.port(family, 5353)),
+            (pod, Addresses::pod(5).port(family, 3053)),
+        ] {
+            for size in [LARGE, LARGEST] {
+                let request = Request::new(Protocol::Udp, to).size(size);
+                let answer = client
+                    .ask(&request)
+                    .unwrap_or_else(|failure| panic!("{request:?}: {failure}"));
+                assert_eq!(answer.from, to);
+                assert_eq!(answer.seen.ip(), client.addresses.ip(family));
+            }
+        }
+    }
+    let status = world.agent.status();
+    for hook in [Hook::TcIngress, Hook::TcEgress] {
+        assert_eq!(status.count(hook, Reason::FragmentKept), 0, "{hook:?}");
     }
 }

@@ -161,6 +161,41 @@ fn both_ends_close_at_once() {
     }
 }
 
+/// A client that has one port for a connection by the Service and for one to the
+/// pod that it leads to, whichever comes first.
+#[test]
+fn one_port_serves_a_connection_by_the_service_and_a_direct_one() {
+    for hooks in [Hooks::TC, Hooks::XDP] {
+        let ends = Ends::new(hooks);
+        for (number, (client, service)) in (0..).zip(ends.clients()) {
+            let family = if service.is_ipv4() {
+                Family::V4
+            } else {
+                Family::V6
+            };
+            let pod = Addresses::pod(5).port(family, 4000);
+            for (turn, [one, other]) in [[service, pod], [pod, service]].into_iter().enumerate() {
+                let port = 42_000 + 2 * number + turn as u16;
+                let mut both = [one, other].map(|to| ends.connect(client, to, port));
+                // The first one was not harmed by the second.
+                for (number, [client, server]) in (1..).zip(&mut both) {
+                    let mut byte = [0];
+                    client.write_all(&[number]).expect("sent");
+                    server.read_exact(&mut byte).unwrap_or_else(|error| {
+                        panic!("server {hooks:?} {client:?} turn {turn} number {number}: {error}")
+                    });
+                    assert_eq!(byte, [number]);
+                    server.write_all(&[number + 2]).expect("sent");
+                    client.read_exact(&mut byte).unwrap_or_else(|error| {
+                        panic!("client {hooks:?} {client:?} turn {turn} number {number}: {error}")
+                    });
+                    assert_eq!(byte, [number + 2]);
+                }
+            }
+        }
+    }
+}
+
 /// The same addresses and ports, at once after a reset from either side.
 #[test]
 fn a_port_is_used_again_after_a_reset() {

@@ -71,7 +71,10 @@ fn ipv4(src: [u8; 4], dst: [u8; 4]) -> Vec<Frame> {
         frame("SCTP", IpNumber::SCTP, |_| {}),
         frame("ESP", IpNumber::ENCAPSULATING_SECURITY_PAYLOAD, |_| {}),
         frame("an unknown protocol", IpNumber(253), |_| {}),
-        frame("IPv4 in mid-fragments", IpNumber::UDP, |header| {
+        frame("IPv4, first fragment", IpNumber::UDP, |header| {
+            header.more_fragments = true;
+        }),
+        frame("IPv4, later fragment", IpNumber::UDP, |header| {
             header.fragment_offset = IpFragOffset::try_new(100).expect("13 bits");
         }),
         frame("IPv4 with a class", IpNumber::SCTP, |header| {
@@ -99,15 +102,20 @@ fn ipv6(src: [u8; 16], dst: [u8; 16]) -> Vec<Frame> {
     };
     // Next header 132 (SCTP), length 0 (8 bytes), one option of padding.
     let options = [132, 0, 1, 4, 0, 0, 0, 0];
-    // Next header 17 (UDP), offset 8 with more to come, identification.
-    let fragment = [17, 0, 0, 65, 0, 0, 0x4b, 0x1b];
+    // Next header 17 (UDP), offset in the upper 13 bits, identification.
+    let fragment = |offset| [17, 0, 0, offset, 0, 0, 0x4b, 0x1b];
     vec![
         frame("SCTP over IPv6", IpNumber::SCTP, &[]),
         frame("IPv6 options", IpNumber::IPV6_DESTINATION_OPTIONS, &options),
         frame(
-            "IPv6 in mid-fragments",
+            "IPv6, first fragment, of more",
             IpNumber::IPV6_FRAGMENTATION_HEADER,
-            &fragment,
+            &fragment(1),
+        ),
+        frame(
+            "IPv6, later fragment, of more",
+            IpNumber::IPV6_FRAGMENTATION_HEADER,
+            &fragment(65),
         ),
     ]
 }

@@ -1,16 +1,23 @@
 //! Frames that a test run refuses to make, over real devices: through a bridge
 //! whose ports have every packet hook, and out again byte for byte.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use lb_common::{Hook, Reason};
+use lb_common::{
+    Hook, Reason,
+    node::{DEVICE_POD, Device},
+};
 use lb_tests::{
     fragments,
-    packet::{self, Packet},
+    packet::{self, Packet, Seen},
     private::{in_private_namespace, ip},
     program::{Backend, Datapath},
     wire::RawSocket,
 };
+use nix::net::if_::if_nametoindex;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -152,43 +159,82 @@ fn the_hooks_of_the_bridge_translate() {
     });
 }
 
+/// A client, a frontend and its backend, in either family.
+fn worlds() -> [[SocketAddr; 3]; 2] {
+    [
+        ["192.168.50.2:40000", "10.96.0.1:53", "10.244.0.5:53"],
+        [
+            "[fd00:50::2]:40000",
+            "[fd00:10:96::1]:53",
+            "[fd00:10:244::5]:53",
+        ],
+    ]
+    .map(|world| world.map(|addr| addr.parse().expect("an address")))
+}
+
+/// Sends the fragments of a datagram in the wrong order; returns what they make
+/// when they have come through.
+fn backwards(from: &RawSocket, to: &RawSocket, src: SocketAddr, dst: SocketAddr) -> Seen {
+    let packet = Packet::udp(src, dst).payload(vec![9; 3000]);
+    let mut frames = fragments::cut(&packet, 1, 1000);
+    frames.reverse();
+    for frame in &frames {
+        from.send(frame).expect("a frame that fits");
+    }
+    let arrived: Vec<_> = frames
+        .iter()
+        .map(|_| to.receive(DEADLINE).expect("a fragment"))
+        .collect();
+    let seen = packet::read(&fragments::join(&arrived));
+    assert_eq!(seen.payload, vec![9; 3000]);
+    seen
+}
+
 /// The later fragment first: it is kept, and follows the first one out.
 #[test]
 fn fragments_out_of_order_all_arrive_translated() {
     in_private_namespace(|| {
         let (from, to) = bridge();
-        let parse = |text: &str| text.parse().expect("an address");
         let mut datapath = Datapath::new();
         datapath.attach(Hook::TcIngress, "in1");
         wait_until_forwarding(&from, &to);
-        for (client, frontend, backend) in [
-            ("192.168.50.2:40000", "10.96.0.1:53", "10.244.0.5:53"),
-            (
-                "[fd00:50::2]:40000",
-                "[fd00:10:96::1]:53",
-                "[fd00:10:244::5]:53",
-            ),
-        ] {
-            let (client, frontend, backend) = (parse(client), parse(frontend), parse(backend));
+        for [client, frontend, backend] in worlds() {
             let local = Backend {
                 addr: backend,
                 local: true,
             };
             datapath.serve(17, frontend, &[local]);
             datapath.put_address(frontend.ip(), 0);
-            let packet = Packet::udp(client, frontend).payload(vec![9; 3000]);
-            let mut frames = fragments::cut(&packet, 1, 1000);
-            frames.reverse();
-            for frame in &frames {
-                from.send(frame).expect("a frame that fits");
-            }
-            let arrived: Vec<_> = frames
-                .iter()
-                .map(|_| to.receive(DEADLINE).expect("a fragment"))
-                .collect();
-            let seen = packet::read(&fragments::join(&arrived));
+            let seen = backwards(&from, &to, client, frontend);
             assert_eq!((seen.src, seen.dst), (client, backend));
-            assert_eq!(seen.payload, vec![9; 3000]);
+        }
+    });
+}
+
+/// Those of an answer to a pod come by where it goes out to the pod.
+#[test]
+fn fragments_of_answers_out_of_order_all_arrive_translated() {
+    in_private_namespace(|| {
+        let (from, to) = bridge();
+        let mut datapath = Datapath::new();
+        datapath.attach(Hook::TcEgress, "out1");
+        let pod = Device {
+            flags: DEVICE_POD,
+            ..Device::default()
+        };
+        let index = if_nametoindex("out1").expect("a device");
+        datapath.set_device(index, pod);
+        wait_until_forwarding(&from, &to);
+        for [client, frontend, backend] in worlds() {
+            let local = Backend {
+                addr: backend,
+                local: true,
+            };
+            datapath.serve(17, frontend, &[local]);
+            let question = Packet::udp(client, frontend).bytes();
+            datapath.run(Hook::TcIngress, &question);
+            let seen = backwards(&from, &to, backend, client);
+            assert_eq!((seen.src, seen.dst), (frontend, client));
         }
     });
 }

@@ -10,7 +10,9 @@ use lb_tests::{
     program::{Datapath, TC_DROP},
 };
 
-use crate::world::{World, local, sctp_worlds, translated, udp_worlds, untouched, worlds};
+use crate::world::{
+    World, behind_a_pod_device, local, sctp_worlds, translated, udp_worlds, untouched, worlds,
+};
 
 /// A datagram of 3000 bytes.
 fn large(src: SocketAddr, dst: SocketAddr) -> Packet {
@@ -100,6 +102,47 @@ fn fragments_that_come_before_their_first_are_kept_for_it() {
         seen.extend(through(&mut datapath, Hook::TcIngress, early));
         let whole = read(&join(&seen));
         assert_eq!((whole.src, whole.dst), (world.client, world.backend));
+    }
+}
+
+/// Of a datagram that is for nobody's port of a Service's address; and of one that
+/// leaves for a pod.
+#[test]
+fn fragments_of_strangers_follow_their_first() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        datapath.put_address(world.frontend.ip(), 0);
+        behind_a_pod_device(&mut datapath);
+        let mut nobodys = world.frontend;
+        nobodys.set_port(9999);
+        for (hook, dst, later) in [
+            (Hook::TcIngress, nobodys, Reason::NoFlow),
+            (Hook::TcEgress, world.stranger, Reason::NotService),
+        ] {
+            let frames = cut(&large(world.client, dst), 3, 1400);
+            untouched(&mut datapath, hook, &frames[0], Reason::NotService);
+            for frame in &frames[1..] {
+                untouched(&mut datapath, hook, frame, later);
+            }
+        }
+    }
+}
+
+/// Where they go out to a pod too: its datagram may be a backend's answer.
+#[test]
+fn early_fragments_are_kept_for_a_pod() {
+    for world in udp_worlds() {
+        let mut datapath = world.serve_one();
+        datapath.run(Hook::TcIngress, &world.first(world.frontend).bytes());
+        let frames = cut(&large(world.backend, world.client), 8, 1400);
+        untouched(&mut datapath, Hook::TcEgress, &frames[1], Reason::Fragment);
+        behind_a_pod_device(&mut datapath);
+        let outcome = datapath.run(Hook::TcEgress, &frames[1]);
+        assert_eq!(outcome.reason, Reason::FragmentKept);
+        assert_eq!(outcome.action, TC_DROP);
+        let seen = through(&mut datapath, Hook::TcEgress, &frames);
+        let whole = read(&join(&seen));
+        assert_eq!((whole.src, whole.dst), (world.frontend, world.client));
     }
 }
 

@@ -208,20 +208,19 @@ fn a_refused_connection_is_told_to_the_client() {
 #[test]
 fn a_direct_connection_from_a_used_port_is_left_alone() {
     for world in tcp_worlds() {
-        for mut connection in [Connection::closed(world), Connection::established(world)] {
-            let datapath = &mut connection.datapath;
-            let syn = Packet::tcp(world.client, world.backend, flags::SYN).numbers(900_000, 0);
-            untouched(datapath, Hook::TcIngress, &syn.bytes(), Reason::NotService);
-            let answer = Packet::tcp(world.backend, world.client, flags::SYN | flags::ACK)
-                .numbers(70, 900_001)
-                .bytes();
-            untouched(datapath, Hook::TcEgress, &answer, Reason::StaleFlow);
-            assert_eq!(datapath.flow_count(), 0, "the old flow is gone");
-            let more = Packet::tcp(world.backend, world.client, flags::ACK)
-                .numbers(71, 900_001)
-                .bytes();
-            untouched(datapath, Hook::TcEgress, &more, Reason::NotService);
-        }
+        let mut connection = Connection::closed(world);
+        let datapath = &mut connection.datapath;
+        let syn = Packet::tcp(world.client, world.backend, flags::SYN).numbers(900_000, 0);
+        untouched(datapath, Hook::TcIngress, &syn.bytes(), Reason::NotService);
+        let answer = Packet::tcp(world.backend, world.client, flags::SYN | flags::ACK)
+            .numbers(70, 900_001)
+            .bytes();
+        untouched(datapath, Hook::TcEgress, &answer, Reason::StaleFlow);
+        assert_eq!(datapath.flow_count(), 0, "the old flow is gone");
+        let more = Packet::tcp(world.backend, world.client, flags::ACK)
+            .numbers(71, 900_001)
+            .bytes();
+        untouched(datapath, Hook::TcEgress, &more, Reason::NotService);
     }
 }
 

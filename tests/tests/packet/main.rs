@@ -5,6 +5,7 @@
 //! is read by a reader that verifies every checksum in full.
 
 mod budget;
+mod direct;
 mod headers;
 mod icmp;
 mod lifecycle;

@@ -14,10 +14,9 @@ use lb_tests::{
     program::{Backend, Datapath, MASQUERADE_PORTS, NODE4, NODE6},
 };
 
-use crate::world::{World, dropped, local, sctp_worlds, tcp_worlds, translated, untouched, worlds};
-
-/// A test run comes in by the loopback device.
-const HERE: u32 = 1;
+use crate::world::{
+    HERE, World, dropped, local, sctp_worlds, tcp_worlds, translated, untouched, worlds,
+};
 
 const fn remote(addr: SocketAddr) -> Backend {
     Backend { addr, local: false }

@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::{
     Addr4, Addr6, Hook, Reason,
-    node::{Config, DEVICE_POD, Device, Network},
+    node::{Config, Network},
     service::{
         FRONTEND_DROP, FRONTEND_MAGLEV, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind,
     },
@@ -17,10 +17,9 @@ use lb_tests::{
     program::{Backend, Datapath},
 };
 
-use crate::world::{World, dropped, local, tcp_worlds, untouched, with_cluster_network, worlds};
-
-/// A test run comes in by the loopback device.
-const HERE: u32 = 1;
+use crate::world::{
+    World, behind_a_pod_device, dropped, local, tcp_worlds, untouched, with_cluster_network, worlds,
+};
 
 /// Some local backends, by ascending id.
 fn backends(world: &World, count: u16) -> Vec<Backend> {
@@ -47,14 +46,6 @@ fn spread(datapath: &mut Datapath, world: &World, hook: Hook) -> BTreeSet<u16> {
             backend_of(datapath, hook, &packet).port()
         })
         .collect()
-}
-
-fn behind_a_pod_device(datapath: &mut Datapath) {
-    let device = Device {
-        flags: DEVICE_POD,
-        ..Device::default()
-    };
-    datapath.set_device(HERE, device);
 }
 
 #[test]

@@ -5,13 +5,25 @@ use std::net::{IpAddr, SocketAddr};
 use lb_common::{
     Addr4, Addr6, Hook, Reason,
     flow::{SCTP, TCP, UDP},
-    node::{Config, Network},
+    node::{Config, DEVICE_POD, Device, Network},
     reason::Effect,
 };
 use lb_tests::{
     packet::{self, Packet, chunk, flags},
     program::{Backend, Datapath, TC_DROP, TC_GO_ON, XDP_DROP, XDP_PASS},
 };
+
+/// A test run comes in, and goes out, by the loopback device.
+pub(crate) const HERE: u32 = 1;
+
+/// Says that a pod is behind that.
+pub(crate) fn behind_a_pod_device(datapath: &mut Datapath) {
+    let device = Device {
+        flags: DEVICE_POD,
+        ..Device::default()
+    };
+    datapath.set_device(HERE, device);
+}
 
 /// The addresses of one family and one protocol, by role.
 #[derive(Clone, Copy, Debug)]

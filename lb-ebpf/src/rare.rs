@@ -1,0 +1,40 @@
+//! What happens so seldom that it is worth a lookup only where it has happened
+//! lately: noted by a hash of the packet that it concerns. Another packet may have
+//! the same hash, and then costs a lookup in vain.
+
+use lb_common::{Address, flow::Tuple, node::RARE_BITS};
+
+use crate::{clock, maps::RARE};
+
+/// Notes that it has happened just now.
+#[inline(always)]
+pub fn note(hash: u32) {
+    if let Some(last) = entry(hash) {
+        // SAFETY: one store of a number, of which every later one will do.
+        unsafe { *last = clock::seconds() };
+    }
+}
+
+/// Whether it has happened within so many seconds.
+#[inline(always)]
+pub fn is_noted(hash: u32, within: u32) -> bool {
+    let Some(last) = entry(hash) else {
+        return false;
+    };
+    // SAFETY: one load of a number.
+    let last = unsafe { *last };
+    last != 0 && clock::seconds().wrapping_sub(last) <= within
+}
+
+#[inline(always)]
+fn entry(hash: u32) -> Option<*mut u32> {
+    let mixed = hash.wrapping_mul(0x9e37_79b1);
+    RARE.get_ptr_mut(mixed >> (u32::BITS - RARE_BITS))
+}
+
+/// A hash of a packet's tuple.
+#[inline(always)]
+pub fn hash<A: Address>(tuple: &Tuple<A>) -> u32 {
+    let ports = u32::from(tuple.src_port.get()) << 16 | u32::from(tuple.dst_port.get());
+    tuple.src.folded() ^ tuple.dst.folded().rotate_left(4) ^ ports
+}
