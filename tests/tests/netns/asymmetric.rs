@@ -12,7 +12,7 @@ use crate::masquerade::only_remote;
 
 /// A second link between the node and the host outside, by which the node sends
 /// all that is for that host.
-fn world(hooks: Hooks) -> World {
+fn world(hooks: Hooks, routing: &str) -> World {
     let mut world = crate::stopped_world(hooks);
     let (node, outside) = (&world.cluster.node, &world.cluster.outside);
     let (node, outside) = (node.place.netns(), outside.place.netns());
@@ -39,7 +39,8 @@ fn world(hooks: Hooks) -> World {
     for (netns, device) in [(node, "up1"), (outside, "eth2")] {
         netns.output("ethtool", &["-K", device, "tx", "off"]);
     }
-    world.agent.flags.push("--uplink=up1".to_owned());
+    let flags = ["--uplink=up1".to_owned(), format!("--routing={routing}")];
+    world.agent.flags.extend(flags);
     world.agent.start();
     world
 }
@@ -55,8 +56,14 @@ fn sent_by(world: &World, device: &str) -> u64 {
 
 #[test]
 fn answers_by_another_uplink_are_from_the_frontend() {
-    for hooks in [Hooks::ALL, Hooks::TC, Hooks::CLSACT] {
-        let world = world(hooks);
+    for (hooks, routing) in [
+        (Hooks::ALL, "kernel"),
+        (Hooks::TC, "kernel"),
+        (Hooks::CLSACT, "kernel"),
+        (Hooks::ALL, "bypass"),
+        (Hooks::TC, "bypass"),
+    ] {
+        let world = world(hooks, routing);
         for remote in [false, true] {
             if remote {
                 only_remote(&world, "pod-2", 6);
@@ -67,7 +74,7 @@ fn answers_by_another_uplink_are_from_the_frontend() {
                     let request = world.request(Frontend::NodePort, family, protocol);
                     let answer = world.cluster.outside.ask(&request.clone().size(size));
                     let answer = answer.unwrap_or_else(|failure| {
-                        panic!("{request:?}, remote: {remote}: {failure:?}")
+                        panic!("{hooks:?}, {routing}, {request:?}, remote: {remote}: {failure:?}")
                     });
                     let to = world.frontend(Frontend::NodePort, family, protocol);
                     assert_eq!(answer.from, to);

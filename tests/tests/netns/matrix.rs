@@ -156,7 +156,8 @@ impl Service {
         let known = ports.filter(|port| {
             let mut verdicts = port.frontends.iter().map(|frontend| &frontend.verdict);
             let leads_somewhere = verdicts.any(|verdict| verdict != "reject");
-            port.frontends.len() == 8 && leads_somewhere != self.endpoints.is_empty()
+            // Of five kinds, the node's loopback included, in two families.
+            port.frontends.len() == 10 && leads_somewhere != self.endpoints.is_empty()
         });
         known.count() == 2
     }
