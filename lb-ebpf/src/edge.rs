@@ -260,7 +260,7 @@ fn follow<P: Packet, F: Family>(
         return Reason::UnfinishedChecksum;
     }
     flow.advance(parsed, now, packet.edge());
-    let reason = if is_half_done::<P, F>(flow) {
+    let reason = if is_half_done(flow) {
         Reason::Masqueraded
     } else {
         flow.reason()
@@ -288,7 +288,7 @@ fn begin<P: Packet, F: Family>(packet: &P) -> Reason {
     let Some(flow) = flow::find_young::<F>(&work.parsed.tuple) else {
         return Reason::FlowTableFull;
     };
-    let reason = if reason == Reason::Forward && is_half_done::<P, F>(&flow) {
+    let reason = if reason == Reason::Forward && is_half_done(&flow) {
         Reason::Masqueraded
     } else {
         reason
@@ -296,11 +296,10 @@ fn begin<P: Packet, F: Family>(packet: &P) -> Reason {
     rewrite::translate::<P, F>(packet, &work.parsed, flow.get(), reason)
 }
 
-/// Whether a client's packet of this flow is to be masqueraded by this hook too,
-/// when it goes out.
+/// Whether a client's packet of this flow is to be masqueraded when it goes out.
 #[inline(always)]
-fn is_half_done<P: Packet, F: Family>(flow: &Flow<F>) -> bool {
-    P::LEAVES_RARE_TO_TC && flow.entry().flags & FLOW_MASQUERADED != 0
+fn is_half_done<F: Family>(flow: &Flow<F>) -> bool {
+    flow.entry().flags & FLOW_MASQUERADED != 0
 }
 
 /// A datagram or a SYN that is for no frontend.

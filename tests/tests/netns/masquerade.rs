@@ -64,8 +64,14 @@ fn a_remote_backend_sees_the_node_and_answers_through_it() {
 
 #[test]
 fn a_pod_reaches_itself_through_a_service() {
-    for hooks in [Hooks::TC, Hooks::CLSACT] {
-        let world = crate::world(hooks);
+    for (hooks, routing) in [
+        (Hooks::TC, "kernel"),
+        (Hooks::CLSACT, "kernel"),
+        (Hooks::TC, "bypass"),
+    ] {
+        let mut world = crate::stopped_world(hooks);
+        world.agent.flags.push(format!("--routing={routing}"));
+        world.agent.start();
         world.put_endpoints(&[("pod-1", 5)]);
         world.agent.await_services("one endpoint", |services| {
             services
