@@ -128,7 +128,8 @@ pub struct Agent {
     pub variables: Vec<(String, String)>,
     /// Where the API server is, for an agent that reads from one, likewise.
     pub kubeconfig: Option<PathBuf>,
-    cgroup: PathBuf,
+    /// Whose processes' sockets are served.
+    pub cgroup: PathBuf,
     pins: PathBuf,
     pub manifests: Folder,
 }

@@ -12,6 +12,7 @@ mod devices_frames;
 mod devices_kinds;
 mod kernels;
 mod kernels_devices;
+mod kernels_nfs;
 mod kernels_sctp;
 mod kit;
 mod leftovers;

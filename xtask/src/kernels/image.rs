@@ -13,12 +13,14 @@ use super::modules;
 use crate::process;
 
 /// What is a module in Debian's kernels and that a test may need.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 9] = [
     "veth",
     "sch_ingress",
     "cls_bpf",
     "8021q",
     "bonding",
+    "nfs",
+    "nfsv3",
     "sctp",
     "udp_diag",
 ];
