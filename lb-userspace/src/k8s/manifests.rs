@@ -13,20 +13,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use notify::{
-    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
-    event::{AccessKind, AccessMode, ModifyKind},
-};
-use tokio::{sync::mpsc, time::sleep};
+use tokio::time::sleep;
 use tracing::{error, warn};
 
-use super::document::{self, DocumentError};
+use super::{
+    document::{self, DocumentError},
+    folder::{News, Watch},
+};
 use crate::model::{Concern, Event, Object, ObjectRef, Scope};
 
 /// How long changes are gathered before the folder is read.
 const GATHER: Duration = Duration::from_millis(5);
 
-/// How long after reading it is known which files were being written.
+/// How long after reading it is known which files were being written: the kernel
+/// tells of a change after it has made it.
 const SETTLE: Duration = Duration::from_millis(2);
 
 /// A file that is being written is left alone until it is closed; but no longer
@@ -39,9 +39,7 @@ const LONGEST_UNREST: Duration = Duration::from_millis(100);
 /// A folder of manifests.
 pub struct ManifestSource {
     folder: Folder,
-    /// Kept, since dropping it ends the events.
-    watcher: RecommendedWatcher,
-    changes: mpsc::UnboundedReceiver<notify::Result<notify::Event>>,
+    watch: Watch,
     /// Files that are being written, since when.
     open: HashMap<PathBuf, Instant>,
     /// Files that are empty and were not, since when.
@@ -59,27 +57,19 @@ impl ManifestSource {
     /// # Errors
     ///
     /// If there is no such folder, or it cannot be watched.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
     pub fn open(folder: &Path) -> io::Result<Self> {
         // Not resolved: a link to a folder may be made to point to another.
         let folder = std::path::absolute(folder)?;
         if !fs::metadata(&folder)?.is_dir() {
             return Err(io::ErrorKind::NotADirectory.into());
         }
-        let (sender, changes) = mpsc::unbounded_channel();
-        let mut watcher = notify::recommended_watcher(move |event| {
-            // Nobody listens any more: the source was dropped.
-            drop(sender.send(event));
-        })
-        .map_err(io::Error::other)?;
-        watch(&mut watcher, &folder).map_err(io::Error::other)?;
-        if let Some(parent) = folder.parent() {
-            // For the day when the folder is replaced as a whole.
-            watch(&mut watcher, parent).map_err(io::Error::other)?;
-        }
         Ok(Self {
+            watch: Watch::open(&folder)?,
             folder: Folder::new(folder),
-            watcher,
-            changes,
             open: HashMap::new(),
             empty: HashMap::new(),
             touched: BTreeSet::new(),
@@ -121,7 +111,7 @@ impl ManifestSource {
             // What happened meanwhile is known by now, or very soon.
             sleep(SETTLE).await;
             self.due = false;
-            self.take_news();
+            self.take_news().await;
             if self.touched.is_empty() || Instant::now() > deadline {
                 let mut doubtful = self.being_written();
                 doubtful.append(&mut self.touched);
@@ -161,59 +151,46 @@ impl ManifestSource {
             }
         };
         tokio::select! {
-            Some(change) = self.changes.recv() => self.note(change),
+            news = self.watch.next() => self.note_all(news).await,
             // A write that takes that long is taken as it is.
             () = deadline => self.due = true,
         }
         if self.due {
             sleep(GATHER).await;
-            self.take_news();
+            self.take_news().await;
         }
     }
 
-    fn take_news(&mut self) {
-        while let Ok(change) = self.changes.try_recv() {
-            self.note(change);
-        }
+    async fn take_news(&mut self) {
+        let news = self.watch.take();
+        self.note_all(news).await;
     }
 
-    /// Takes in one event, and whether the folder is to be read for it.
-    fn note(&mut self, change: notify::Result<notify::Event>) {
-        let event = match change {
-            Ok(event) => event,
+    /// Takes in what happened, and whether the folder is to be read for it.
+    async fn note_all(&mut self, news: io::Result<Vec<News>>) {
+        match news {
+            Ok(news) => news.into_iter().for_each(|news| self.note(news)),
             Err(error) => {
                 warn!(%error, "watching the manifests; the folder is read again");
                 self.due = true;
-                return;
+                // Lest that is all that is done, should it go on.
+                sleep(LONGEST_WRITE).await;
             }
-        };
-        if event.paths.contains(&self.folder.path) {
-            // Replaced as a whole: the new one is another inode. While there
-            // is none this fails, and everything stays as it was.
-            drop(watch(&mut self.watcher, &self.folder.path));
-            self.due = true;
-            return;
         }
-        let inside = |path: &&PathBuf| path.parent() == Some(self.folder.path.as_path());
-        let paths: Vec<_> = event.paths.iter().filter(inside).cloned().collect();
-        match event.kind {
-            EventKind::Modify(ModifyKind::Data(_)) => {
-                let now = Instant::now();
-                self.open
-                    .extend(paths.iter().cloned().map(|path| (path, now)));
-                self.touched.extend(paths);
+    }
+
+    fn note(&mut self, news: News) {
+        match news {
+            News::BeingWritten(path) => {
+                self.open.insert(path.clone(), Instant::now());
+                self.touched.insert(path);
             }
-            EventKind::Access(AccessKind::Close(AccessMode::Write))
-            | EventKind::Create(_)
-            | EventKind::Remove(_)
-            | EventKind::Modify(ModifyKind::Name(_)) => {
-                for path in &paths {
-                    self.open.remove(path);
-                }
-                self.due |= !paths.is_empty();
-                self.touched.extend(paths);
+            News::Changed(path) => {
+                self.open.remove(&path);
+                self.touched.insert(path);
+                self.due = true;
             }
-            _ => self.due |= event.need_rescan(),
+            News::Replaced | News::Lost => self.due = true,
         }
     }
 
@@ -221,10 +198,6 @@ impl ManifestSource {
         self.open.retain(|_, since| since.elapsed() < LONGEST_WRITE);
         self.open.keys().cloned().collect()
     }
-}
-
-fn watch(watcher: &mut RecommendedWatcher, path: &Path) -> notify::Result<()> {
-    watcher.watch(path, RecursiveMode::NonRecursive)
 }
 
 /// What was read of a folder.

@@ -4,6 +4,7 @@ pub mod api;
 pub mod convert;
 pub mod document;
 pub mod events;
+mod folder;
 pub mod manifests;
 pub mod objects;
 mod resource;
