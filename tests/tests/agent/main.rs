@@ -11,6 +11,7 @@ mod doctor;
 mod drift;
 mod dumps;
 mod health;
+mod idle;
 mod isolation;
 mod manifests;
 mod metrics;
