@@ -29,9 +29,13 @@ use crate::{
     },
     metrics::ControlMetrics,
     model::{Concern, Event, NamespacedName, Scope},
-    plan::ServicePlan,
+    plan::{Choice, ServicePlan},
     reconcile::{Reconciler, Report},
 };
+
+/// So many entries are written at once, without giving way: in a fraction of a
+/// millisecond.
+const SHORT: usize = 256;
 
 /// How often what is done.
 #[derive(Clone, Copy, Debug)]
@@ -252,12 +256,14 @@ impl<M: Maps> Control<M> {
             plans.push(plan);
         }
         self.links.health.begin(&plans);
-        // Writing ten thousand Services takes a while, and others have work too.
-        let (report, wrote) = aside(|| {
+        let is_short = self.is_short(&plans);
+        let mut write = || {
             let before = own_time();
             let report = self.reconciler.apply(&plans, now.into_std());
             (report, own_time().saturating_sub(before))
-        });
+        };
+        // Writing ten thousand Services takes a while, and others have work too.
+        let (report, wrote) = if is_short { write() } else { aside(write) };
         let took = now.elapsed();
         log_written(&plans, &report);
         if report.ended {
@@ -283,6 +289,14 @@ impl<M: Maps> Control<M> {
         let (leaving, checks) = (self.index.leaving(), self.index.checks());
         self.links.health.tell(leaving, checks);
         self.outcome()
+    }
+
+    /// Whether the plans are written in about the time that it takes to have
+    /// another thread serve the others: waking it, and going on beside it.
+    fn is_short(&self, plans: &[ServicePlan]) -> bool {
+        let is_first = !*self.links.synced.borrow();
+        let entries: usize = plans.iter().map(most_entries).sum();
+        !is_first && self.strays.is_none() && entries <= SHORT
     }
 
     /// Remembers what failed, for another try, and that all else is as planned.
@@ -358,6 +372,19 @@ impl<M: Maps> Control<M> {
             self.conflicts.insert(service.clone(), conflicts);
         }
     }
+}
+
+/// How many entries a plan has, at most; most Services have a list for several
+/// frontends.
+fn most_entries(plan: &ServicePlan) -> usize {
+    let ports = plan.ports.iter().map(|port| {
+        let slots = match port.choice {
+            Choice::Maglev(size) => size as usize,
+            Choice::Random | Choice::Affinity(_) => port.alive.len(),
+        };
+        port.frontends.len() * (1 + slots)
+    });
+    1 + ports.sum::<usize>()
 }
 
 /// CPU time of this thread; without such a clock none.

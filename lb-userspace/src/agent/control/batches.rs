@@ -78,6 +78,29 @@ async fn writes(news: impl IntoIterator<Item = u64>) -> Vec<u64> {
     times
 }
 
+#[test]
+fn an_ordinary_change_is_written_without_giving_way() {
+    let entries = |backends: &[u8], choice| {
+        let mut index = Index::new("here", Settings::default());
+        index.apply(service(1));
+        index.apply(slice(1, backends));
+        let mut changes = index.take_changes();
+        let (mut plan, _) = changes.pop().expect("a Service");
+        plan.ports[0].choice = choice;
+        most_entries(&plan)
+    };
+    let many: Vec<_> = (0..=255).collect();
+    for (backends, choice, is_short) in [
+        (&[][..], Choice::Random, true),
+        (&many[..20], Choice::Random, true),
+        (&many, Choice::Random, false),
+        (&many[..2], Choice::Maglev(65537), false),
+    ] {
+        let entries = entries(backends, choice);
+        assert_eq!(entries <= SHORT, is_short, "{entries}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_comes_after_a_rest_is_written_at_once() {
     assert_eq!(writes([0]).await, [0]);
