@@ -609,7 +609,7 @@ mod tests {
         let table = node.device_table(&devices);
         let entry = |addr4: [u8; 4], addr6: &str, flags| Entry {
             addr4: Addr4 { octets: addr4 },
-            addr6: addr6.parse::<std::net::Ipv6Addr>().expect("IPv6").into(),
+            addr6: addr6.parse::<Ipv6Addr>().expect("IPv6").into(),
             flags,
         };
         let expected = BTreeMap::from([

@@ -138,7 +138,7 @@ struct World {
     unknown: BTreeMap<ObjectRef, Concern>,
     /// Of that, what an earlier agent had heard.
     inherited: BTreeMap<ObjectRef, Object>,
-    /// What an earlier agent could not write.
+    /// What an earlier agent could not write, and what nobody has heard of since.
     unfinished: BTreeSet<NamespacedName>,
     now: Instant,
     /// What a reader saw that must not be.
@@ -401,16 +401,19 @@ impl World {
         self.addresses = addresses.collect();
         let index = &mut self.control.index;
         index.set_node_addresses(self.addresses.clone());
-        if !self.has_begun {
-            return;
-        }
-        let services = self.heard.values().filter_map(|object| match object {
+        let known = self.heard.values().chain(self.inherited.values());
+        let services = known.filter_map(|object| match object {
             Object::Service(service) => Some(service),
             _ => None,
         });
         let concerned = services.filter(|service| service.concerns_node_addresses());
-        let touched = concerned.map(|service| service.id.clone()).collect();
-        self.reconcile(Some(&touched));
+        let mut touched = concerned.map(|service| service.id.clone()).collect();
+        if self.has_begun {
+            self.reconcile(Some(&touched));
+        } else {
+            // An agent that has not begun hears of it then.
+            self.unfinished.append(&mut touched);
+        }
     }
 
     /// After so many writes so many others fail.
