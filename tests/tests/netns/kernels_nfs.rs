@@ -311,7 +311,15 @@ fn an_nfs_mount_by_a_service_survives_a_refusal() {
         put(&world, &[]);
         let asked = Instant::now();
         let refused = Mounted::new(&world, &at, service).err();
-        assert_eq!(refused, Some(Errno::ECONNREFUSED));
+        // Older kernels let no hook choose the error, and nobody else answers for
+        // the address here.
+        let can_choose = world.agent.status().kernel["set_retval"] == true;
+        let expected = if can_choose {
+            Errno::ECONNREFUSED
+        } else {
+            Errno::ENETUNREACH
+        };
+        assert_eq!(refused, Some(expected));
         assert!(asked.elapsed() < LIMIT, "{:?}", asked.elapsed());
 
         put(&world, &[("pod-1", 5)]);
