@@ -6,6 +6,8 @@
 //! writes in another way; a device that klb then does not see would go without
 //! its programs.
 
+mod route;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
@@ -20,6 +22,8 @@ use netlink_packet_core::{
 };
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use tokio::io::{Interest, unix::AsyncFd};
+
+pub use self::route::{Route, Transit};
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -179,6 +183,18 @@ impl Netlink {
             Some((word(reply, 4)?, word(mtu.value(), 0)?))
         });
         Ok(mtus.collect())
+    }
+
+    /// The device that each port belongs to, such as a bridge, by index.
+    pub fn masters(&self) -> io::Result<BTreeMap<u32, u32>> {
+        // `struct ifinfomsg`, all zero for every device.
+        let replies = self.dump(libc::RTM_GETLINK, &[0; 16])?;
+        let masters = replies.iter().filter_map(|reply| {
+            let mut attributes = attributes(reply, 16);
+            let master = attributes.find(|attribute| attribute.kind() == libc::IFLA_MASTER)?;
+            Some((word(reply, 4)?, word(master.value(), 0)?))
+        });
+        Ok(masters.collect())
     }
 
     /// Every address of every device.
