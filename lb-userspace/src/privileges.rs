@@ -33,6 +33,25 @@ pub const KEPT: [(Capability, &str); 6] = [
     ),
 ];
 
+/// What this process lacks to load and run packet programs.
+pub fn missing_for_programs() -> Vec<Capability> {
+    missing_of(&caps::read(None, CapSet::Effective).unwrap_or_default())
+}
+
+/// `CAP_SYS_ADMIN` stands for the two that are for BPF.
+fn missing_of(effective: &CapsHashSet) -> Vec<Capability> {
+    let administers = effective.contains(&Capability::CAP_SYS_ADMIN);
+    [
+        (Capability::CAP_BPF, administers),
+        (Capability::CAP_PERFMON, administers),
+        (Capability::CAP_NET_ADMIN, false),
+    ]
+    .into_iter()
+    .filter(|(capability, is_stood_for)| !is_stood_for && !effective.contains(capability))
+    .map(|(capability, _)| capability)
+    .collect()
+}
+
 /// Gives up everything else, for this thread and all that it will start, and
 /// everything that a program could get by being executed.
 ///
@@ -86,6 +105,21 @@ mod tests {
     use std::{fs, thread};
 
     use super::*;
+
+    #[test]
+    fn programs_take_three_capabilities_or_two() {
+        use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN};
+        for (effective, missing) in [
+            (&[CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON][..], &[][..]),
+            (&[CAP_SYS_ADMIN, CAP_NET_ADMIN], &[]),
+            (&[CAP_SYS_ADMIN], &[CAP_NET_ADMIN]),
+            (&[CAP_NET_ADMIN], &[CAP_BPF, CAP_PERFMON]),
+            (&[], &[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN]),
+        ] {
+            let effective = effective.iter().copied().collect();
+            assert_eq!(missing_of(&effective), missing, "{effective:?}");
+        }
+    }
 
     /// In a thread of its own: the other tests keep what they have.
     #[test]

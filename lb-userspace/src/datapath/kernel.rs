@@ -40,7 +40,7 @@ use super::{
 use crate::termination::Orphan;
 
 /// A family's address as it stands in the maps.
-trait MapAddr: Address + Pod + Into<IpAddr> + Hashed {
+pub(super) trait MapAddr: Address + Pod + Into<IpAddr> + Hashed {
     /// `None` for an address of the other family.
     fn from_ip(addr: IpAddr) -> Option<Self>;
 }
@@ -64,12 +64,12 @@ impl MapAddr for Addr6 {
 }
 
 /// The address and port of one end.
-fn socket_addr<A: MapAddr>(addr: A, port: Port) -> SocketAddr {
+pub(super) fn socket_addr<A: MapAddr>(addr: A, port: Port) -> SocketAddr {
     SocketAddr::new(addr.into(), port.get())
 }
 
 /// A hash map, with the descriptor by which it is read in bulk.
-struct Hash<K, V> {
+pub(super) struct Hash<K, V> {
     name: &'static str,
     fd: OwnedFd,
     entries: HashMap<MapData, K, V>,
@@ -77,7 +77,7 @@ struct Hash<K, V> {
 }
 
 impl<K: Pod, V: Pod> Hash<K, V> {
-    fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
+    pub(super) fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
         let (data, fd, max_entries) = open(pins, name)?;
         Ok(Self {
             name,
@@ -87,7 +87,7 @@ impl<K: Pod, V: Pod> Hash<K, V> {
         })
     }
 
-    fn read_all(&self) -> Result<Vec<(K, V)>, MapError> {
+    pub(super) fn read_all(&self) -> Result<Vec<(K, V)>, MapError> {
         sys::read_all(&self.fd).map_err(|source| MapError {
             operation: "read",
             map: self.name,
@@ -834,7 +834,7 @@ impl KernelMaps {
 }
 
 /// Seconds of the clock that flows are stamped with.
-fn monotonic_seconds() -> u32 {
+pub(super) fn monotonic_seconds() -> u32 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
     now.map_or(0, |now| now.tv_sec().cast_unsigned() as u32)
 }

@@ -155,14 +155,9 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
 /// The pin folder must be there ([`prepare_pins`]), and the limit be raised
 /// ([`raise_memlock_limit`]).
 pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
-    let set_retval = u8::from(features.set_retval == Some(true));
-    let xdp_frags = u8::from(features.xdp_frags == Some(true));
-    let coarse_clock = u8::from(features.coarse_clock == Some(true));
+    let globals = Globals::new(features);
     let paths = names::MAPS.map(|name| (name, pins.map(name)));
-    let mut loader = EbpfLoader::new();
-    loader.override_global(names::HAS_SET_RETVAL, &set_retval, true);
-    loader.override_global(names::HAS_XDP_FRAGS, &xdp_frags, true);
-    loader.override_global(names::HAS_COARSE_CLOCK, &coarse_clock, true);
+    let mut loader = globals.loader();
     for (name, path) in &paths {
         loader.map_pin_path(name, path);
         if let Some(entries) = wanted_entries(sizes, name) {
@@ -174,6 +169,54 @@ pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Eb
         warn_of_other_size(pins, sizes, name)?;
     }
     Ok(ebpf)
+}
+
+/// Makes the object once more: with the pinned maps that are named, which must be
+/// there, and with others of its own that nobody else sees and that go with it, of
+/// so many entries, or as many as the object says.
+pub(super) fn load_apart(
+    pins: &Pins,
+    pinned: &[&'static str],
+    entries: impl Fn(&str) -> Option<u32>,
+    features: Features,
+) -> Result<Ebpf, LoadError> {
+    let globals = Globals::new(features);
+    let mut loader = globals.loader();
+    for name in names::MAPS {
+        if pinned.contains(&name) {
+            // What is not there would be made, and pinned.
+            MapInfo::from_pin(pins.map(name)).map_err(|source| LoadError::Map { name, source })?;
+            loader.map_pin_path(name, pins.map(name));
+        } else if let Some(entries) = entries(name) {
+            loader.map_max_entries(name, entries);
+        }
+    }
+    loader.load(OBJECT).map_err(LoadError::Object)
+}
+
+/// What the programs are told about the kernel.
+struct Globals {
+    set_retval: u8,
+    xdp_frags: u8,
+    coarse_clock: u8,
+}
+
+impl Globals {
+    fn new(features: Features) -> Self {
+        Self {
+            set_retval: u8::from(features.set_retval == Some(true)),
+            xdp_frags: u8::from(features.xdp_frags == Some(true)),
+            coarse_clock: u8::from(features.coarse_clock == Some(true)),
+        }
+    }
+
+    fn loader(&self) -> EbpfLoader<'_> {
+        let mut loader = EbpfLoader::new();
+        loader.override_global(names::HAS_SET_RETVAL, &self.set_retval, true);
+        loader.override_global(names::HAS_XDP_FRAGS, &self.xdp_frags, true);
+        loader.override_global(names::HAS_COARSE_CLOCK, &self.coarse_clock, true);
+        loader
+    }
 }
 
 /// Has the kernel verify the named programs.

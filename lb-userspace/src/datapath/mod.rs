@@ -17,6 +17,7 @@ pub mod memory;
 pub mod pins;
 mod sys;
 pub mod traffic;
+pub mod trial;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
