@@ -14,7 +14,7 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
 use ipnet::IpNet;
 use lb_common::{
-    flow::{State, Timeouts},
+    flow::{self, State, Timeouts},
     names::{LAYOUT, size},
 };
 
@@ -42,6 +42,18 @@ pub enum Command {
     Get(GetArgs),
     /// Show whether all is well: agent, hooks, maps, counters
     Status(StatusArgs),
+    /// Say what would happen to a packet now, and why
+    #[command(
+        long_about = "Say what would happen to a packet now, and why: which frontend it is for, \
+            whether the client may, which backends there are and with what odds, what is \
+            rewritten, and what becomes of it.\n\n\
+            The programs themselves are run on such a packet, in the kernel and by the live tables \
+            of Services, but with tables of flows, affinity and counters that are thrown away: \
+            nothing is sent, and nothing that is live changes. A flow that the packet is of, and \
+            the backend that the client keeps, are copied there before. The hook at sockets cannot \
+            be run so: what it would do is found from the same tables."
+    )]
+    Explain(ExplainArgs),
     /// Compare what the maps should hold with what they hold
     Diff(DiffArgs),
     /// Look whether this node is fit for klb, and klb well on it
@@ -599,6 +611,69 @@ impl From<Output> for Format {
 pub enum Output {
     Table,
     Json,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Without --at, a packet comes in by the device that the node's route to its source leads to, or by \
+a port of it where that is a bridge; by an uplink if there is no route. What comes from one of the \
+node's own addresses, or from a pod on whose device klb is not, is taken for a call at a socket. \
+The answer says what was assumed.
+
+A packet of TCP is a SYN, and one of SCTP an INIT, unless it belongs to a connection that lives: \
+then it is one in the middle of it. The backend is drawn for this packet; another connection may \
+get another one, by the odds that are named.
+
+Exit status: 0 if there is an answer, whatever becomes of the packet; 1 if there is none; 2 for \
+wrong usage.
+
+Examples:
+  # Why does a client outside get no answer from a NodePort?
+  klb explain --from 192.0.2.9 --to 192.0.2.1:30080
+  # A pod asks for a name, by a packet and by a call at its socket
+  klb explain --from 10.244.0.9 --to 10.96.0.10:53 --proto udp
+  klb explain --from 10.244.0.9 --to 10.96.0.10:53 --proto udp --at socket
+  # Where does the next packet of a connection go?
+  klb explain --from 192.0.2.9:54321 --to 203.0.113.7:443
+  # For a script
+  klb explain --from 192.0.2.9 --to 203.0.113.7:443 -o json | jq -r .verdict.reason")]
+pub struct ExplainArgs {
+    /// Who sends it; without a port, from one that has no connection to there
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub from: End,
+    /// What it is sent to; an IPv6 address is in brackets
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub to: SocketAddr,
+    /// What it speaks
+    #[arg(long, value_enum, default_value_t = PacketProtocol::Tcp)]
+    pub proto: PacketProtocol,
+    /// Where it is met: by which device it comes in, or `socket` for what a process calls
+    #[arg(long, value_name = "DEVICE|socket", value_parser = NonEmptyStringValueParser::new())]
+    pub at: Option<String>,
+    /// For people or for programs
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+/// What klb balances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PacketProtocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+impl PacketProtocol {
+    /// As an IP header has it.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => flow::TCP,
+            Self::Udp => flow::UDP,
+            Self::Sctp => flow::SCTP,
+        }
+    }
 }
 
 #[derive(Args, Debug)]

@@ -10,12 +10,16 @@ fn main() -> ExitCode {
         Command::Agent(args) => well(agent::run(args)),
         Command::Get(args) => well(commands::get::run(args)),
         Command::Status(args) => well(commands::status::run(args)),
+        Command::Explain(args) => well(commands::explain::run(args)),
         Command::Diff(args) => commands::diff::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Cleanup(args) => well(commands::cleanup::run(args)),
     };
     result.unwrap_or_else(|error| {
         eprintln!("klb: {}", lb_userspace::errors::Chain(error.as_ref()));
+        if error.is::<commands::WrongUsage>() {
+            return 2.into();
+        }
         trouble(&cli.command)
     })
 }

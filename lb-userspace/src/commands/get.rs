@@ -226,7 +226,7 @@ pub(super) struct Ranges {
 
 impl Ranges {
     /// What new flows of clients outside get.
-    fn outer(
+    pub(super) fn outer(
         &mut self,
         maps: &impl Maps,
         key: FrontendKey,

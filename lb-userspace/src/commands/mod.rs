@@ -3,6 +3,7 @@
 pub mod cleanup;
 pub mod diff;
 pub mod doctor;
+pub mod explain;
 pub mod get;
 pub mod status;
 mod table;
@@ -21,6 +22,11 @@ use crate::{
     args::{Format, Paths},
     datapath::{MapError, Maps, pins::Pins},
 };
+
+/// What was asked makes no sense, though each word of it does.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongUsage(String);
 
 /// The pins of an agent that has run.
 fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
