@@ -349,6 +349,11 @@ impl Agent {
         program::age_affinity::<AffinityKey<Addr6>>(&mut open(names::AFFINITY6), seconds);
     }
 
+    /// `klb explain`
+    pub fn explain(&self, arguments: &[&str]) -> serde_json::Value {
+        self.json(&[&["explain"], arguments].concat())
+    }
+
     /// `klb status`
     pub fn status(&self) -> Status {
         self.json(&["status"])

@@ -34,16 +34,16 @@ const SILENCE: Duration = Duration::from_millis(200);
 
 /// A line of one of the page's tables.
 #[derive(Debug)]
-struct Row {
-    client: &'static str,
-    frontend: &'static str,
+pub(crate) struct Row {
+    pub(crate) client: &'static str,
+    pub(crate) frontend: &'static str,
     /// The policy, or where the endpoints are.
-    service: &'static str,
+    pub(crate) service: &'static str,
     /// Over the socket hook, TC and XDP.
-    expected: [&'static str; 3],
+    pub(crate) expected: [&'static str; 3],
 }
 
-fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     let lines = PAGE.lines().filter(|line| line.starts_with("| "));
     let cells = lines
         .map(|line| -> Vec<&str> { line.trim_matches('|').split('|').map(str::trim).collect() });
@@ -66,7 +66,7 @@ type Endpoint = (&'static str, u8);
 
 /// One of the Services that there are.
 #[derive(Clone, Copy, Debug)]
-struct Service {
+pub(crate) struct Service {
     number: u8,
     external: &'static str,
     internal: &'static str,
@@ -75,7 +75,7 @@ struct Service {
 
 const BOTH: &[Endpoint] = &[NEAR, FAR];
 
-const SERVICES: [Service; 7] = [
+pub(crate) const SERVICES: [Service; 7] = [
     service(1, "Cluster", "Cluster", BOTH),
     service(2, "Cluster", "Local", BOTH),
     service(3, "Local", "Cluster", BOTH),
@@ -124,7 +124,7 @@ impl Service {
         31_000 + 2 * u16::from(self.number) + udp
     }
 
-    fn to(self, frontend: &str, family: Family, protocol: Protocol) -> SocketAddr {
+    pub(crate) fn to(self, frontend: &str, family: Family, protocol: Protocol) -> SocketAddr {
         let port = match (frontend, protocol) {
             ("NodePort", _) => self.node_port(protocol),
             (_, Protocol::Tcp) => TCP_PORT,
@@ -135,7 +135,7 @@ impl Service {
 
     /// Whether a row of the page speaks of this Service; the client has an
     /// endpoint that is on the other node for it.
-    fn is_meant(self, row: &Row, client: &Client<'_>) -> bool {
+    pub(crate) fn is_meant(self, row: &Row, client: &Client<'_>) -> bool {
         let [_, elsewhere] = client.endpoints;
         let is_served = self.endpoints.len() == BOTH.len();
         match row.service.split_once(' ') {
@@ -223,15 +223,15 @@ endpoints: [{endpoints}]
 }
 
 /// Somebody who asks, and the node whose klb decides about it.
-struct Client<'a> {
-    host: &'a Host,
+pub(crate) struct Client<'a> {
+    pub(crate) host: &'a Host,
     /// The node's endpoint, and the other node's.
     endpoints: [&'static str; 2],
-    node: Addresses,
+    pub(crate) node: Addresses,
 }
 
 impl<'a> Client<'a> {
-    fn new(nodes: &'a TwoNodes, name: &str, frontend: &str) -> Self {
+    pub(crate) fn new(nodes: &'a TwoNodes, name: &str, frontend: &str) -> Self {
         let cluster = &nodes.world.cluster;
         let host = match name {
             "pod" => &cluster.client.host,
@@ -256,7 +256,7 @@ impl<'a> Client<'a> {
 
     /// Asks until all is seen that there is to see, and says it in the page's
     /// words.
-    fn observe(&self, to: SocketAddr, protocol: Protocol, expected: &str) -> String {
+    pub(crate) fn observe(&self, to: SocketAddr, protocol: Protocol, expected: &str) -> String {
         let mut answers = match ask(self.host, to, protocol, expected) {
             Ok(answer) => vec![answer],
             Err(Failure::TimedOut) if expected == "silence" => return "silence".to_owned(),
@@ -352,7 +352,8 @@ fn ask(
     }
 }
 
-fn nodes(hooks: Hooks) -> TwoNodes {
+/// Two nodes with all the Services, and a router that knows where they are.
+pub(crate) fn nodes(hooks: Hooks) -> TwoNodes {
     let nodes = TwoNodes::new(hooks, NEAR);
     let manifests: Vec<_> = SERVICES.into_iter().map(Service::manifest).collect();
     let manifests = manifests.join("---\n");

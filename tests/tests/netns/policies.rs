@@ -20,7 +20,7 @@ use lb_tests::{
 pub(crate) const AT_ONCE: Duration = Duration::from_millis(2500);
 
 /// A world whose Service has more in its `spec`.
-fn world_with(hooks: Hooks, spec: &str) -> World {
+pub(crate) fn world_with(hooks: Hooks, spec: &str) -> World {
     let mut world = crate::stopped_world(hooks);
     let manifest = world.service.to_string();
     let extended = manifest.replace("spec:\n", &format!("spec:\n{spec}"));

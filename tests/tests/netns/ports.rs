@@ -37,7 +37,7 @@ fn service_then_direct(hooks: Hooks, protocol: Protocol) {
 }
 
 /// Leaves the client no choice of pod.
-fn only_one_pod(world: &World) {
+pub(crate) fn only_one_pod(world: &World) {
     world.put_endpoints(&[("pod-1", 5)]);
     world.agent.await_services("a single endpoint", |services| {
         let mut frontends = services.iter().flat_map(|port| &port.frontends);

@@ -167,7 +167,7 @@ fn a_pod_reaches_a_pod_of_the_other_node_and_is_seen() {
 
 /// Makes a pod of each node an endpoint, and the Service one with a Maglev
 /// table.
-fn spread_by_maglev(nodes: &TwoNodes) {
+pub(crate) fn spread_by_maglev(nodes: &TwoNodes) {
     let service = nodes.world.service.to_string();
     let annotated = service.replace(
         "metadata:\n",
