@@ -433,6 +433,9 @@ impl World {
         lock(&self.maps).fault = None;
         let failed = self.failed();
         self.unfinished.extend(failed);
+        // More may be known of these when the next one lists everything.
+        let held = self.control.index.held();
+        self.unfinished.extend(held.cloned());
         self.control = control(&self.maps, &self.addresses);
         self.has_begun = false;
         if !self.is_away {

@@ -12,6 +12,18 @@ fn service(name: &str, ip: &str) -> String {
     )
 }
 
+/// A folder in memory: a disk that is busy may halt a writer for longer than a
+/// file is believed to be in the middle of being written.
+fn temporary() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    let dir = if memory.is_dir() {
+        TempDir::new_in(memory)
+    } else {
+        TempDir::new()
+    };
+    dir.expect("a temporary folder")
+}
+
 /// A folder that is watched.
 struct Fixture {
     dir: TempDir,
@@ -21,7 +33,7 @@ struct Fixture {
 impl Fixture {
     /// With these files, and everything they say already told.
     async fn new(files: &[(&str, &str)]) -> (Self, Vec<Event>) {
-        let dir = TempDir::new().expect("a temporary folder");
+        let dir = temporary();
         for (name, text) in files {
             fs::write(dir.path().join(name), text).expect("a file");
         }
