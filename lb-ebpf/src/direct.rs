@@ -29,7 +29,7 @@ pub const NO_SERVICE: u32 = 0;
 /// came in elsewhere may be this packet, translated on its way.
 #[inline(always)]
 pub fn is_second<F: Family>(parsed: &Parsed<F::Addr>, edge: u32) -> bool {
-    if !parsed.is_connection() || is_cluster_ip::<F>(&parsed.tuple.dst) {
+    if !may_be_direct::<F>(parsed) {
         return false;
     }
     let Some(flow) = flow::find_confirmed::<F>(&parsed.tuple.reversed()) else {
@@ -45,17 +45,19 @@ pub fn is_second<F: Family>(parsed: &Parsed<F::Addr>, edge: u32) -> bool {
         && !entry.expired(protocol, clock::seconds(), config::timeouts())
 }
 
-/// Whether it is an address that no pod has.
+/// Whether it is a connection to an address that a pod may have.
 #[inline(always)]
-fn is_cluster_ip<F: Family>(addr: &F::Addr) -> bool {
-    config::get().is_some_and(|config| addr.is_in(F::cluster_network(config)))
+fn may_be_direct<F: Family>(parsed: &Parsed<F::Addr>) -> bool {
+    let dst = &parsed.tuple.dst;
+    parsed.is_connection()
+        && !config::get().is_some_and(|config| dst.is_in(F::cluster_network(config)))
 }
 
 /// Whether there may be a flow of such a connection, from before.
 #[inline(always)]
 pub fn is_known<F: Family>(parsed: &Parsed<F::Addr>) -> bool {
     let timeout = State::Established.timeout(config::timeouts());
-    parsed.is_connection() && rare::is_noted(rare::hash(&parsed.tuple), timeout)
+    may_be_direct::<F>(parsed) && rare::is_noted(rare::hash(&parsed.tuple), timeout)
 }
 
 /// Has [`is_known`] find it.

@@ -3,13 +3,13 @@
 
 use std::net::SocketAddr;
 
-use lb_common::{Hook, Reason};
+use lb_common::{Hook, Reason, service::FRONTEND_REFUSE};
 use lb_tests::{
     packet::{Packet, flags, read},
     program::Datapath,
 };
 
-use crate::world::{World, dropped, tcp_worlds, translated, untouched};
+use crate::world::{World, dropped, tcp_worlds, translated, untouched, with_cluster_network};
 
 /// The first packet of a direct connection.
 fn direct(world: &World, seq: u32) -> Packet {
@@ -128,6 +128,21 @@ fn a_direct_connection_outlives_the_one_that_it_was_beside() {
         untouched(datapath, Hook::TcIngress, &syn, Reason::NoFlow);
         let more = more(flags::ACK).bytes();
         untouched(datapath, Hook::TcIngress, &more, Reason::NoFlow);
+    }
+}
+
+/// That some packet with the same hash has, or had, a flow of its own is no reason
+/// to let a port of a `ClusterIP` be.
+#[test]
+fn what_is_refused_is_refused_whatever_has_its_hash() {
+    for world in tcp_worlds() {
+        let mut datapath = connect(&world, Hook::TcIngress);
+        open_beside(&mut datapath, Hook::TcIngress, &world);
+        let config = with_cluster_network(datapath.config(), world.backend.ip());
+        datapath.configure(&config);
+        datapath.put_address(world.backend.ip(), FRONTEND_REFUSE);
+        let outcome = datapath.run(Hook::TcIngress, &direct(&world, 7).bytes());
+        assert_eq!(outcome.reason, Reason::NoSuchPort);
     }
 }
 
