@@ -97,7 +97,9 @@ impl<M: Maps> Reconciler<M> {
 
     /// Returns what is there and should not be.
     fn mend_ranges(&mut self, drift: &mut Drift) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
-        let found = self.maps.ranges()?;
+        let mut found = self.maps.ranges()?;
+        // Until everything is known, what an earlier run left is nobody's drift.
+        found.retain(|range| !self.strays.sources.contains(range));
         let ports = self.ports.values();
         let wanted: BTreeSet<_> = ports
             .flat_map(|port| port.sources.iter().map(|range| (port.id, *range)))
@@ -118,6 +120,7 @@ impl<M: Maps> Reconciler<M> {
     /// Returns what is there and should not be.
     fn mend_metas(&mut self, drift: &mut Drift) -> Result<Vec<u32>, MapError> {
         let mut found = self.maps.metas()?;
+        found.retain(|id, _| !self.strays.metas.contains(id));
         let ports = self.ports.values();
         let wanted: Vec<_> = ports
             .filter_map(|port| Some((port.id, port.meta?)))
