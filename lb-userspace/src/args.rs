@@ -60,6 +60,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Remove everything that klb put into the kernel, and nothing else
     Cleanup(CleanupArgs),
+    /// Print what a shell completes command lines of klb with
+    Completions(CompletionsArgs),
 }
 
 /// Where klb keeps things; the same for every command.
@@ -841,6 +843,31 @@ pub struct CleanupArgs {
     pub timeout: u32,
     #[command(flatten)]
     pub paths: Paths,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  # Now, in this bash (or zsh)
+  source <(klb completions bash)
+  # bash, for good (needs the package bash-completion)
+  klb completions bash > /usr/share/bash-completion/completions/klb
+  # zsh, for good: in any folder of $fpath
+  klb completions zsh > /usr/local/share/zsh/site-functions/_klb
+  # fish, for good
+  klb completions fish > ~/.config/fish/completions/klb.fish")]
+pub struct CompletionsArgs {
+    /// Whose script to print
+    #[arg(value_enum)]
+    pub shell: Shell,
+}
+
+/// A shell that can complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
 }
 
 impl AgentArgs {

@@ -14,6 +14,7 @@ fn main() -> ExitCode {
         Command::Diff(args) => commands::diff::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Cleanup(args) => well(commands::cleanup::run(args)),
+        Command::Completions(args) => well(commands::completions::run(args)),
     };
     result.unwrap_or_else(|error| {
         eprintln!("klb: {}", lb_userspace::errors::Chain(error.as_ref()));

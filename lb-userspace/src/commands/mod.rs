@@ -1,6 +1,7 @@
 //! The commands that look at the kernel and go: they work with no agent.
 
 pub mod cleanup;
+pub mod completions;
 pub mod diff;
 pub mod doctor;
 pub mod explain;
