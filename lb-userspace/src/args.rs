@@ -679,7 +679,18 @@ impl PacketProtocol {
 }
 
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  # All there is
+  klb status
+  # What goes wrong now: refusals of the next five seconds come first among the counters
+  klb status --over 5s
+  # For a script: packets a second that are refused, by reason
+  klb status --over 5s -o json | jq '.counters[] | select(.effect == \"refuse\") | {reason, per_second}'")]
 pub struct StatusArgs {
+    /// Read the counters twice, so much time apart, and tell what each grows by in a second
+    #[arg(long, value_name = "TIME", value_parser = interval)]
+    pub over: Option<Duration>,
     /// For people or for programs
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,

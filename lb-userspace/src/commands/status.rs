@@ -1,10 +1,11 @@
 //! `klb status`: whether all is well, on one page.
 
+mod counters;
 mod settings;
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
-use lb_common::{Reason, flow::SCTP, names, reason::Effect};
+use lb_common::{Reason, flow::SCTP, names};
 use serde::Serialize;
 
 use self::settings::Settings;
@@ -19,7 +20,7 @@ use crate::{
         Maps as _,
         features::Features,
         inspect,
-        kernel::{Counter, Counters, Fill, KernelMaps, NetnsTable},
+        kernel::{Fill, KernelMaps, NetnsTable},
         layouts,
         pins::{Lock, Pins},
     },
@@ -29,6 +30,11 @@ use crate::{
 
 /// From this share on, in percent, a map is worth a warning.
 const NEARLY_FULL: usize = 90;
+
+/// Characters of a bar that shows how full a map is.
+const BAR_WIDTH: usize = 10;
+/// What each stands for, in percent.
+const BAR_STEP: usize = 100 / BAR_WIDTH;
 
 /// Reasons that no healthy node counts.
 const ALARMING: [Reason; 5] = [
@@ -71,8 +77,11 @@ struct Status {
     settings: Settings,
     devices: Vec<DeviceRow>,
     maps: Vec<MapRow>,
+    /// For how long the counters were looked at, in seconds, if for a while.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    counters_over_seconds: Option<u64>,
     /// Those above zero.
-    counters: Vec<CounterRow>,
+    counters: Vec<counters::Row>,
     /// What does not work here, or works otherwise than one may think.
     limits: Vec<String>,
     warnings: Vec<String>,
@@ -98,15 +107,6 @@ pub(super) struct MapRow {
     max_entries: u32,
 }
 
-#[derive(Clone, Debug, Serialize)]
-struct CounterRow {
-    hook: &'static str,
-    reason: &'static str,
-    effect: &'static str,
-    count: u64,
-    description: &'static str,
-}
-
 /// Runs `klb status`.
 pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
     let pins = open_pins(&args.paths)?;
@@ -116,13 +116,18 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
         running: pid.is_some(),
         pid,
     };
-    let status = gather(&pins, &maps, agent)?;
+    let status = gather(&pins, &maps, agent, args.over)?;
     print(args.output, &status, page)
 }
 
-fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status> {
-    let counters = Counters::open(pins)?.read()?;
-    let counters = counters.iter().filter(|counter| counter.count > 0);
+fn gather(
+    pins: &Pins,
+    maps: &KernelMaps,
+    agent: Agent,
+    over: Option<Duration>,
+) -> anyhow::Result<Status> {
+    // Takes its time, and all else is to be of now.
+    let counters = counters::read(pins, over)?;
     let mut status = Status {
         version: env!("CARGO_PKG_VERSION"),
         layout: layouts::name(pins),
@@ -138,7 +143,8 @@ fn gather(pins: &Pins, maps: &KernelMaps, agent: Agent) -> anyhow::Result<Status
         settings: Settings::read(maps)?,
         devices: devices(pins)?,
         maps: maps.fill()?.into_iter().map(MapRow::from).collect(),
-        counters: counters.map(CounterRow::from).collect(),
+        counters_over_seconds: over.map(|over| over.as_secs()),
+        counters,
         limits: Vec::new(),
         warnings: Vec::new(),
     };
@@ -166,27 +172,16 @@ impl From<Fill> for MapRow {
     }
 }
 
-impl From<&Counter> for CounterRow {
-    fn from(counter: &Counter) -> Self {
-        Self {
-            hook: counter.hook.name(),
-            reason: counter.reason.name(),
-            effect: match counter.reason.effect() {
-                Effect::Pass => "pass",
-                Effect::Translate => "translate",
-                Effect::Refuse => "refuse",
-                Effect::Keep => "keep",
-                Effect::Answer => "answer",
-            },
-            count: counter.count,
-            description: counter.reason.description(),
-        }
-    }
-}
-
 impl MapRow {
     fn percent(&self) -> usize {
         self.entries * 100 / (self.max_entries as usize).max(1)
+    }
+
+    /// How full it is, to the eye: an entry shows, and so does a free place.
+    fn bar(&self) -> String {
+        let full = (self.percent() / BAR_STEP).min(BAR_WIDTH);
+        let full = full.max(usize::from(self.entries > 0));
+        format!("[{:<BAR_WIDTH$}]", "#".repeat(full))
     }
 
     /// Whether a full map gives up its oldest entries for new ones.
@@ -291,8 +286,10 @@ fn warnings(status: &Status) -> Vec<String> {
     for counter in &status.counters {
         if ALARMING.map(Reason::name).contains(&counter.reason) {
             warnings.push(format!(
-                "{} at {}: {} times",
-                counter.reason, counter.hook, counter.count
+                "{} at {}: {}",
+                counter.reason,
+                counter.hook,
+                counter.how_often()
             ));
         }
     }
@@ -349,9 +346,9 @@ fn page(status: &Status) -> String {
     );
     section(
         &mut page,
-        "counters",
+        &format!("counters  {}", counters::note(status.counters_over_seconds)),
         status.counters.len(),
-        &counter_table(&status.counters),
+        &counters::table(&status.counters),
     );
     sentences(&mut page, "limits", &status.limits);
     sentences(&mut page, "warnings", &status.warnings);
@@ -412,21 +409,7 @@ pub(super) fn map_table(maps: &[MapRow]) -> Table {
             map.name.to_owned(),
             map.entries.to_string(),
             map.max_entries.to_string(),
-            format!("{}%", map.percent()),
-        ]);
-    }
-    table
-}
-
-fn counter_table(counters: &[CounterRow]) -> Table {
-    let mut table = Table::new(&["HOOK", "REASON", "EFFECT", "COUNT", "MEANING"]);
-    for counter in counters {
-        table.row([
-            counter.hook.to_owned(),
-            counter.reason.to_owned(),
-            counter.effect.to_owned(),
-            counter.count.to_string(),
-            counter.description.trim().to_owned(),
+            format!("{} {:>3}%", map.bar(), map.percent()),
         ]);
     }
     table
@@ -471,6 +454,7 @@ mod tests {
                 entries: 3,
                 max_entries: 100,
             }],
+            counters_over_seconds: None,
             counters: Vec::new(),
             limits: Vec::new(),
             warnings: Vec::new(),
@@ -529,6 +513,24 @@ mod tests {
     }
 
     #[test]
+    fn a_bar_shows_an_entry_and_a_free_place() {
+        let bar = |entries| {
+            let map = MapRow {
+                name: names::SERVICES4,
+                entries,
+                max_entries: 1000,
+            };
+            (map.bar(), map_table(&[map]).to_string())
+        };
+        assert_eq!(bar(0).0, "[          ]");
+        assert_eq!(bar(1).0, "[#         ]");
+        assert_eq!(bar(430).0, "[####      ]");
+        assert_eq!(bar(999).0, "[######### ]");
+        assert_eq!(bar(1000).0, "[##########]");
+        assert!(bar(430).1.contains("[####      ]  43%"), "{}", bar(430).1);
+    }
+
+    #[test]
     fn a_healthy_node_has_no_warnings() {
         let status = status();
         assert_eq!(warnings(&status), [""; 0]);
@@ -561,11 +563,12 @@ mod tests {
             xdp: None,
         });
         for reason in ["bad_slot", "masquerade_exhausted", "answer_limit"] {
-            status.counters.push(CounterRow {
+            status.counters.push(counters::Row {
                 hook: "xdp",
                 reason,
                 effect: "refuse",
                 count: 4,
+                per_second: None,
                 description: "",
             });
         }
