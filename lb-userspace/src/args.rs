@@ -300,6 +300,15 @@ fn interval(text: &str) -> Result<Duration, String> {
     seconds(text).map(|seconds| Duration::from_secs(seconds.into()))
 }
 
+/// A time between one look at the maps and the next.
+fn look_interval(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time < Duration::from_millis(100) {
+        return Err("wanted is 100ms or more".to_owned());
+    }
+    Ok(time)
+}
+
 /// A time that nobody notices.
 fn batch_delay(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
@@ -496,6 +505,8 @@ Examples:
   # The connections of a client, and those to a backend
   klb get flows --client 192.0.2.9
   klb get flows --backend 10.244.0.5:3000
+  # What changes while endpoints come and go
+  klb get backends --service web --watch
   # For a script
   klb get maps -o json | jq '.maps[] | select(.entries > .max_entries / 2) | .name'")]
 pub struct GetArgs {
@@ -520,6 +531,12 @@ pub struct GetArgs {
     /// For people, with more columns or less, or for programs
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub output: Format,
+    /// Go on, and print all of it again whenever something has changed
+    #[arg(short, long)]
+    pub watch: bool,
+    /// How often to look for changes; 100ms or more
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = look_interval, requires = "watch")]
+    pub interval: Duration,
     #[command(flatten)]
     pub paths: Paths,
 }

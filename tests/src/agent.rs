@@ -286,14 +286,25 @@ impl Agent {
 
     /// As [`Self::klb`], with the folders that the arguments name.
     pub fn klb_elsewhere(&self, arguments: &[&str]) -> Said {
-        let mut command = self.place.command(&self.program);
-        command.args(arguments);
-        let mut process = self.place.start("klb", command);
+        let mut process = self.spawn_klb(arguments);
         Said {
             status: process.wait(START),
             stdout: process.stdout().text(),
             stderr: process.stderr().text(),
         }
+    }
+
+    /// As [`Self::klb`], for a command that goes on.
+    pub fn start_klb(&self, arguments: &[&str]) -> Process {
+        let paths = self.paths();
+        let paths = paths.iter().map(String::as_str);
+        self.spawn_klb(&arguments.iter().copied().chain(paths).collect::<Vec<_>>())
+    }
+
+    fn spawn_klb(&self, arguments: &[&str]) -> Process {
+        let mut command = self.place.command(&self.program);
+        command.args(arguments);
+        self.place.start("klb", command)
     }
 
     /// A command's JSON.

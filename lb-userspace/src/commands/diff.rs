@@ -18,7 +18,11 @@ use tokio::{runtime, time::timeout};
 use tracing::level_filters::LevelFilter;
 
 use self::compare::{Change, Content, Difference, State};
-use super::{open_pins, print, table::Table};
+use super::{
+    look::{Look, Tone},
+    open_pins, print,
+    table::Table,
+};
 use crate::{
     args::DiffArgs,
     datapath::kernel::KernelMaps,
@@ -197,7 +201,7 @@ impl Desired {
 }
 
 /// Nothing at all if there is no difference.
-fn table(report: &Report) -> String {
+fn table(report: &Report, look: Look) -> String {
     if report.differences.is_empty() {
         return String::new();
     }
@@ -216,7 +220,8 @@ fn table(report: &Report) -> String {
             },
         ]);
     }
-    table.to_string()
+    let table = table.judged(&["STATE"], |_| Some(Tone::Bad));
+    table.shown(look)
 }
 
 /// `backends: -10.244.0.5:3000 +10.244.0.9:3000`, as in a patch that would make
@@ -257,13 +262,13 @@ mod tests {
             held: Vec::new(),
             differences: Vec::new(),
         };
-        assert_eq!(table(&report), "");
+        assert_eq!(table(&report, Look::PLAIN), "");
         report.differences = vec![
             difference(State::Differs, Some("10.96.0.1:80/TCP")),
             difference(State::More, None),
         ];
         assert_eq!(
-            table(&report),
+            table(&report, Look::PLAIN),
             "NAMESPACE   SERVICE    FRONTEND           STATE     DIFFERENCE\n\
              default     web:http   10.96.0.1:80/TCP   differs   \
              backends: -10.244.0.5:3000 +10.244.0.9:3000\n\

@@ -17,7 +17,10 @@ use std::{fmt::Write as _, process::ExitCode};
 use serde::Serialize;
 
 use self::check::{Check, Level};
-use super::print;
+use super::{
+    look::{Look, Tone},
+    print,
+};
 use crate::args::DoctorArgs;
 
 /// Runs `klb doctor`. The exit status tells whether anything fails.
@@ -92,7 +95,7 @@ impl Report {
     }
 }
 
-fn page(report: &Report) -> String {
+fn page(report: &Report, look: Look) -> String {
     let mut page = String::new();
     let names = report.checks.iter().map(|check| check.name.len());
     let width = names.max().unwrap_or(0);
@@ -104,7 +107,11 @@ fn page(report: &Report) -> String {
             fix,
         } = check;
         // Writing to a String does not fail.
-        let _ok = writeln!(page, "{:<4}  {name:<width$}  {finding}", level.name());
+        let _ok = writeln!(
+            page,
+            "{}  {name:<width$}  {finding}",
+            level_word(*level, look)
+        );
         if let Some(fix) = fix {
             let _ok = writeln!(page, "{:<4}  {:<width$}  → {fix}", "", "");
         }
@@ -127,6 +134,16 @@ fn page(report: &Report) -> String {
     page
 }
 
+/// In four places, as wide as the longest.
+fn level_word(level: Level, look: Look) -> String {
+    let tone = match level {
+        Level::Ok => Some(Tone::Good),
+        Level::Warn => None,
+        Level::Fail => Some(Tone::Bad),
+    };
+    look.paint(tone, &format!("{:<4}", level.name()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,7 +157,7 @@ mod tests {
         let report = Report::new(checks.clone());
         assert_eq!(report.result, Level::Warn);
         assert_eq!(
-            page(&report),
+            page(&report, Look::PLAIN),
             "ok    BTF        is there\n\
              warn  rp_filter  is strict\n\
              \x20                → make it loose\n\

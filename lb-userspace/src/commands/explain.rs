@@ -57,7 +57,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let facts = scene.facts(&pins)?;
     let place = facts.place(args.at.as_deref())?;
     let report = scene.report(&pins, &facts, place)?;
-    print(args.output, &report, Report::page)
+    print(args.output, &report, |report, _look| report.page())
 }
 
 /// What the question is about, and all that the maps say.

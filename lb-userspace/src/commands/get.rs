@@ -1,7 +1,9 @@
 //! `klb get`: what the maps hold.
 
 mod affinity;
+mod document;
 mod selection;
+mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map},
@@ -9,20 +11,21 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lb_common::service::{
-    BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES,
-    FrontendKind, ServiceEntry,
+use lb_common::{
+    flow::State,
+    service::{
+        BackendRef, FRONTEND_DROP, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES,
+        FrontendKind, ServiceEntry,
+    },
 };
 use serde::Serialize;
 
-use self::selection::Selection;
+use self::{document::Document, selection::Selection};
 use super::{
-    Names, PortId, open_pins, print, protocol_name,
-    status::{MapRow, map_table},
-    table::Table,
+    Names, PortId, look::Tone, open_pins, print, protocol_name, status::MapRow, table::Table,
 };
 use crate::{
-    args::{Format, GetArgs, What},
+    args::{GetArgs, What},
     datapath::{
         Family, FrontendKey, MapError, Maps, SlotValue,
         inspect::{self, DeviceHooks},
@@ -35,33 +38,40 @@ use crate::{
 /// Backends of a frontend that a table names before it counts the rest.
 const SHOWN_BACKENDS: usize = 4;
 
+/// Before the verdict, where there is no backend to name.
+const NOBODY: &str = "none: ";
+
 /// Runs `klb get`.
 pub fn run(args: &GetArgs) -> anyhow::Result<()> {
     let selection = Selection::new(args)?;
+    if args.watch {
+        return watch::run(args, || read(args, &selection));
+    }
+    print(args.output, &read(args, &selection)?, |document, look| {
+        document.table(args.output).shown(look)
+    })
+}
+
+/// What is there now. The maps are opened every time: those of before may have
+/// been removed meanwhile.
+fn read(args: &GetArgs, selection: &Selection<'_>) -> anyhow::Result<Document> {
     let pins = open_pins(&args.paths)?;
     if args.what == What::Devices {
-        return get_devices(args, &pins);
+        return get_devices(&pins);
     }
     let maps = KernelMaps::open(&pins)?;
     match args.what {
-        What::Services => get_services(args, &selection, &maps),
-        What::Backends => get_backends(args, &selection, &maps, &pins),
-        What::Flows => get_flows(args, &selection, &maps),
-        What::Sockets => get_sockets(args, &selection, &maps),
-        What::Affinity => {
-            let list = affinity::read(&maps, &selection)?;
-            print(args.output, &list, affinity::table)
-        }
-        What::Maps => get_maps(args, &maps),
-        What::Devices => Ok(()),
+        What::Services => get_services(selection, &maps),
+        What::Backends => get_backends(selection, &maps, &pins),
+        What::Flows => get_flows(selection, &maps),
+        What::Sockets => get_sockets(selection, &maps),
+        What::Affinity => Ok(Document::Affinity(affinity::read(&maps, selection)?)),
+        What::Maps => get_maps(&maps),
+        What::Devices => get_devices(&pins),
     }
 }
 
-fn get_services(
-    args: &GetArgs,
-    selection: &Selection<'_>,
-    maps: &KernelMaps,
-) -> anyhow::Result<()> {
+fn get_services(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
     let mut services = services(maps)?;
     services.retain_mut(|row| {
         row.frontends.retain(|frontend| {
@@ -72,22 +82,14 @@ fn get_services(
         });
         selection.has_service(&row.service) && !row.frontends.is_empty()
     });
-    let is_wide = args.output == Format::Wide;
-    print(args.output, &ServiceList { services }, |list| {
-        if is_wide {
-            wide_service_table(list)
-        } else {
-            service_table(list)
-        }
-    })
+    Ok(Document::Services(ServiceList { services }))
 }
 
 fn get_backends(
-    args: &GetArgs,
     selection: &Selection<'_>,
     maps: &KernelMaps,
     pins: &Pins,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Document> {
     let mut backends = backends(maps)?;
     backends.retain(|row| {
         let addr = SocketAddr::new(row.address, row.port);
@@ -103,17 +105,10 @@ fn get_backends(
             row.traffic = Some(traffic.read(life)?.into());
         }
     }
-    let is_wide = args.output == Format::Wide;
-    print(args.output, &BackendList { backends }, |list| {
-        if is_wide {
-            wide_backend_table(list)
-        } else {
-            backend_table(list)
-        }
-    })
+    Ok(Document::Backends(BackendList { backends }))
 }
 
-fn get_flows(args: &GetArgs, selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_flows(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
     let names = Names::read(maps)?;
     let rows = maps.flows()?.into_iter();
     let mut flows: Vec<_> = rows.map(|flow| FlowRow::new(&flow, &names)).collect();
@@ -124,10 +119,10 @@ fn get_flows(args: &GetArgs, selection: &Selection<'_>, maps: &KernelMaps) -> an
             && selection.has_client(row.client)
     });
     flows.sort_by(|a, b| (&a.service, a.client).cmp(&(&b.service, b.client)));
-    print(args.output, &FlowList { flows }, flow_table)
+    Ok(Document::Flows(FlowList { flows }))
 }
 
-fn get_sockets(args: &GetArgs, selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_sockets(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
     let names = Names::read(maps)?;
     let rows = maps.sockets()?.into_iter();
     let mut sockets: Vec<_> = rows.map(|socket| SocketRow::new(&socket, &names)).collect();
@@ -137,21 +132,17 @@ fn get_sockets(args: &GetArgs, selection: &Selection<'_>, maps: &KernelMaps) -> 
             && selection.has_backend(row.backend)
     });
     sockets.sort_by(|a, b| (&a.service, a.cookie).cmp(&(&b.service, b.cookie)));
-    print(args.output, &SocketList { sockets }, socket_table)
+    Ok(Document::Sockets(SocketList { sockets }))
 }
 
-fn get_devices(args: &GetArgs, pins: &Pins) -> anyhow::Result<()> {
+fn get_devices(pins: &Pins) -> anyhow::Result<Document> {
     let devices = devices(pins)?;
-    print(args.output, &DeviceList { devices }, |list| {
-        device_table(&list.devices).to_string()
-    })
+    Ok(Document::Devices(DeviceList { devices }))
 }
 
-fn get_maps(args: &GetArgs, maps: &KernelMaps) -> anyhow::Result<()> {
+fn get_maps(maps: &KernelMaps) -> anyhow::Result<Document> {
     let maps = maps.fill()?.into_iter().map(MapRow::from).collect();
-    print(args.output, &MapList { maps }, |list| {
-        map_table(&list.maps).to_string()
-    })
+    Ok(Document::Maps(MapList { maps }))
 }
 
 #[derive(Debug, Serialize)]
@@ -360,7 +351,16 @@ const fn verdict(entry: &ServiceEntry) -> &'static str {
     }
 }
 
-fn service_table(list: &ServiceList) -> String {
+/// Whether new flows get anywhere.
+fn verdict_tone(backends: &str) -> Tone {
+    if backends.starts_with(NOBODY) {
+        Tone::Bad
+    } else {
+        Tone::Good
+    }
+}
+
+fn service_table(list: &ServiceList) -> Table {
     let mut table = Table::new(&[
         "NAMESPACE",
         "SERVICE",
@@ -383,11 +383,11 @@ fn service_table(list: &ServiceList) -> String {
             ]);
         }
     }
-    table.to_string()
+    table.judged(&["BACKENDS"], |backends| Some(verdict_tone(backends)))
 }
 
 /// A line for each frontend, with all its backends.
-fn wide_service_table(list: &ServiceList) -> String {
+fn wide_service_table(list: &ServiceList) -> Table {
     let mut table = Table::new(&[
         "NAMESPACE",
         "SERVICE",
@@ -417,14 +417,14 @@ fn wide_service_table(list: &ServiceList) -> String {
                 row.affinity_seconds.map(seconds).unwrap_or_default(),
                 ranges.join(","),
                 match frontend.backends.len() {
-                    0 => format!("none: {}", frontend.verdict),
+                    0 => format!("{NOBODY}{}", frontend.verdict),
                     _ => all_of(&frontend.backends),
                 },
                 inner.map(all_of).unwrap_or_default(),
             ]);
         }
     }
-    table.to_string()
+    table.judged(&["BACKENDS"], |backends| Some(verdict_tone(backends)))
 }
 
 fn all_of(backends: &BTreeSet<Endpoint>) -> String {
@@ -434,7 +434,7 @@ fn all_of(backends: &BTreeSet<Endpoint>) -> String {
 
 fn backend_summary(frontend: &FrontendRow) -> String {
     let outer = if frontend.backends.is_empty() {
-        format!("none: {}", frontend.verdict)
+        format!("{NOBODY}{}", frontend.verdict)
     } else {
         shortened(&frontend.backends)
     };
@@ -531,7 +531,7 @@ fn backends(maps: &impl Maps) -> Result<Vec<BackendRow>, MapError> {
     Ok(rows.into_iter().collect())
 }
 
-fn backend_table(list: &BackendList) -> String {
+fn backend_table(list: &BackendList) -> Table {
     let mut table = Table::new(&["NAMESPACE", "SERVICE", "PROTOCOL", "BACKEND", "LOCAL", "ID"]);
     for backend in &list.backends {
         table.row([
@@ -543,10 +543,10 @@ fn backend_table(list: &BackendList) -> String {
             backend.id.to_string(),
         ]);
     }
-    table.to_string()
+    table
 }
 
-fn wide_backend_table(list: &BackendList) -> String {
+fn wide_backend_table(list: &BackendList) -> Table {
     let mut table = Table::new(&[
         "NAMESPACE",
         "SERVICE",
@@ -581,7 +581,7 @@ fn wide_backend_table(list: &BackendList) -> String {
             count(|traffic| traffic.bytes_out),
         ]);
     }
-    table.to_string()
+    table
 }
 
 #[derive(Debug, Serialize)]
@@ -615,7 +615,17 @@ impl FlowRow {
     }
 }
 
-fn flow_table(list: &FlowList) -> String {
+fn state_tone(state: &str) -> Option<Tone> {
+    let state = State::ALL.into_iter().find(|known| known.name() == state)?;
+    match state {
+        State::Established | State::Replied => Some(Tone::Good),
+        State::Reset => Some(Tone::Bad),
+        // As every flow begins and ends.
+        State::Opening | State::HalfClosed | State::Closed | State::Unreplied => None,
+    }
+}
+
+fn flow_table(list: &FlowList) -> Table {
     let mut table = Table::new(&[
         "PROTOCOL",
         "CLIENT",
@@ -638,7 +648,7 @@ fn flow_table(list: &FlowList) -> String {
             seconds(flow.idle_seconds),
         ]);
     }
-    table.to_string()
+    table.judged(&["STATE"], state_tone)
 }
 
 /// A time as kubectl shortens it: `45s`, `12m`, `3h`.
@@ -677,7 +687,7 @@ impl SocketRow {
     }
 }
 
-fn socket_table(list: &SocketList) -> String {
+fn socket_table(list: &SocketList) -> Table {
     let mut table = Table::new(&[
         "PROTOCOL",
         "COOKIE",
@@ -696,7 +706,7 @@ fn socket_table(list: &SocketList) -> String {
             socket.service.service(),
         ]);
     }
-    table.to_string()
+    table
 }
 
 #[derive(Debug, Serialize)]
@@ -748,7 +758,9 @@ pub(super) fn device_table(devices: &[DeviceRow]) -> Table {
             hook(device.xdp),
         ]);
     }
-    table
+    let judge = |hook: &str| Some(if hook == "-" { Tone::Bad } else { Tone::Good });
+    // XDP is for uplinks, and not for all of them.
+    table.judged(&["TC-INGRESS", "TC-EGRESS"], judge)
 }
 
 #[cfg(test)]
@@ -878,7 +890,7 @@ mod tests {
         let list = ServiceList {
             services: services(&maps()).expect("read"),
         };
-        let table = service_table(&list);
+        let table = service_table(&list).to_string();
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!(lines.len(), 5, "{table}");
         assert!(

@@ -6,6 +6,7 @@ pub mod diff;
 pub mod doctor;
 pub mod explain;
 pub mod get;
+mod look;
 pub mod status;
 mod table;
 
@@ -16,9 +17,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use lb_common::{flow, service::ServiceMeta};
+use lb_common::{flow, reason::Effect, service::ServiceMeta};
 use serde::Serialize;
 
+use self::look::Look;
 use crate::{
     args::{Format, Paths},
     datapath::{MapError, Maps, pins::Pins},
@@ -49,25 +51,37 @@ fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
 fn print<T: Serialize>(
     output: impl Into<Format>,
     document: &T,
-    text: impl FnOnce(&T) -> String,
+    text: impl FnOnce(&T, Look) -> String,
 ) -> anyhow::Result<()> {
-    let text = match output.into() {
-        Format::Table | Format::Wide => text(document),
+    print_text(&rendered(output, document, text)?)
+}
+
+/// A document as asked, for stdout.
+fn rendered<T: Serialize>(
+    output: impl Into<Format>,
+    document: &T,
+    text: impl FnOnce(&T, Look) -> String,
+) -> anyhow::Result<String> {
+    Ok(match output.into() {
+        Format::Table | Format::Wide => text(document, Look::of_stdout()),
         Format::Json => serde_json::to_string_pretty(document)? + "\n",
         Format::Yaml => serde_yaml_ng::to_string(document)?,
-    };
-    print_text(&text)
+    })
 }
 
 fn print_text(text: &str) -> anyhow::Result<()> {
+    write_text(text).map(|_somebody_reads| ())
+}
+
+/// Whether somebody reads on: the reader may have seen enough, as with `| head`.
+fn write_text(text: &str) -> anyhow::Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
     {
-        // The reader has seen enough, as with `| head`.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("writing to stdout"),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        result => result.map(|()| true).context("writing to stdout"),
     }
 }
 
@@ -131,6 +145,17 @@ impl Names {
             },
             PortId::from,
         )
+    }
+}
+
+/// What a reason means for a packet, in a word.
+pub const fn effect_name(effect: Effect) -> &'static str {
+    match effect {
+        Effect::Pass => "pass",
+        Effect::Translate => "translate",
+        Effect::Refuse => "refuse",
+        Effect::Keep => "keep",
+        Effect::Answer => "answer",
     }
 }
 

@@ -3,7 +3,7 @@
 mod counters;
 mod settings;
 
-use std::{fmt::Write as _, time::Duration};
+use std::time::Duration;
 
 use lb_common::{Reason, flow::SCTP, names};
 use serde::Serialize;
@@ -11,6 +11,7 @@ use serde::Serialize;
 use self::settings::Settings;
 use super::{
     get::{DeviceRow, device_table, devices},
+    look::{Look, Tone},
     open_pins, print,
     table::Table,
 };
@@ -296,11 +297,11 @@ fn warnings(status: &Status) -> Vec<String> {
     warnings
 }
 
-fn page(status: &Status) -> String {
+fn page(status: &Status, look: Look) -> String {
     let mut page = String::new();
     let agent = match &status.agent.pid {
-        Some(pid) => format!("running, pid {pid}"),
-        None => "not running".to_owned(),
+        Some(pid) => look.paint(Some(Tone::Good), &format!("running, pid {pid}")),
+        None => look.paint(Some(Tone::Bad), "not running"),
     };
     let sockets = match status.sockets.len() {
         0 => "off".to_owned(),
@@ -331,27 +332,34 @@ fn page(status: &Status) -> String {
     ] {
         line(&mut page, &format!("{label:<9} {text}"));
     }
-    section(&mut page, "settings", 1, &status.settings.table());
+    section(&mut page, "settings", 1, &status.settings.table(), look);
     section(
         &mut page,
         "devices",
         status.devices.len(),
         &device_table(&status.devices),
+        look,
     );
     section(
         &mut page,
         "maps",
         status.maps.len(),
         &map_table(&status.maps),
+        look,
     );
     section(
         &mut page,
         &format!("counters  {}", counters::note(status.counters_over_seconds)),
         status.counters.len(),
         &counters::table(&status.counters),
+        look,
     );
     sentences(&mut page, "limits", &status.limits);
-    sentences(&mut page, "warnings", &status.warnings);
+    let warnings = status.warnings.iter();
+    let warnings: Vec<_> = warnings
+        .map(|text| look.paint(Some(Tone::Bad), text))
+        .collect();
+    sentences(&mut page, "warnings", &warnings);
     page
 }
 
@@ -393,12 +401,11 @@ fn line(page: &mut String, text: &str) {
     page.push('\n');
 }
 
-fn section(page: &mut String, title: &str, rows: usize, table: &Table) {
+fn section(page: &mut String, title: &str, rows: usize, table: &Table, look: Look) {
     let empty = if rows == 0 { "  none" } else { "" };
     line(page, &format!("\n{title}{empty}"));
     if rows > 0 {
-        // Writing to a String does not fail.
-        let _ok = write!(page, "{}", table.clone().indented(2));
+        page.push_str(&table.clone().indented(2).shown(look));
     }
 }
 
@@ -534,7 +541,7 @@ mod tests {
     fn a_healthy_node_has_no_warnings() {
         let status = status();
         assert_eq!(warnings(&status), [""; 0]);
-        let page = page(&status);
+        let page = page(&status, Look::PLAIN);
         assert!(page.contains("running, pid 42"), "{page}");
         assert!(page.contains("tcx no, bpf_set_retval yes"), "{page}");
         assert!(page.contains("warnings  none"), "{page}");

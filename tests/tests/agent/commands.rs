@@ -1,15 +1,25 @@
 //! `klb get` and `klb status`: they read the kernel's maps, whether an agent
 //! runs or not.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::process::ExitStatusExt as _,
+    thread,
+    time::Duration,
+};
 
 use lb_tests::{
     agent::Hooks,
+    process::Process,
     topology::Family,
     traffic::Protocol,
-    web,
+    wait, web,
     world::{Frontend, SERVICE_FILE, World},
 };
+use nix::sys::signal::Signal;
+
+/// For what takes no time as a rule.
+const TIME: Duration = Duration::from_secs(20);
 
 const WHAT: [&str; 5] = ["services", "backends", "flows", "devices", "maps"];
 
@@ -152,6 +162,60 @@ fn wide_tells_more_and_yaml_is_for_programs() {
         said.stdout.starts_with("flows:\n- namespace: default\n"),
         "{said:?}"
     );
+}
+
+/// Nothing is said twice, and Ctrl-C ends it.
+#[test]
+fn a_watch_tells_of_changes() {
+    let world = crate::world(Hooks::TC);
+    let line = ["get", "backends", "--watch", "--interval", "100ms"];
+    let mut watch = world.agent.start_klb(&line);
+    let tables = |watch: &Process| watch.stdout().text().matches("NAMESPACE").count();
+    wait::until("the first table", TIME, || {
+        (tables(&watch) == 1).then_some(())
+    });
+    assert!(watch.stdout().text().contains("10.244.0.6"));
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(tables(&watch), 1, "{watch:?}");
+    world.put_endpoints(&[("pod5", 5)]);
+    let last = wait::until("another table", TIME, || {
+        let text = watch.stdout().text();
+        let (_, last) = text.rsplit_once("NAMESPACE")?;
+        (!last.contains("10.244.0.6")).then(|| last.to_owned())
+    });
+    assert!(last.contains("10.244.0.5"), "{last}");
+    watch.signal(Signal::SIGINT);
+    let status = watch.wait(TIME);
+    assert_eq!(status.signal(), Some(libc::SIGINT), "{status}");
+}
+
+/// A second look tells what goes on, and one alone says nothing of it.
+#[test]
+fn status_tells_what_is_counted_now() {
+    let mut world = crate::world(Hooks::TC);
+    use_it(&world);
+    // Nobody else is needed for it.
+    world.agent.kill();
+    let counters = |flags: &[&str], meanwhile: &dyn Fn()| {
+        let line = [&["status", "-o", "json"], flags].concat();
+        let mut status = world.agent.start_klb(&line);
+        while status.status().is_none() {
+            meanwhile();
+        }
+        let text = status.stdout().text();
+        let document: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        document["counters"].as_array().expect("a list").clone()
+    };
+    let busy = counters(&["--over", "2s"], &|| use_it(&world));
+    let is_now = |counter: &serde_json::Value| {
+        let rate = counter["per_second"].as_f64().expect("a rate");
+        counter["effect"] == "translate" && rate > 0.0
+    };
+    assert!(busy.iter().any(is_now), "{busy:?}");
+    let one_look = counters(&[], &|| thread::sleep(Duration::from_millis(10)));
+    assert!(!one_look.is_empty());
+    let says_nothing = |counter: &serde_json::Value| counter.get("per_second").is_none();
+    assert!(one_look.iter().all(says_nothing), "{one_look:?}");
 }
 
 #[test]

@@ -66,7 +66,7 @@ pub(super) fn read(maps: &KernelMaps, selection: &Selection<'_>) -> Result<List,
     Ok(List { affinity })
 }
 
-pub(super) fn table(list: &List) -> String {
+pub(super) fn table(list: &List) -> Table {
     let mut table = Table::new(&["NAMESPACE", "SERVICE", "CLIENT", "BACKEND", "IDLE", "LEFT"]);
     for row in &list.affinity {
         let backend = row.backend.map(|backend| backend.to_string());
@@ -79,5 +79,5 @@ pub(super) fn table(list: &List) -> String {
             seconds(row.left_seconds),
         ]);
     }
-    table.to_string()
+    table
 }

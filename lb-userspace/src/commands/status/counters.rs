@@ -10,7 +10,7 @@ use lb_common::reason::Effect;
 use serde::Serialize;
 
 use crate::{
-    commands::table::Table,
+    commands::{effect_name, look::Tone, table::Table},
     datapath::{
         kernel::{Counter, Counters},
         pins::Pins,
@@ -34,21 +34,11 @@ impl From<&Counter> for Row {
         Self {
             hook: counter.hook.name(),
             reason: counter.reason.name(),
-            effect: name(counter.reason.effect()),
+            effect: effect_name(counter.reason.effect()),
             count: counter.count,
             per_second: None,
             description: counter.reason.description(),
         }
-    }
-}
-
-const fn name(effect: Effect) -> &'static str {
-    match effect {
-        Effect::Pass => "pass",
-        Effect::Translate => "translate",
-        Effect::Refuse => "refuse",
-        Effect::Keep => "keep",
-        Effect::Answer => "answer",
     }
 }
 
@@ -82,10 +72,7 @@ fn growing(first: &[Counter], second: &[Counter], time: Duration) -> Vec<Row> {
         let more = row.count.saturating_sub(before(row));
         row.per_second = Some(per_second(more, time));
     }
-    rows.sort_by_key(|row| {
-        let is_now = row.per_second > Some(0.0);
-        Reverse((is_now, is_now && row.effect == name(Effect::Refuse)))
-    });
+    rows.sort_by_key(|row| Reverse(row.urgency()));
     rows
 }
 
@@ -103,6 +90,18 @@ fn per_second(count: u64, time: Duration) -> f64 {
 }
 
 impl Row {
+    /// A flow without a backend is answered, and has ended all the same.
+    fn urgency(&self) -> u8 {
+        const REFUSE: &str = effect_name(Effect::Refuse);
+        const ANSWER: &str = effect_name(Effect::Answer);
+        match self.effect {
+            _ if self.per_second.is_none_or(|rate| rate == 0.0) => 0,
+            REFUSE => 3,
+            ANSWER => 2,
+            _ => 1,
+        }
+    }
+
     /// For a warning: `4 times`, and whether it goes on.
     pub(super) fn how_often(&self) -> String {
         let times = format!("{} times", self.count);
@@ -146,7 +145,16 @@ pub(super) fn table(rows: &[Row]) -> Table {
             row.description.trim().to_owned(),
         ]);
     }
-    table
+    table.judged(&["EFFECT"], tone)
+}
+
+/// Refused may well be right, but that is where to look first.
+fn tone(effect: &str) -> Option<Tone> {
+    match effect {
+        "refuse" => Some(Tone::Bad),
+        "translate" => Some(Tone::Good),
+        _ => None,
+    }
 }
 
 fn growing_table(rows: &[Row]) -> Table {
@@ -162,7 +170,7 @@ fn growing_table(rows: &[Row]) -> Table {
             row.description.trim().to_owned(),
         ]);
     }
-    table
+    table.judged(&["EFFECT"], tone)
 }
 
 #[cfg(test)]
@@ -189,6 +197,7 @@ mod tests {
         let second = [
             counter(Reason::BadSlot, 5),
             counter(Reason::NewFlow, 60),
+            counter(Reason::NoBackend, 10),
             counter(Reason::FlowTableFull, 8),
             counter(Reason::MasqueradeExhausted, 0),
         ];
@@ -201,13 +210,14 @@ mod tests {
             rates,
             [
                 (Reason::FlowTableFull.name(), Some(0.2)),
+                (Reason::NoBackend.name(), Some(2.0)),
                 (Reason::NewFlow.name(), Some(10.0)),
                 (Reason::BadSlot.name(), Some(0.0)),
             ]
         );
         let often: Vec<_> = rows.iter().map(Row::how_often).collect();
         assert_eq!(often[0], "8 times, now 0.2 a second");
-        assert_eq!(often[2], "5 times, and not now");
+        assert_eq!(often[3], "5 times, and not now");
         let table = table(&rows).to_string();
         let line = table.lines().nth(1).expect("a row");
         let words: Vec<_> = line.split_whitespace().collect();
