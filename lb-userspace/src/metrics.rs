@@ -2,6 +2,8 @@
 
 mod api;
 mod control;
+#[cfg(test)]
+mod docs;
 mod kept;
 mod probes;
 mod traffic;
@@ -54,11 +56,7 @@ impl Metrics {
         let traffic = ServiceTraffic::new(KernelMaps::open(pins)?, table, detail);
         let pins = pins.clone();
         let mut registry = Registry::default();
-        let parts = Parts {
-            control: ControlMetrics::register(&mut registry),
-            api: ApiMetrics::register(&mut registry),
-            probes: ProbeMetrics::register(&mut registry),
-        };
+        let parts = Parts::register(&mut registry);
         let own = registry.sub_registry_with_prefix("klb");
         own.register_collector(Box::new(Outcomes { counters }));
         let evicting = Kept::default();
@@ -97,6 +95,17 @@ pub struct Parts {
     pub control: ControlMetrics,
     pub api: ApiMetrics,
     pub probes: ProbeMetrics,
+}
+
+impl Parts {
+    /// Makes them part of what `/metrics` tells.
+    fn register(registry: &mut Registry) -> Self {
+        Self {
+            control: ControlMetrics::register(registry),
+            api: ApiMetrics::register(registry),
+            probes: ProbeMetrics::register(registry),
+        }
+    }
 }
 
 /// What the kernel holds when it is asked.
@@ -147,11 +156,14 @@ struct Told {
 
 impl Collector for Told {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let help = "Events that reached nobody";
-        let family =
-            encoder.encode_descriptor("events_dropped", help, None, MetricType::Counter)?;
-        ConstCounter::new(self.events.dropped()).encode(family)
+        encode_events(&mut encoder, self.events.dropped())
     }
+}
+
+fn encode_events(encoder: &mut DescriptorEncoder<'_>, dropped: u64) -> Result<(), fmt::Error> {
+    let help = "Events that reached nobody";
+    let family = encoder.encode_descriptor("events_dropped", help, None, MetricType::Counter)?;
+    ConstCounter::new(dropped).encode(family)
 }
 
 fn encode_sockets(encoder: &mut DescriptorEncoder<'_>, hooks: &[String]) -> Result<(), fmt::Error> {

@@ -282,6 +282,17 @@ impl ControlMetrics {
         self.repairs.clone()
     }
 
+    /// Something under each label, which a metric without samples does not tell.
+    #[cfg(test)]
+    pub(super) fn sample(&self) {
+        self.verified(Some(&Drift::from([("klb_svc4", 1)])));
+        let label = NoLocal {
+            traffic_policy: "external",
+            ip_family: "IPv4",
+        };
+        self.no_local_endpoints.get_or_create(&label).set(1);
+    }
+
     fn count_local(&mut self, plan: &ServicePlan) {
         let now = nowhere_local(plan);
         let before = if now.is_empty() {

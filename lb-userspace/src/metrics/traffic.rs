@@ -299,7 +299,7 @@ fn encode_gauge(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use lb_common::{Port, flow::TCP, service::Name};
     use prometheus_client::registry::Registry;
 
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[derive(Debug)]
-    struct Fixed(Detail);
+    pub(in crate::metrics) struct Fixed(pub(in crate::metrics) Detail);
 
     impl Collector for Fixed {
         fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {

@@ -126,6 +126,24 @@ fn alerts_and_dashboard_name_metrics_that_there_are() {
     }
 }
 
+/// `docs/metrics.md` is made of what the code can tell; here, of what it does.
+#[test]
+fn the_reference_has_all_that_is_told() {
+    const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+    let reference = fs::read_to_string(PAGE).expect("the reference");
+    let (mut world, _server) = crate::api::world(Hooks::ALL);
+    let detail = "--traffic-metrics=backends".to_owned();
+    world.agent.flags.push(detail);
+    world.agent.start();
+    let page = page(&world);
+    for line in page.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').expect("a kind");
+        let end = if kind == "counter" { "_total" } else { "" };
+        let row = format!("| `{name}{end}` | {kind} |");
+        assert!(reference.contains(&row), "no {row}");
+    }
+}
+
 /// A line a change, and nothing for packets, in whichever format.
 #[test]
 fn logs_have_a_line_for_each_change_and_none_for_packets() {
