@@ -4,7 +4,7 @@
 use crate::{
     addr::{Addr4, Addr6, Port},
     flow::{FlowEntry, Tuple},
-    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, Network},
+    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, Network, Route},
     service::{
         Affinity, AffinityKey, BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot,
         SourceRange,
@@ -62,6 +62,8 @@ layout!(Network<Addr4>, 8, align 4, [4, 4]);
 layout!(Network<Addr6>, 32, align 4, [16, 16]);
 layout!(Config, 88, align 4, [8, 32, 2, 2, 4, 4, 8, 28]);
 layout!(Device, 24, align 4, [4, 16, 4]);
+layout!(Route<Addr4>, 40, align 4, [4, 4, 4, 4, 4, 4, 4, 12]);
+layout!(Route<Addr6>, 64, align 4, [16, 16, 4, 4, 4, 4, 4, 12]);
 layout!(Netns, 24, align 4, [4, 16, 4]);
 layout!(FragmentKey<Addr4>, 16, align 4, [4, 4, 4, 1, 1, 2]);
 layout!(FragmentKey<Addr6>, 40, align 4, [16, 16, 4, 1, 1, 2]);

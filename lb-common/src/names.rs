@@ -49,6 +49,10 @@ pub const CONFIG: &str = "klb_config";
 pub const PORT_CURSORS: &str = "klb_cursor";
 /// Device index → device; written by the agent.
 pub const DEVICES: &str = "klb_device";
+/// By a hash of what the kernel was asked: the way it told; per CPU, written by
+/// the packet programs.
+pub const ROUTES4: &str = "klb_route4";
+pub const ROUTES6: &str = "klb_route6";
 /// Cookie of a network namespace → pod; written by the agent.
 pub const NETNS: &str = "klb_netns";
 /// ICMP errors sent in this second; per CPU, written by the TC programs.
@@ -62,7 +66,7 @@ pub const COUNTERS: &str = "klb_count";
 pub const TRAFFIC: &str = "klb_traffic";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 30] = [
+pub const MAPS: [&str; 32] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -88,6 +92,8 @@ pub const MAPS: [&str; 30] = [
     CONFIG,
     DEVICES,
     NETNS,
+    ROUTES4,
+    ROUTES6,
     PORT_CURSORS,
     ANSWERS,
     SCRATCH,

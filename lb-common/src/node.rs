@@ -65,6 +65,36 @@ pub const DEVICE_PEER: u32 = 1 << 1;
 /// and drivers that can run one also take frames from one.
 pub const DEVICE_XDP: u32 = 1 << 2;
 
+/// The way that the kernel told for packets between two addresses, in `klb_route4`
+/// and `klb_route6`, by a hash of what it was asked; it is believed for a moment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Route<A> {
+    pub src: A,
+    pub dst: A,
+    /// Where the packets come in, as flows note it.
+    pub edge: u32,
+    /// When the kernel told, in [`ROUTE_TICK_BITS`].
+    pub told: u32,
+    /// Index of the device by which the packets leave.
+    pub ifindex: u32,
+    /// The device's bits of `DEVICE_*`.
+    pub flags: u32,
+    /// The longest frame, in bytes, of which the kernel has said that it is not
+    /// too large.
+    pub length: u32,
+    /// Destination and source as an Ethernet header has them.
+    pub macs: [u32; 3],
+}
+
+/// Binary logarithm of the number of entries of `klb_route4` and `klb_route6`.
+pub const ROUTE_BITS: u32 = 10;
+
+/// For how long the kernel is believed: the binary logarithm of a number of its
+/// ticks, which are a hundredth to a thousandth of a second. So a route or
+/// neighbour that has changed counts after a third of a second at most.
+pub const ROUTE_TICK_BITS: u32 = 5;
+
 /// A network namespace, by its cookie (`SO_NETNS_COOKIE`) in `klb_netns`: a pod.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -108,8 +108,10 @@ fn fragment_at<P: Packet, F: Family>(packet: &P, reason: Reason, side: Side) -> 
 fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
     let reason = opaque::reason(reason);
     let mut outcome = Outcome::of(counted(reason));
-    if route::look_up::<P, F>(packet) && route::count_hop::<P, F>(packet) {
-        let to_pod = route::is_last_hook::<P, F>(packet);
+    if let Some(route) = route::look_up::<P, F>(packet)
+        && route::count_hop::<P, F>(packet)
+    {
+        let to_pod = route::is_last_hook(packet, route);
         // No egress hook comes behind XDP, nor on the way into a pod, so its
         // work is done here.
         if (P::LEAVES_RARE_TO_TC || to_pod)
@@ -119,7 +121,7 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
         {
             return Outcome::of(reason);
         }
-        outcome.way = route::send::<P, F>(packet, to_pod);
+        outcome.way = route::send(packet, route, to_pod);
     }
     outcome
 }

@@ -11,8 +11,9 @@ use lb_common::{
 
 use crate::maps::{
     AFFINITY4, AFFINITY6, Affinities, BACKENDS, EARLY4, EARLY6, Earlies, FLOWS4, FLOWS6,
-    FRAGMENTS4, FRAGMENTS6, Flows, Fragments, RANGES4, RANGES6, Ranges, SERVICES4, SERVICES6,
-    SLOTS4, SLOTS6, SOCKETS4, SOCKETS6, Services, Slots, Sockets, YOUNG4, YOUNG6, Young,
+    FRAGMENTS4, FRAGMENTS6, Flows, Fragments, RANGES4, RANGES6, ROUTES4, ROUTES6, Ranges, Routes,
+    SERVICES4, SERVICES6, SLOTS4, SLOTS6, SOCKETS4, SOCKETS6, Services, Slots, Sockets, YOUNG4,
+    YOUNG6, Young,
 };
 use crate::{
     packet::{Packet, Refused},
@@ -84,6 +85,7 @@ pub trait Family {
     fn services() -> &'static Services<Self::Addr>;
     fn slots() -> &'static Slots<Self::Addr>;
     fn flows() -> &'static Flows<Self::Addr>;
+    fn routes() -> &'static Routes<Self::Addr>;
     fn young() -> &'static Young<Self::Addr>;
     fn affinities() -> &'static Affinities<Self::Addr>;
     fn ranges() -> &'static Ranges<Self::Addr>;
@@ -216,6 +218,10 @@ impl Family for V4 {
         &SLOTS4
     }
     #[inline(always)]
+    fn routes() -> &'static Routes<Addr4> {
+        &ROUTES4
+    }
+    #[inline(always)]
     fn flows() -> &'static Flows<Addr4> {
         &FLOWS4
     }
@@ -335,6 +341,10 @@ impl Family for V6 {
     #[inline(always)]
     fn slots() -> &'static Slots<Addr6> {
         &SLOTS6
+    }
+    #[inline(always)]
+    fn routes() -> &'static Routes<Addr6> {
+        &ROUTES6
     }
     #[inline(always)]
     fn flows() -> &'static Flows<Addr6> {

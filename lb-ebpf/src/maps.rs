@@ -12,7 +12,10 @@ use lb_common::{
     Addr4, Addr6,
     flow::{FlowEntry, Tuple},
     names::size,
-    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, RARE_BITS},
+    node::{
+        Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, RARE_BITS, ROUTE_BITS,
+        Route,
+    },
     reason::COUNTERS as COUNTER_COUNT,
     service::{Affinity, AffinityKey, ServiceEntry, ServiceKey, ServiceMeta, Slot, SourceRange},
     socket::{SocketEntry, SocketKey},
@@ -33,6 +36,7 @@ pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { size::AFFINITY }
 pub type Ranges<A> = LpmTrie<SourceRange<A>, u32, { size::RANGES }>;
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentPorts, { size::FRAGMENTS }>;
 pub type Earlies<A> = LruHashMap<EarlyKey<A>, Early, { size::EARLY }>;
+pub type Routes<A> = PerCpuArray<Route<A>, { 1 << ROUTE_BITS }>;
 /// Words, so that it is aligned for everything that is put there.
 pub type Scratch = [u64; 64];
 pub type Sockets<A> = LruHashMap<SocketKey<A>, SocketEntry<A>, { size::SOCKETS }>;
@@ -112,6 +116,13 @@ pub static CONFIG: Array<Config, 1> = Array::new();
 /// Device index → device; the agent.
 #[btf_map(name = "klb_device")]
 pub static DEVICES: HashMap<u32, Device, { size::DEVICES }, ON_DEMAND> = HashMap::new();
+
+/// By a hash of two addresses and a device → the way between them that the kernel
+/// told last, by CPU; the packet programs.
+#[btf_map(name = "klb_route4")]
+pub static ROUTES4: Routes<Addr4> = Routes::new();
+#[btf_map(name = "klb_route6")]
+pub static ROUTES6: Routes<Addr6> = Routes::new();
 
 /// By backend: which of the node's ports was tried last; the TC programs.
 #[btf_map(name = "klb_cursor")]

@@ -3,10 +3,14 @@
 //! the stack after all: an unknown neighbour is found out there, a packet that
 //! is too large is answered there.
 
-use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, helpers::bpf_fib_lookup};
+use aya_ebpf::{
+    bindings::bpf_fib_lookup as FibLookup,
+    helpers::{bpf_fib_lookup, bpf_jiffies64},
+};
 use lb_common::{
+    Address,
     flow::Tuple,
-    node::{DEVICE_PEER, DEVICE_XDP},
+    node::{DEVICE_PEER, DEVICE_XDP, ROUTE_BITS, ROUTE_TICK_BITS, Route},
 };
 
 use crate::{
@@ -84,18 +88,66 @@ fn ask<P: Packet, F: Family>(
     unsafe { bpf_fib_lookup(packet.context(), &raw mut *route, SIZE, 0) }
 }
 
-/// Finds the way of a packet that comes in here, and leaves it in [`opening`].
-/// Whether it can be taken; if not, the stack has to see.
+/// The way of a packet that comes in here, if it can be taken; if not, the stack
+/// has to see.
+///
+/// What the kernel tells is kept for a moment: to ask it takes longer than all
+/// else that is done for a packet of a flow.
 #[inline(never)]
-pub fn look_up<P: Packet, F: Family>(packet: &P) -> bool {
+pub fn look_up<P: Packet, F: Family>(packet: &P) -> Option<&'static Route<F::Addr>> {
     // The tag of a VLAN would stay with the frame on its way.
     if packet.is_tagged() {
-        return false;
+        return None;
     }
+    let ends: Pair<F::Addr> = packet.read(L3 + F::ADDRESSES)?;
+    // SAFETY: the entry belongs to this CPU, and a packet program is not
+    // interrupted by another.
+    let route = unsafe { &mut *F::routes().get_ptr_mut(place(&ends, packet.edge()))? };
+    let now = ticks();
+    if !is_known::<P, _>(packet, route, &ends, now) && !learn::<P, F>(packet, route, &ends, now) {
+        return None;
+    }
+    // XDP can send only to a device whose driver takes frames from XDP, and
+    // nobody tells if it does not: they are lost.
+    let is_reached =
+        !P::LEAVES_RARE_TO_TC || route.ifindex == packet.ifindex() || route.flags & DEVICE_XDP != 0;
+    is_reached.then_some(route)
+}
+
+/// Where the way between two addresses is kept.
+#[inline(always)]
+fn place<A: Address>(ends: &Pair<A>, edge: u32) -> u32 {
+    let mixed = ends.src.folded().wrapping_mul(0x9e37_79b1) ^ ends.dst.folded() ^ edge;
+    mixed.wrapping_mul(0x85eb_ca6b) >> (u32::BITS - ROUTE_BITS)
+}
+
+/// Time in the unit of [`Route::told`].
+#[inline(always)]
+fn ticks() -> u32 {
+    // SAFETY: the helper takes nothing; the kernel compiles it into a load.
+    let ticks = unsafe { bpf_jiffies64() };
+    (ticks >> ROUTE_TICK_BITS) as u32
+}
+
+/// Whether what was told is about such a packet, and not too long ago.
+#[inline(always)]
+fn is_known<P: Packet, A: Address>(packet: &P, route: &Route<A>, ends: &Pair<A>, now: u32) -> bool {
+    route.told == now
+        && route.edge == packet.edge()
+        && route.dst.same(&ends.dst)
+        && route.src.same(&ends.src)
+        && (packet.length() <= route.length as usize || packet.frames() > 1)
+}
+
+/// Asks the kernel, and notes what it tells. Whether it knows all of the way.
+#[inline(always)]
+fn learn<P: Packet, F: Family>(
+    packet: &P,
+    route: &mut Route<F::Addr>,
+    ends: &Pair<F::Addr>,
+    now: u32,
+) -> bool {
     let Some(work) = opening::<F>() else {
-        return false;
-    };
-    let Some(addresses) = packet.read(L3 + F::ADDRESSES) else {
         return false;
     };
     let length = if P::LEAVES_RARE_TO_TC {
@@ -103,14 +155,25 @@ pub fn look_up<P: Packet, F: Family>(packet: &P) -> bool {
     } else {
         0
     };
-    let here = packet.ifindex();
-    if !find::<P, F>(packet, &mut work.route, &addresses, 0, length, here) {
+    route.told = 0;
+    if !find::<P, F>(packet, &mut work.route, ends, 0, length, packet.ifindex()) {
         return false;
     }
-    // XDP can send only to a device whose driver takes frames from XDP, and
-    // nobody tells if it does not: they are lost.
-    let there = work.route.ifindex;
-    !P::LEAVES_RARE_TO_TC || there == here || device_flags(there) & DEVICE_XDP != 0
+    route.src = ends.src;
+    route.dst = ends.dst;
+    route.edge = packet.edge();
+    route.told = now;
+    route.ifindex = work.route.ifindex;
+    route.flags = device(route.ifindex).map_or(0, |device| device.flags);
+    // Of joined packets the kernel does not look how long they are.
+    let length = if packet.frames() > 1 {
+        0
+    } else {
+        packet.length()
+    };
+    route.length = length as u32;
+    route.macs = macs(&work.route);
+    true
 }
 
 /// Takes one off the time to live of a packet that is to go past the stack, which
@@ -121,39 +184,26 @@ pub fn count_hop<P: Packet, F: Family>(packet: &P) -> bool {
     F::count_hop(packet).is_ok()
 }
 
-/// Whether the packet can come out of the other end of the device that
-/// [`look_up`] has found, which is a pod's: there the kernel has it without
-/// another turn in a queue, but no egress hook of the device sees it.
+/// Whether the packet can come out of the other end of the device, which is a
+/// pod's: there the kernel has it without another turn in a queue, but no egress
+/// hook of the device sees it.
 #[inline(always)]
-pub fn is_last_hook<P: Packet, F: Family>(packet: &P) -> bool {
-    let Some(work) = opening::<F>() else {
-        return false;
-    };
-    let there = work.route.ifindex;
-    !P::LEAVES_RARE_TO_TC && there != packet.ifindex() && device_flags(there) & DEVICE_PEER != 0
+pub fn is_last_hook<P: Packet, A>(packet: &P, route: &Route<A>) -> bool {
+    !P::LEAVES_RARE_TO_TC && route.ifindex != packet.ifindex() && route.flags & DEVICE_PEER != 0
 }
 
-/// Sends a packet on the way that [`look_up`] has found, out of the other end of
-/// the device if `to_pod`; [`Way::On`] if it cannot.
-#[inline(never)]
-pub fn send<P: Packet, F: Family>(packet: &P, to_pod: bool) -> Way {
-    let Some(work) = opening::<F>() else {
-        return Way::On;
-    };
-    let macs = macs(&work.route);
-    if packet.write(0, macs).is_err() {
+/// Sends a packet on its way, out of the other end of the device if `to_pod`;
+/// [`Way::On`] if it cannot.
+#[inline(always)]
+pub fn send<P: Packet, A>(packet: &P, route: &Route<A>, to_pod: bool) -> Way {
+    if packet.write(0, route.macs).is_err() {
         return Way::On;
     }
     if to_pod {
-        packet.hand_over(work.route.ifindex)
+        packet.hand_over(route.ifindex)
     } else {
-        packet.send_out(work.route.ifindex)
+        packet.send_out(route.ifindex)
     }
-}
-
-#[inline(always)]
-fn device_flags(ifindex: u32) -> u32 {
-    device(ifindex).map_or(0, |device| device.flags)
 }
 
 /// Destination and source as an Ethernet header has them, in words: of bytes the

@@ -1,7 +1,7 @@
 //! `--routing bypass`: what the route lookup knows goes straight to the next
 //! hop's device.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
     Hook, Reason,
@@ -15,6 +15,7 @@ use lb_tests::{
     program::{Backend, Datapath, NODE4, NODE6, TC_GO_ON, TC_REDIRECT, XDP_PASS, XDP_REDIRECT},
     topology::{Family, Host},
     traffic::Protocol,
+    wait,
     world::Frontend,
 };
 
@@ -209,6 +210,61 @@ fn what_the_route_lookup_does_not_know_goes_up_the_stack() {
             let outcome = datapath.run(Hook::TcIngress, &packet.bytes());
             assert_eq!(outcome.action, TC_GO_ON);
             assert_eq!(hops(&world, &outcome.frame), 64);
+        }
+    });
+}
+
+/// The kernel is believed for a moment only.
+#[test]
+fn a_neighbour_that_changes_is_seen_soon() {
+    in_a_router(|| {
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            let packet = world.first(world.frontend).bytes();
+            let mut sent_to = || datapath.run(Hook::TcIngress, &packet).frame[..6].to_vec();
+            assert_eq!(sent_to(), [2, 0, 0, 0, 2, 2]);
+            let backend = world.backend.ip();
+            let replace = |lladdr| {
+                ip(&format!(
+                    "neigh replace {backend} lladdr {lladdr} dev out0 nud permanent"
+                ));
+            };
+            replace("02:00:00:00:04:04");
+            let what = "packets go to the neighbour's new address";
+            let is_there = || (sent_to() == [2, 0, 0, 0, 4, 4]).then_some(());
+            wait::until(what, Duration::from_secs(2), is_there);
+            replace("02:00:00:00:02:02");
+        }
+    });
+}
+
+/// That a small packet has a way says nothing of a large one.
+#[test]
+fn a_packet_that_is_too_large_for_a_known_way_goes_up_the_stack() {
+    in_a_router(|| {
+        ip("link set out0 mtu 1280");
+        for (world, hook) in worlds()
+            .into_iter()
+            .flat_map(|world| [(world, Hook::TcIngress), (world, Hook::Xdp)])
+        {
+            let mut datapath = serve(&world);
+            takes_from_xdp(&mut datapath, "out0");
+            let small = world.first(world.frontend);
+            let large = small.clone().payload([7; 1300]);
+            let mut go = |packet: &Packet| datapath.run(hook, &packet.bytes()).action;
+            let sent = if hook == Hook::Xdp {
+                XDP_REDIRECT
+            } else {
+                TC_REDIRECT
+            };
+            assert_eq!(go(&small), sent, "{world:?}");
+            let passed = if hook == Hook::Xdp {
+                XDP_PASS
+            } else {
+                TC_GO_ON
+            };
+            assert_eq!(go(&large), passed, "{world:?}");
+            assert_eq!(go(&small), sent, "{world:?}");
         }
     });
 }
