@@ -61,8 +61,8 @@ pub const DEVICE_POD: u32 = 1 << 0;
 /// The other end of the device is the pod's own (veth, netkit), so that packets
 /// can be handed over to it.
 pub const DEVICE_PEER: u32 = 1 << 1;
-/// XDP can send frames out of the device: klb's program is on it in native mode,
-/// and drivers that can run one also take frames from one.
+/// XDP can send frames out of the device: its driver takes them. What one does not
+/// take is lost, and nobody tells.
 pub const DEVICE_XDP: u32 = 1 << 2;
 
 /// The way that the kernel told for packets between two addresses, in `klb_route4`

@@ -15,7 +15,7 @@ use wildmatch::WildMatch;
 
 use crate::{
     args::DeviceArgs,
-    netlink::{Address, Changes, Link, Monitor, Netlink},
+    netlink::{Address, Changes, FrameTakers, Link, Monitor, Netlink},
 };
 
 /// Names that CNIs give to the host side of a pod's link: bridge, ptp, flannel,
@@ -309,6 +309,8 @@ pub struct Edge {
     pub addresses: BTreeSet<IpAddr>,
     /// See [`Listing::unservable`].
     pub unservable: BTreeSet<String>,
+    /// Indices of the devices that take frames from XDP, if the kernel tells.
+    pub frame_takers: Option<BTreeSet<u32>>,
 }
 
 /// Follows the node's edge.
@@ -318,15 +320,20 @@ pub struct Watcher {
     netlink: Netlink,
     monitor: Monitor,
     node: Listing,
+    frames: Option<FrameTakers>,
+    frame_takers: Option<BTreeSet<u32>>,
 }
 
 impl Watcher {
     /// Must be called inside a tokio runtime.
     pub fn open(rules: Rules) -> io::Result<Self> {
         // The monitor first, so that no change falls between it and the listing.
-        let monitor = Monitor::open()?;
+        let frames = FrameTakers::open()?;
+        let monitor = Monitor::open(frames.as_ref())?;
         let netlink = Netlink::open()?;
         Ok(Self {
+            frame_takers: list(frames.as_ref())?,
+            frames,
             node: Listing::read(&netlink)?,
             rules,
             netlink,
@@ -342,6 +349,7 @@ impl Watcher {
             devices,
             addresses: self.rules.node_addresses(&self.node),
             unservable: self.node.unservable(),
+            frame_takers: self.frame_takers.clone(),
         }
     }
 
@@ -358,6 +366,9 @@ impl Watcher {
         if changes.links {
             self.node.links = self.netlink.links()?;
         }
+        if changes.links || changes.frames {
+            self.frame_takers = list(self.frames.as_ref())?;
+        }
         // The kernel does not announce every address that goes with a device.
         if changes.links || changes.addresses {
             self.node.addresses = self.netlink.addresses()?;
@@ -371,6 +382,11 @@ impl Watcher {
         }
         Ok(())
     }
+}
+
+/// The devices that take frames from XDP, if the kernel tells.
+fn list(frames: Option<&FrameTakers>) -> io::Result<Option<BTreeSet<u32>>> {
+    frames.map(FrameTakers::list).transpose()
 }
 
 #[cfg(test)]

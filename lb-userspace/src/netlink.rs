@@ -6,10 +6,12 @@
 //! writes in another way; a device that klb then does not see would go without
 //! its programs.
 
+mod frames;
 mod route;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    future::pending,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, AsRawFd as _},
@@ -20,10 +22,16 @@ use netlink_packet_core::{
     NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
     NlaBuffer, NlasIterator,
 };
-use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket,
+    protocols::{NETLINK_GENERIC, NETLINK_ROUTE},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
-pub use self::route::{Route, Transit};
+pub use self::{
+    frames::FrameTakers,
+    route::{Route, Transit},
+};
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -324,6 +332,8 @@ pub struct Changes {
     pub default_routes: bool,
     /// A qdisc or filter was removed.
     pub filters: bool,
+    /// Other devices than before take frames from XDP.
+    pub frames: bool,
 }
 
 impl Changes {
@@ -332,10 +342,11 @@ impl Changes {
         addresses: true,
         default_routes: true,
         filters: true,
+        frames: true,
     };
 
     const fn any(self) -> bool {
-        self.links || self.addresses || self.default_routes || self.filters
+        self.links || self.addresses || self.default_routes || self.filters || self.frames
     }
 }
 
@@ -346,19 +357,26 @@ impl Changes {
 #[derive(Debug)]
 pub struct Monitor {
     socket: AsyncFd<Socket>,
+    /// Is told of devices and frames.
+    frames: Option<AsyncFd<Socket>>,
 }
 
 impl Monitor {
-    /// Every change after this call is told.
-    pub fn open() -> io::Result<Self> {
-        Self::with(&[
+    /// Every change after this call is told; of which devices take frames if the
+    /// kernel tells at all.
+    pub fn open(frames: Option<&FrameTakers>) -> io::Result<Self> {
+        let mut monitor = Self::with(&[
             libc::RTNLGRP_LINK,
             libc::RTNLGRP_IPV4_IFADDR,
             libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
             libc::RTNLGRP_TC,
-        ])
+        ])?;
+        monitor.frames = frames
+            .map(|frames| listen(NETLINK_GENERIC, &[frames.group]))
+            .transpose()?;
+        Ok(monitor)
     }
 
     /// Of devices and addresses only, but also of those in the network
@@ -374,16 +392,10 @@ impl Monitor {
     }
 
     fn with(groups: &[u32]) -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.set_non_blocking(true)?;
-        for group in groups {
-            socket.add_membership(*group)?;
-        }
-        // SAFETY: the socket owns its descriptor, and keeps it as long as the
-        // registration that owns the socket.
-        let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?;
-        Ok(Self { socket })
+        Ok(Self {
+            socket: listen(NETLINK_ROUTE, groups)?,
+            frames: None,
+        })
     }
 
     /// Forgets the changes that have come, for they will be seen anyway.
@@ -396,14 +408,49 @@ impl Monitor {
     /// Dropping the future loses no change.
     pub async fn changed(&self) -> io::Result<Changes> {
         loop {
-            let mut guard = self.socket.readable().await?;
-            let changes = drain(self.socket.get_ref())?;
-            guard.clear_ready();
+            let changes = tokio::select! {
+                changes = told(&self.socket) => changes?,
+                changes = told_of_frames(self.frames.as_ref()) => changes?,
+            };
             if changes.any() {
                 return Ok(changes);
             }
         }
     }
+}
+
+/// A socket that is told what these groups are told.
+fn listen(protocol: isize, groups: &[u32]) -> io::Result<AsyncFd<Socket>> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.set_non_blocking(true)?;
+    for group in groups {
+        socket.add_membership(*group)?;
+    }
+    // SAFETY: the socket owns its descriptor, and keeps it as long as the
+    // registration that owns the socket.
+    Ok(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?)
+}
+
+/// Waits for messages, and takes all that have come.
+async fn told(socket: &AsyncFd<Socket>) -> io::Result<Changes> {
+    let mut guard = socket.readable().await?;
+    let changes = drain(socket.get_ref())?;
+    guard.clear_ready();
+    Ok(changes)
+}
+
+/// As [`told`], of devices and frames; for ever if nobody tells.
+async fn told_of_frames(socket: Option<&AsyncFd<Socket>>) -> io::Result<Changes> {
+    let Some(socket) = socket else {
+        return pending().await;
+    };
+    // Whatever was told: it was about devices, and is looked up.
+    let _ = told(socket).await?;
+    Ok(Changes {
+        frames: true,
+        ..Changes::default()
+    })
 }
 
 /// Takes every message that waits.
@@ -501,6 +548,11 @@ fn messages(mut datagram: &[u8]) -> impl Iterator<Item = io::Result<NetlinkMessa
 /// The attributes after a header of `header` bytes, up to one that is broken.
 fn attributes(message: &[u8], header: usize) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
     NlasIterator::new(message.get(header..).unwrap_or_default()).map_while(Result::ok)
+}
+
+/// The attributes in another one.
+fn nested<'a>(attribute: &'a NlaBuffer<&[u8]>) -> Vec<NlaBuffer<&'a [u8]>> {
+    attributes(attribute.value(), 0).collect()
 }
 
 pub(crate) fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -790,6 +842,6 @@ mod tests {
         );
         assert!(!changes.any(), "a route that is no default route");
         assert!(Changes::ALL.any());
-        Monitor::open().expect("socket with groups");
+        Monitor::open(None).expect("socket with groups");
     }
 }

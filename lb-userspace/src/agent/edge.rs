@@ -10,14 +10,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lb_common::node::{DEVICE_XDP, Device as Entry};
+use lb_common::node::{DEVICE_PEER, DEVICE_XDP, Device as Entry};
 use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
 
 use super::backoff::Backoff;
 use crate::{
     datapath::{attach::Hooks, kernel::DeviceTable},
-    devices::{self, Device, Role, Watcher},
+    devices::{self, Device, Edge, Role, Watcher},
     errors::Chain,
     metrics::Repairs,
     netlink::Changes,
@@ -59,16 +59,16 @@ pub(super) async fn follow(
         unservable.clone_from(&edge.unservable);
         reports.addresses.send_if_modified(|addresses| {
             let changed = *addresses != edge.addresses;
-            *addresses = edge.addresses;
+            addresses.clone_from(&edge.addresses);
             changed
         });
         // Before the programs: they look at it when a flow begins.
-        let mut written = table.write(&with_xdp(&edge.table, hooks.native_xdp()));
+        let mut written = table.write(&with_xdp(&edge, hooks.native_xdp()));
         let failures = hooks.apply(&edge.devices);
         if let Ok(mended) = written {
             reports.repairs.count(table.name(), mended);
             // Those that XDP was just put onto are told.
-            written = table.write(&with_xdp(&edge.table, hooks.native_xdp()));
+            written = table.write(&with_xdp(&edge, hooks.native_xdp()));
         }
         if let Err(error) = &written {
             warn!(error = %Chain(error), "the programs do not know all devices; trying again");
@@ -105,11 +105,19 @@ pub(super) async fn follow(
     }
 }
 
-/// The table, with the devices named that XDP can send frames to.
-fn with_xdp(table: &BTreeMap<u32, Entry>, native: &BTreeSet<u32>) -> BTreeMap<u32, Entry> {
-    let mut table = table.clone();
+/// The table, with the devices named that XDP can send frames to: those whose
+/// driver runs klb's program, since one that can also takes frames from it, and
+/// the pods' that take them anyway. Where the kernel tells which take frames, it
+/// is asked.
+fn with_xdp(edge: &Edge, native: &BTreeSet<u32>) -> BTreeMap<u32, Entry> {
+    let mut table = edge.table.clone();
     for (index, entry) in &mut table {
-        if native.contains(index) {
+        let is_native = native.contains(index);
+        let takes_frames = match &edge.frame_takers {
+            Some(takers) => takers.contains(index) && (is_native || entry.flags & DEVICE_PEER != 0),
+            None => is_native,
+        };
+        if takes_frames {
             entry.flags |= DEVICE_XDP;
         }
     }

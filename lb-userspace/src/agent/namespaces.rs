@@ -86,7 +86,7 @@ const NOBODY: &str = "nobody tells who opted out";
 fn open_monitor() -> std::io::Result<Monitor> {
     Monitor::open_beyond().or_else(|error| {
         warn!(%error, "changes of pods' addresses are seen late (CAP_NET_BROADCAST)");
-        Monitor::open()
+        Monitor::open(None)
     })
 }
 

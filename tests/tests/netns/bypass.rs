@@ -16,7 +16,7 @@ use lb_tests::{
     topology::{Family, Host},
     traffic::Protocol,
     wait,
-    world::Frontend,
+    world::{Frontend, World as Live},
 };
 
 use crate::two_nodes::{FAR, TwoNodes};
@@ -417,7 +417,7 @@ fn connections_go_past_the_stack() {
                     assert_eq!(answer.from, world.frontend(frontend, family, Protocol::Tcp));
                     assert_eq!(answer.seen.ip(), client.addresses.ip(family));
                     let passed = forwarded(&world.cluster.node) - before;
-                    // XDP leaves packets to pods to the stack.
+                    // XDP leaves packets to pods to the stack: see below.
                     if size > 1 && hooks != Hooks::XDP {
                         assert!(passed < 20, "{hooks:?} {family}: {passed} packets");
                     }
@@ -425,6 +425,39 @@ fn connections_go_past_the_stack() {
                 let request = world.request(frontend, family, Protocol::Udp);
                 client.ask(&request.size(1300)).expect("an answer");
             }
+        }
+    }
+}
+
+/// A veth takes frames from XDP while its other end polls. That can change at any
+/// time, and what is sent to one that does not is lost.
+#[test]
+fn xdp_sends_to_pods_that_take_its_frames() {
+    let mut world = crate::stopped_world(Hooks::XDP);
+    world.agent.flags.push("--routing=bypass".to_owned());
+    let poll = |world: &Live, state: &str| {
+        for pod in &world.cluster.pods {
+            let netns = pod.host.place.netns();
+            netns.output("ethtool", &["-K", "eth0", "gro", state]);
+        }
+    };
+    // Also what polls already when the agent comes.
+    poll(&world, "on");
+    world.agent.start();
+    for state in ["on", "off", "on"] {
+        poll(&world, state);
+        for family in Family::ALL {
+            let request = world.request(Frontend::NodePort, family, Protocol::Tcp);
+            let request = request.size(300_000);
+            let what = format!("{family}: the stack forwards, with polling {state}");
+            let is_so = || {
+                let before = forwarded(&world.cluster.node);
+                let answer = world.cluster.outside.ask(&request).expect("an answer");
+                assert_eq!(answer.seen.ip(), world.cluster.outside.addresses.ip(family));
+                let passes_stack = forwarded(&world.cluster.node) - before >= 20;
+                (passes_stack == (state == "off")).then_some(())
+            };
+            wait::until(&what, Duration::from_secs(10), is_so);
         }
     }
 }
