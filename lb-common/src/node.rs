@@ -88,7 +88,7 @@ pub struct Route<A> {
 }
 
 /// Binary logarithm of the number of entries of `klb_route4` and `klb_route6`.
-pub const ROUTE_BITS: u32 = 10;
+pub const ROUTE_BITS: u32 = 12;
 
 /// For how long the kernel is believed: the binary logarithm of a number of its
 /// ticks, which are a hundredth to a thousandth of a second. So a route or

@@ -251,9 +251,12 @@ impl Site {
         matches!(self.way, Way::Direct)
     }
 
-    /// Whether XDP sends frames straight to pods.
-    pub(super) const fn redirects_frames(&self) -> bool {
-        matches!(self.way, Way::FloorXdp)
+    /// Whether XDP sends frames straight to pods that take them.
+    pub(super) fn redirects_frames(&self) -> bool {
+        match self.way {
+            Way::Klb { hooks, .. } => hooks.xdp != "off",
+            way => matches!(way, Way::FloorXdp),
+        }
     }
 
     /// Where packets from outside go: to the `NodePort`, or to a pod.
