@@ -95,6 +95,8 @@ pub fn load() -> Ebpf {
             names::PORT_CURSORS,
             names::ANSWERS,
             names::RARE,
+            names::ROUTES4,
+            names::ROUTES6,
             names::EARLY,
             names::SCRATCH,
         ];
