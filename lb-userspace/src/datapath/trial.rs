@@ -374,6 +374,8 @@ mod tests {
             names::RARE,
             names::SOCKETS4,
             names::SOCKETS6,
+            names::ROUTES4,
+            names::ROUTES6,
             names::PORT_CURSORS,
             names::ANSWERS,
             names::SCRATCH,
