@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// How long a bond may take to use its other device.
-const FAILOVER: Duration = Duration::from_secs(30);
+const FAILOVER: Duration = Duration::from_secs(10);
 
 /// Makes a device in the namespace of a host; says so where the kernel has no
 /// such kind.
