@@ -81,7 +81,7 @@ fn init<'a>(modules: impl Iterator<Item = &'a str>) -> String {
          ulimit -l unlimited\n\
          ip link set lo up\n\
          {load}\
-         export RUST_BACKTRACE=1\n\
+         export RUST_BACKTRACE=1 KLB_TEST_START_SECONDS=240\n\
          KLB_BPF_OBJECT=/klb.bpf.o /packet --test-threads=1\n\
          packet=$?\n\
          KLB_BIN=/klb KLB_TRAFFIC=/klb-traffic /netns --test-threads=1 kernels\n\

@@ -12,9 +12,9 @@ use anyhow::{Context as _, Result};
 use super::{image::Image, initramfs::MARKER};
 use crate::{process, tally::Tally};
 
-/// For a boot and all tests without hardware support, which take two to ten minutes, by what
-/// else the machine does.
-const LIMIT: Duration = Duration::from_secs(1000);
+/// For a boot and all tests without hardware support, which take two to ten
+/// minutes, by what else the machine does.
+const LIMIT: Duration = Duration::from_secs(1500);
 
 /// A machine that can be started.
 pub(super) struct Machine {
