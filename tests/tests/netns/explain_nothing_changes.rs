@@ -33,13 +33,16 @@ impl Pinned {
             .collect();
         names.sort();
         let maps = names::MAPS.into_iter().filter(|map| {
-            // Those of each CPU: memory of programs while they run, and counters.
+            // Those of each CPU: memory of programs while they run, ways that the
+            // kernel has told, and counters.
             ![
                 names::COUNTERS,
                 names::TRAFFIC,
                 names::SCRATCH,
                 names::ANSWERS,
                 names::EARLY,
+                names::ROUTES4,
+                names::ROUTES6,
             ]
             .contains(map)
         });
