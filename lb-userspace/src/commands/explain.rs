@@ -36,7 +36,7 @@ use self::{
     report::{Backend, Packet, Report},
     verdict::Verdict,
 };
-use super::{Names, PortId, open_pins, print, protocol_name};
+use super::{Names, PortId, open_pins, print, protocol_name, require_agents_namespace};
 use crate::{
     args::ExplainArgs,
     datapath::{
@@ -89,13 +89,15 @@ struct Target {
 impl Scene {
     fn read(pins: &Pins, question: Question) -> anyhow::Result<Self> {
         let maps = KernelMaps::open(pins)?;
+        let config = maps.config()?;
+        require_agents_namespace(&config)?;
         let netlink = Netlink::open().context("asking the kernel for devices")?;
         let source = netlink.route(question.from.ip, None);
         Ok(Self {
             services: maps.services()?,
             names: Names::read(&maps)?,
             ranges: maps.ranges()?,
-            config: maps.config()?,
+            config,
             devices: DeviceTable::open(pins)?.read()?,
             pods: NetnsTable::open(pins)?.read()?,
             // What the kernel cannot answer leads nowhere.

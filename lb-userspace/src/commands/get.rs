@@ -22,7 +22,8 @@ use serde::Serialize;
 
 use self::{document::Document, selection::Selection};
 use super::{
-    Names, PortId, look::Tone, open_pins, print, protocol_name, status::MapRow, table::Table,
+    Names, PortId, look::Tone, open_pins, print, protocol_name, require_agents_namespace,
+    status::MapRow, table::Table,
 };
 use crate::{
     args::{GetArgs, What},
@@ -136,6 +137,7 @@ fn get_sockets(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<D
 }
 
 fn get_devices(pins: &Pins) -> anyhow::Result<Document> {
+    require_agents_namespace(&KernelMaps::open(pins)?.config()?)?;
     let devices = devices(pins)?;
     Ok(Document::Devices(DeviceList { devices }))
 }

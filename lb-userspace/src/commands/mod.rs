@@ -17,19 +17,32 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use lb_common::{flow, reason::Effect, service::ServiceMeta};
+use lb_common::{flow, node::Config, reason::Effect, service::ServiceMeta};
 use serde::Serialize;
 
 use self::look::Look;
 use crate::{
     args::{Format, Paths},
-    datapath::{MapError, Maps, pins::Pins},
+    datapath::{MapError, Maps, inspect, pins::Pins},
 };
 
 /// What was asked makes no sense, though each word of it does.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct WrongUsage(String);
+
+/// What to do where indices mean other devices.
+const ELSEWHERE: &str = "the agent's devices are in another network namespace, by default the \
+    node's: run klb there";
+
+/// # Errors
+/// If this is another network namespace than the agent's.
+fn require_agents_namespace(config: &Config) -> anyhow::Result<()> {
+    if inspect::is_elsewhere(config)? {
+        bail!("{ELSEWHERE}");
+    }
+    Ok(())
+}
 
 /// The pins of an agent that has run.
 fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {

@@ -3,13 +3,14 @@
 mod counters;
 mod settings;
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use lb_common::{Reason, flow::SCTP, names};
 use serde::Serialize;
 
 use self::settings::Settings;
 use super::{
+    ELSEWHERE,
     get::{DeviceRow, device_table, devices},
     look::{Look, Tone},
     open_pins, print,
@@ -142,7 +143,7 @@ fn gather(
         sockets: inspect::sockets(pins),
         pods: NetnsTable::open(pins)?.read()?.len(),
         settings: Settings::read(maps)?,
-        devices: devices(pins)?,
+        devices: Vec::new(),
         maps: maps.fill()?.into_iter().map(MapRow::from).collect(),
         counters_over_seconds: over.map(|over| over.as_secs()),
         counters,
@@ -150,16 +151,26 @@ fn gather(
         warnings: Vec::new(),
     };
     let uses_sctp = maps.metas()?.values().any(|meta| meta.protocol == SCTP);
-    let unservable = inspect::unservable_devices()?.into_iter();
+    let config = maps.config()?;
+    let is_elsewhere = inspect::is_elsewhere(&config)?;
+    let mut unservable = BTreeSet::new();
+    if !is_elsewhere {
+        status.devices = devices(pins)?;
+        unservable = inspect::unservable_devices()?;
+    }
+    let unservable = unservable.into_iter();
     status.limits = limits(&status, uses_sctp)
         .into_iter()
         .map(str::to_owned)
         .chain(unservable.map(|device| format!("{device}: {UNSERVABLE}")))
         .collect();
     status.warnings = warnings(&status);
-    status
-        .warnings
-        .extend(sysctl::complaints(&sysctl::ports(&maps.config()?)));
+    if is_elsewhere {
+        status.warnings.push(ELSEWHERE.to_owned());
+    } else {
+        let complaints = sysctl::complaints(&sysctl::ports(&config));
+        status.warnings.extend(complaints);
+    }
     Ok(status)
 }
 

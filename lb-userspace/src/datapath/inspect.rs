@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, io};
 
-use lb_common::names;
+use lb_common::{names, node::Config};
 
 use super::{
     clsact::Owner,
@@ -12,6 +12,7 @@ use super::{
 use crate::{
     devices::{Listing, Role},
     netlink::{Link, Netlink},
+    netns::words,
 };
 
 /// A device with something of klb's on it.
@@ -53,6 +54,13 @@ pub fn devices(pins: &Pins) -> io::Result<Vec<DeviceHooks>> {
         })
     });
     devices.collect()
+}
+
+/// Whether this is another network namespace than the agent's, so that indices of
+/// devices mean others here. Before Linux 5.14 nobody knows.
+pub fn is_elsewhere(config: &Config) -> io::Result<bool> {
+    let here = Netlink::open()?.netns_cookie().map(words);
+    Ok(config.host_netns != [0, 0] && here.is_ok_and(|here| here != config.host_netns))
 }
 
 /// The devices of this network namespace that klb cannot be on, though it should.

@@ -4,12 +4,13 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     os::unix::process::ExitStatusExt as _,
+    process::Command,
     thread,
     time::Duration,
 };
 
 use lb_tests::{
-    agent::Hooks,
+    agent::{Hooks, klb_path},
     process::Process,
     topology::Family,
     traffic::Protocol,
@@ -100,6 +101,29 @@ fn rows(world: &World, what: &str, flags: &[&str]) -> Vec<serde_json::Value> {
     let document: serde_json::Value = serde_json::from_str(&said.stdout)
         .unwrap_or_else(|error| panic!("{flags:?}: {error}: {said:?}"));
     document[what].as_array().expect("a list").clone()
+}
+
+/// Indices mean other devices there: a wrong name is worse than none.
+#[test]
+fn devices_of_another_namespace_are_not_named() {
+    let world = crate::world(Hooks::TC);
+    let outside = |arguments: &[&str]| {
+        let mut command = Command::new(klb_path());
+        let command = command.args(arguments).args(world.agent.paths());
+        command.output().expect("klb runs")
+    };
+    let explain = ["explain", "--from", "10.244.0.9", "--to", "10.96.0.1:80"];
+    for command in [&["get", "devices"][..], &explain] {
+        let said = outside(command);
+        assert_eq!(said.status.code(), Some(1), "{said:?}");
+        let stderr = String::from_utf8_lossy(&said.stderr);
+        assert!(stderr.contains("another network namespace"), "{said:?}");
+    }
+    let said = outside(&["status", "-o", "json"]);
+    let status: serde_json::Value = serde_json::from_slice(&said.stdout).expect("JSON");
+    assert_eq!(status["devices"], serde_json::json!([]));
+    let warnings = status["warnings"].to_string();
+    assert!(warnings.contains("another network namespace"), "{warnings}");
 }
 
 #[test]
