@@ -255,7 +255,10 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
+    /// What is said of addresses comes last: it refuses every port that has no
+    /// frontend, and those of the Service are to have theirs by then.
     fn add_service(&mut self, plan: &ServicePlan) -> Result<(), MapError> {
+        let mut addresses = Vec::new();
         for port in &plan.ports {
             let id = PortId::new(&plan.service, &port.port);
             let mut state = if let Some(state) = self.ports.remove(&id) {
@@ -265,11 +268,27 @@ impl<M: Maps> Reconciler<M> {
                 Box::new(PortState::new(number.ok_or_else(|| full(names::META))?))
             };
             // What was written is in `state`, also if the rest fails.
-            let result = self.add_port(&id, port, &mut state);
+            let result = self.add_port(&id, port, &mut state, &mut addresses);
             self.ports.insert(id, state);
             result?;
         }
+        for (key, entry) in addresses {
+            self.put_entry(key, entry)?;
+        }
         Ok(())
+    }
+
+    /// Writes an entry, unless it is there; tells whether it did.
+    fn put_entry(&mut self, key: FrontendKey, entry: ServiceEntry) -> Result<bool, MapError> {
+        if self.entries.get(&key) == Some(&entry) {
+            return Ok(false);
+        }
+        self.write(|maps| maps.put_service(key, &entry))?;
+        let before = self.entries.insert(key, entry);
+        if before.is_none() && key.protocol == UDP {
+            self.begun.push(SocketAddr::new(key.addr, key.port));
+        }
+        Ok(true)
     }
 
     fn add_port(
@@ -277,6 +296,7 @@ impl<M: Maps> Reconciler<M> {
         id: &PortId,
         plan: &PortPlan,
         state: &mut PortState,
+        addresses: &mut Vec<(FrontendKey, ServiceEntry)>,
     ) -> Result<(), MapError> {
         for backend in wanted_backends(plan) {
             if let Entry::Vacant(place) = state.backends.entry(backend) {
@@ -301,12 +321,11 @@ impl<M: Maps> Reconciler<M> {
         }
         for (key, entry) in entries {
             state.frontends.insert(key);
-            if self.entries.get(&key) != Some(&entry) {
-                self.write(|maps| maps.put_service(key, &entry))?;
-                let before = self.entries.insert(key, entry);
-                if before.is_none() && key.protocol == UDP {
-                    self.begun.push(SocketAddr::new(key.addr, key.port));
-                }
+            if key.is_address() {
+                // A little early: its range rests, though no packet goes by it yet.
+                state.led_by(&key, &entry);
+                addresses.push((key, entry));
+            } else if self.put_entry(key, entry)? {
                 state.led_by(&key, &entry);
             }
         }

@@ -65,6 +65,11 @@ impl FrontendKey {
             protocol: 0,
         }
     }
+
+    /// Whether it is one of those.
+    pub const fn is_address(&self) -> bool {
+        self.port == 0 && self.protocol == 0
+    }
 }
 
 /// What stands in one slot.

@@ -677,6 +677,37 @@ fn the_cluster_network_grows_before_the_address_and_shrinks_at_a_restart() {
     assert_eq!(network(&r), "10.96.0.0/30");
 }
 
+/// Else a client of kube-proxy's, say, is refused at a port whose turn comes a
+/// moment later.
+#[test]
+fn an_address_refuses_no_port_that_is_about_to_come() {
+    let mut web = service("web", vec![address(1), frontend(1, &[1])]);
+    let mut second = web.ports[0].clone();
+    second.port.name = "metrics".to_owned();
+    let second_key = FrontendKey { port: 81, ..key(1) };
+    second.frontends = vec![FrontendPlan {
+        key: second_key,
+        ..frontend(1, &[1])
+    }];
+    web.ports.push(second);
+    for together in [false, true] {
+        let mut r = reconciler();
+        r.maps.observer = Some(Box::new(move |content| {
+            if content.services.contains_key(&address(1).key) {
+                for key in [key(1), second_key] {
+                    assert!(content.services.contains_key(&key), "{key}");
+                }
+            }
+        }));
+        let mut plans = if together { many() } else { Vec::new() };
+        plans.retain(|plan| plan.service != name("s-1"));
+        plans.push(web.clone());
+        plans.extend(together.then(|| service("last", vec![frontend(255, &[1])])));
+        apply(&mut r, &plans);
+        assert!(r.maps.content.services.contains_key(&address(1).key));
+    }
+}
+
 #[test]
 fn an_address_changes_its_speaker_without_a_gap() {
     let mut r = reconciler();
