@@ -16,7 +16,7 @@ use nix::{
     sched::{CloneFlags, setns},
     sys::{
         prctl,
-        signal::{Signal, killpg},
+        signal::{self, SigHandler, Signal, killpg},
     },
     unistd::{Pid, write},
 };
@@ -82,10 +82,13 @@ impl Place {
             if !lasting {
                 prctl::set_pdeathsig(Signal::SIGKILL)?;
             }
+            // A shell has what it runs in the background ignore it.
+            // SAFETY: no handler is set.
+            unsafe { signal::signal(Signal::SIGINT, SigHandler::SigDfl)? };
             Ok(())
         };
-        // SAFETY: between fork and exec the closure makes three system calls;
-        // it neither allocates nor takes a lock.
+        // SAFETY: between fork and exec the closure makes system calls; it
+        // neither allocates nor takes a lock.
         unsafe { command.pre_exec(enter) };
         command
     }
