@@ -27,7 +27,7 @@ use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
     names,
-    node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, RARE_BITS},
+    node::{CONFIG_BYPASS, Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, RARE_BITS},
     reason::counter_index,
     service::{
         Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
@@ -178,8 +178,8 @@ static LOADED: Mutex<Vec<Ebpf>> = Mutex::new(Vec::new());
 pub struct Datapath {
     /// `None` only while it is dropped.
     loaded: Option<Ebpf>,
-    /// A device has a program, or the maps are not those of tests; nobody else
-    /// must get it.
+    /// A device has a program, the maps are not those of tests, or they hold what
+    /// cannot be emptied at once; nobody else must get it.
     is_special: bool,
     next_slot: u32,
     next_service: u32,
@@ -365,6 +365,8 @@ impl Datapath {
     /// Gives the programs their settings.
     pub fn configure(&mut self, config: &Config) {
         set(self.map(names::CONFIG), 0, *config);
+        // Ways that its programs have been told are believed for a moment.
+        self.is_special |= config.flags & CONFIG_BYPASS != 0;
     }
 
     /// Makes `frontend` lead to `backends`; returns the backends' names.
