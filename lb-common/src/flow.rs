@@ -211,6 +211,14 @@ impl<A: Address> FlowEntry<A> {
         Delta::new().ports([key.src_port, key.dst_port], [self.src_port, self.dst_port])
     }
 
+    /// The ports with which a packet of this entry leaves, as they follow each
+    /// other in a header.
+    #[inline(always)]
+    pub const fn ports(&self) -> u32 {
+        let ([a, b], [c, d]) = (self.src_port.octets, self.dst_port.octets);
+        u32::from_ne_bytes([a, b, c, d])
+    }
+
     /// The state of the flow that this entry is one direction of.
     #[inline(always)]
     pub const fn state(&self, protocol: u8) -> State {

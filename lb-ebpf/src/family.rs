@@ -5,6 +5,7 @@ use aya_ebpf::{bindings::bpf_fib_lookup as FibLookup, btf_maps::lpm_trie::Key};
 use lb_common::{
     Addr4, Addr6, Address, Reason,
     checksum::{Delta, pseudo_header},
+    flow::FlowEntry,
     node::{Config, Device, Netns, Network},
     service::{BackendRef, ServiceEntry, ServiceKey, Slot, SourceRange},
 };
@@ -51,6 +52,15 @@ pub trait Family {
         packet: &P,
         addresses: &Pair<Self::Addr>,
         length: u16,
+    ) -> Result<(), Refused>;
+
+    /// Writes the addresses and ports of a translation into a packet whose ports
+    /// follow its addresses, and mends the header's own checksum by what the
+    /// addresses change in it.
+    fn write_ends<P: Packet>(
+        packet: &P,
+        to: &FlowEntry<Self::Addr>,
+        addresses: Delta,
     ) -> Result<(), Refused>;
 
     /// Takes one off the packet's time to live. Refused if that was the last: a
@@ -140,6 +150,25 @@ pub trait Family {
 pub struct V4;
 pub struct V6;
 
+/// Where an IPv4 packet's time to live stands.
+const LIFE: usize = L3 + 8;
+
+/// Where its header's checksum stands.
+const CHECKSUM: usize = L3 + 10;
+
+/// An IPv4 packet's time to live and protocol, as they stand beside each other.
+#[inline(always)]
+fn life<P: Packet>(packet: &P) -> Result<u16, Refused> {
+    packet.read(LIFE).ok_or(Refused)
+}
+
+/// These and a header checksum in one word, as they follow each other in memory.
+#[inline(always)]
+const fn life_and_checksum(life: u16, checksum: u16) -> u32 {
+    let ([a, b], [c, d]) = (life.to_ne_bytes(), checksum.to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
+}
+
 impl Family for V4 {
     type Addr = Addr4;
     const ADDRESSES: usize = 12;
@@ -187,18 +216,32 @@ impl Family for V4 {
         packet.write(L3 + 10, delta.apply(0xffff))
     }
     #[inline(always)]
+    fn write_ends<P: Packet>(
+        packet: &P,
+        to: &FlowEntry<Addr4>,
+        addresses: Delta,
+    ) -> Result<(), Refused> {
+        let old: u16 = packet.read(CHECKSUM).ok_or(Refused)?;
+        let checksum = addresses.apply(old);
+        let ([src, ..], [dst, ..]) = (to.src.words(), to.dst.words());
+        if P::WRITES_CALL_HELPERS {
+            let life = life_and_checksum(life(packet)?, checksum);
+            return packet.write(LIFE, [life, src, dst, to.ports()]);
+        }
+        packet.write(CHECKSUM, checksum)?;
+        packet.write(L3 + Self::ADDRESSES, [src, dst, to.ports()])
+    }
+    #[inline(always)]
     fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused> {
-        /// Time to live and protocol.
-        const AT: usize = L3 + 8;
-        let old: u16 = packet.read(AT).ok_or(Refused)?;
+        let old = life(packet)?;
         let [ttl, protocol] = old.to_ne_bytes();
         if ttl <= 1 {
             return Err(Refused);
         }
         let new = u16::from_ne_bytes([ttl.wrapping_sub(1), protocol]);
+        let checksum: u16 = packet.read(CHECKSUM).ok_or(Refused)?;
         let delta = Delta::new().word(old.into(), new.into());
-        packet.fix_header_checksum(L3 + 10, delta)?;
-        packet.write(AT, new)
+        packet.write(LIFE, life_and_checksum(new, delta.apply(checksum)))
     }
     #[inline(always)]
     fn pseudo_sum(_addresses: &Pair<Addr4>, _length: u16) -> u64 {
@@ -316,6 +359,18 @@ impl Family for V6 {
         packet.write(L3 + Self::ADDRESSES, *addresses)
     }
     #[inline(always)]
+    fn write_ends<P: Packet>(
+        packet: &P,
+        to: &FlowEntry<Addr6>,
+        _addresses: Delta,
+    ) -> Result<(), Refused> {
+        let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (to.src.words(), to.dst.words());
+        let words = [s0, s1, s2, s3, d0, d1, d2, d3, to.ports()];
+        packet.write(L3 + Self::ADDRESSES, words)
+    }
+    /// No checksum in the packet covers the hop limit, but a device's sum of the
+    /// whole packet (`CHECKSUM_COMPLETE`) does.
+    #[inline(always)]
     fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused> {
         /// Next header and hop limit.
         const AT: usize = L3 + 6;
@@ -323,7 +378,7 @@ impl Family for V6 {
         if hops <= 1 {
             return Err(Refused);
         }
-        packet.write(AT, [next, hops.wrapping_sub(1)])
+        packet.patch(AT, [next, hops.wrapping_sub(1)])
     }
     #[inline(always)]
     fn pseudo_sum(addresses: &Pair<Addr6>, length: u16) -> u64 {

@@ -59,6 +59,9 @@ pub trait Packet {
     /// to TC: masquerade, fragments, ICMP, answers.
     const LEAVES_RARE_TO_TC: bool;
 
+    /// Whether each write is a call of a helper, whatever its length.
+    const WRITES_CALL_HELPERS: bool;
+
     fn data(&self) -> usize;
     fn data_end(&self) -> usize;
 
@@ -195,6 +198,7 @@ const fn redirect_to(side: Side) -> u64 {
 impl Packet for XdpContext {
     const CHECKSUM_MAY_BE_UNFINISHED: bool = true;
     const LEAVES_RARE_TO_TC: bool = true;
+    const WRITES_CALL_HELPERS: bool = false;
 
     #[inline(always)]
     fn data(&self) -> usize {
@@ -371,6 +375,7 @@ fn early_length(length: u32) -> Result<u32, Refused> {
 impl Packet for TcContext {
     const CHECKSUM_MAY_BE_UNFINISHED: bool = false;
     const LEAVES_RARE_TO_TC: bool = false;
+    const WRITES_CALL_HELPERS: bool = true;
 
     #[inline(always)]
     fn data(&self) -> usize {
@@ -573,6 +578,9 @@ impl Packet for TcContext {
             result = self.l4_csum_replace(field.offset, 0, sum, pseudo);
         }
         result.map_err(|_error| Refused)?;
+        if ports.is_none() {
+            return Ok(());
+        }
         self.l4_csum_replace(field.offset, 0, u64::from(ports.to_wsum()), mangled)
             .map_err(|_error| Refused)
     }

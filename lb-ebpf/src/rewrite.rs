@@ -53,6 +53,11 @@ fn try_translate<P: Packet, F: Family>(
     flow: &FlowEntry<F::Addr>,
 ) -> Result<(), Refused> {
     let addresses = flow.address_delta(&parsed.tuple);
+    if is_plain::<F>(parsed) {
+        let (field, ports) = (checksum_field::<F>(parsed), flow.port_delta(&parsed.tuple));
+        packet.fix_transport_checksum(field, addresses, ports)?;
+        return F::write_ends(packet, flow, addresses);
+    }
     if let Some(offset) = F::HEADER_CHECKSUM {
         packet.fix_header_checksum(L3 + offset, addresses)?;
     }
@@ -66,6 +71,16 @@ fn try_translate<P: Packet, F: Family>(
             dst: flow.dst,
         },
     )
+}
+
+/// Whether the ports stand right behind the addresses, so that one write is enough
+/// for both: at TC each write is a call of a helper, and these calls are most of
+/// what a translation costs.
+#[inline(always)]
+fn is_plain<F: Family>(parsed: &Parsed<F::Addr>) -> bool {
+    parsed.l4() == L3 + F::HEADER
+        && parsed.fragment != Fragment::Later
+        && parsed.tuple.protocol != SCTP
 }
 
 /// Ports and checksum of the transport header.
