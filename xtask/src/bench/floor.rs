@@ -45,9 +45,12 @@ pub(super) const TC_FIB: &str = "floor_tc_fib";
 /// Both directions, past the node's stack as [`Floor::lead`] says.
 pub(super) const TC_PEER: &str = "floor_tc_peer";
 /// At the socket, for IPv4 and IPv6: with the note that shows the process what
-/// it has named, without it, and with nothing at all.
+/// it has named, and without it.
 pub(super) const CONNECT: [&str; 2] = ["floor_connect4", "floor_connect6"];
 pub(super) const CONNECT_PLAIN: [&str; 2] = ["floor_plain4", "floor_plain6"];
+/// Nothing, at each hook.
+pub(super) const TC_NOTHING: &str = "floor_no_tc";
+pub(super) const XDP_NOTHING: &str = "floor_no_xdp";
 pub(super) const CONNECT_NOTHING: [&str; 2] = ["floor_no_conn4", "floor_no_conn6"];
 
 /// Sends the packet of `floor_frame`, as its flows.
@@ -157,6 +160,17 @@ impl Floor {
     pub(super) fn attach_tc(&mut self, name: &str, device: &str) -> Result<()> {
         let program: &mut SchedClassifier = self.loaded(name)?.try_into()?;
         program.attach(device, TcAttachType::Ingress)?;
+        Ok(())
+    }
+
+    /// Attaches the program that does nothing to a device, both ways.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(super) fn attach_nothing(&mut self, device: &str) -> Result<()> {
+        let program: &mut SchedClassifier = self.loaded(TC_NOTHING)?.try_into()?;
+        program.attach(device, TcAttachType::Ingress)?;
+        program.attach(device, TcAttachType::Egress)?;
         Ok(())
     }
 

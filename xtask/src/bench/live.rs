@@ -33,6 +33,8 @@ const TC: &str = "klb, TC";
 const BYPASS: &str = "klb, TC, bypass";
 const XDP: &str = "klb, XDP, bypass";
 const ALL: &str = "klb, all hooks";
+/// What nobody can spare who has programs at klb's hooks.
+const EMPTY: &str = "empty programs";
 const FLOOR_SOCKET: &str = "floor, socket";
 const FLOOR_TC: &str = "floor, TC, bypass";
 const FLOOR_XDP: &str = "floor, XDP";
@@ -234,6 +236,7 @@ fn tax(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
         key(DIRECT, 1),
         key(IPTABLES, count),
         key(NFTABLES, count.min(MOST_FOR_NFTABLES)),
+        key(EMPTY, 0),
         key(ALL, many),
     ];
     let title = format!("new connection to a pod, through a node with {many} Services, p50");
@@ -243,7 +246,7 @@ fn tax(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
     });
     figure.rows = rows(&keys, &measured, p50, |name| (name == ALL).then_some(1.01));
     for (row, (name, size)) in figure.rows.iter_mut().zip(&keys) {
-        if *name != DIRECT {
+        if *size > 0 {
             *row = row.clone().of_services(name, *size);
         }
     }
@@ -304,6 +307,7 @@ fn way(name: &str) -> Way {
         BYPASS => Way::BYPASS,
         XDP => Way::XDP,
         ALL => Way::ALL,
+        EMPTY => Way::Empty,
         FLOOR_SOCKET => Way::FloorSocket,
         FLOOR_TC => Way::FloorTc,
         FLOOR_XDP => Way::FloorXdp,

@@ -43,6 +43,8 @@ pub(super) enum Way {
         /// `kernel` or `bypass`.
         routing: &'static str,
     },
+    /// Nobody, with programs that do nothing at each of klb's hooks.
+    Empty,
     /// The least that can be done: at the socket, or for packets.
     FloorSocket,
     FloorTc,
@@ -146,7 +148,7 @@ impl Site {
                     self.node().netns().output("nft", &["-f", &file]);
                 }
             }
-            Way::FloorSocket | Way::FloorTc | Way::FloorXdp => {
+            Way::Empty | Way::FloorSocket | Way::FloorTc | Way::FloorXdp => {
                 let floor = self.load_floor();
                 self.floor = Some(floor.unwrap_or_else(|error| panic!("the floor: {error:#}")));
             }
@@ -199,15 +201,19 @@ impl Site {
                 floor.attach_connect(floor::CONNECT[0], self.cluster.cgroup().path())?;
             }
             Way::FloorXdp => node.within(|| floor.attach_xdp(floor::XDP_FIB, UPLINK))?,
-            _ => {
+            way => {
                 let devices = pods.iter().map(|(_, device)| device.as_str());
-                let devices: Vec<_> = devices.chain([UPLINK]).collect();
-                node.within(|| {
-                    devices
-                        .into_iter()
-                        .try_for_each(|device| floor.attach_tc(floor::TC_PEER, device))
-                })?;
+                for device in devices.chain([UPLINK]) {
+                    node.within(|| match way {
+                        Way::Empty => floor.attach_nothing(device),
+                        _ => floor.attach_tc(floor::TC_PEER, device),
+                    })?;
+                }
             }
+        }
+        if matches!(self.way, Way::Empty) {
+            floor.attach_connect(floor::CONNECT_NOTHING[0], self.cluster.cgroup().path())?;
+            node.within(|| floor.attach_xdp(floor::XDP_NOTHING, UPLINK))?;
         }
         Ok(floor)
     }

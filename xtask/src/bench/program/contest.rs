@@ -307,8 +307,8 @@ impl Contest {
                 let program = self.klb.program(hook);
                 return program.fd().expect("loaded").try_clone();
             }
-            (Who::Nobody, true, _) => "floor_no_xdp",
-            (Who::Nobody, false, _) => "floor_no_tc",
+            (Who::Nobody, true, _) => floor::XDP_NOTHING,
+            (Who::Nobody, false, _) => floor::TC_NOTHING,
             (Who::Floor, true, false) => floor::XDP,
             (Who::Floor, true, true) => floor::XDP_FIB,
             (Who::Floor, false, false) => floor::TC,
