@@ -4,6 +4,7 @@
 use crate::{
     addr::{Addr4, Addr6, Port},
     flow::{FlowEntry, Tuple},
+    known::Known,
     node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, Network, Route},
     service::{
         Affinity, AffinityKey, BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot,
@@ -52,6 +53,8 @@ layout!(Tuple<Addr4>, 16, align 4, [4, 4, 2, 2, 1, 1, 2]);
 layout!(Tuple<Addr6>, 40, align 4, [16, 16, 2, 2, 1, 1, 2]);
 layout!(FlowEntry<Addr4>, 44, align 4, [4, 4, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4, 4]);
 layout!(FlowEntry<Addr6>, 68, align 4, [16, 16, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4, 4]);
+
+layout!(Known, 8, align 4, [4, 4]);
 
 layout!(SocketKey<Addr4>, 16, align 4, [8, 4, 2, 1, 1]);
 layout!(SocketKey<Addr6>, 28, align 4, [8, 16, 2, 1, 1]);

@@ -19,6 +19,7 @@ pub mod addr;
 pub mod checksum;
 pub mod crc32c;
 pub mod flow;
+pub mod known;
 mod layout;
 pub mod names;
 pub mod node;

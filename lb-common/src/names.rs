@@ -40,6 +40,9 @@ pub const EARLY6: &str = "klb_early6";
 /// By a hash of a packet: when something rare last happened to it; written by the
 /// packet programs.
 pub const RARE: &str = "klb_rare";
+/// By a hash of an address and port: when a packet of a flow was last seen to and
+/// from there; written by the packet programs.
+pub const KNOWN: &str = "klb_known";
 /// Memory for such a frame; per CPU.
 pub const EARLY: &str = "klb_early";
 /// Settings; one entry, written by the agent.
@@ -66,7 +69,7 @@ pub const COUNTERS: &str = "klb_count";
 pub const TRAFFIC: &str = "klb_traffic";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 32] = [
+pub const MAPS: [&str; 33] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -79,6 +82,7 @@ pub const MAPS: [&str; 32] = [
     FLOWS6,
     YOUNG4,
     YOUNG6,
+    KNOWN,
     AFFINITY4,
     AFFINITY6,
     FRAGMENTS4,

@@ -13,7 +13,7 @@ use crate::{
     answer, clock, config, direct,
     family::{Family, V4, V6},
     flow::{self, Flow},
-    fragment, icmp, opaque,
+    fragment, icmp, known, opaque,
     open::{open, opening},
     packet::Packet,
     parse::{Fragment, Parsed, Version, version},
@@ -193,16 +193,22 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
     if parsed.may_open() {
         service = service_of::<F>(&parsed);
         if service.is_none() {
-            is_direct = direct::is_second::<F>(&parsed, packet.edge());
-            if !is_direct && !direct::is_known::<F>(&parsed) {
+            let is_server = known::is_server(&parsed.tuple);
+            is_direct = is_server && direct::is_second::<F>(&parsed, packet.edge());
+            if !is_direct && !(is_server && direct::is_known::<F>(&parsed)) {
                 return Some(without_frontend::<P, F>(packet, &parsed));
             }
         }
     }
-    let flow = flow::find::<F>(&parsed);
-    let now = clock::seconds();
+    let now = if service.is_some() || is_direct {
+        clock::seconds()
+    } else if let Some(now) = known::now_if_flow(&parsed.tuple) {
+        now
+    } else {
+        return Some(Reason::NoFlow);
+    };
     let mut is_port_taken = false;
-    if let Some(flow) = flow {
+    if let Some(flow) = flow::find::<F>(&parsed) {
         if !is_for_ingress(flow.entry().direction) {
             // It is translated where it goes out. What has expired is
             // translated nowhere.
@@ -354,13 +360,15 @@ fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
     if is_carrier::<P, F>(packet, &parsed, Side::Out) {
         return Reason::FragmentReleased;
     }
+    let Some(now) = known::now_if_flow(&parsed.tuple) else {
+        return Reason::NotService;
+    };
     let Some(flow) = flow::find::<F>(&parsed) else {
         return Reason::NotService;
     };
     if is_for_ingress(flow.entry().direction) {
         return Reason::NotService;
     }
-    let now = clock::seconds();
     if flow.is_over(&parsed, now) {
         flow::remove::<F>(&parsed.tuple);
         return Reason::StaleFlow;

@@ -25,6 +25,7 @@ use lb_common::{
 use crate::{
     config,
     family::{Family, is_alive},
+    known,
     parse::{Fragment, Parsed},
 };
 
@@ -171,6 +172,7 @@ impl<F: Family> Flow<F> {
         {
             return;
         }
+        known::note(&parsed.tuple, entry.direction, now);
         // SAFETY: see the head of this file.
         unsafe {
             (*self.entry).seen = seen;
@@ -213,6 +215,7 @@ pub fn take_port<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) -> Reason {
 fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let entry = flow.entry();
     let peer_key = entry.peer_key(tuple.protocol);
+    known::note(&peer_key, entry.direction ^ 1, entry.last_seen);
     let peer = if flow.young {
         find_young::<F>(&peer_key)
     } else {
@@ -337,6 +340,9 @@ pub fn remove_entry<F: Family>(tuple: &Tuple<F::Addr>) {
 #[inline(always)]
 pub fn meet_stranger<F: Family>(tuple: &Tuple<F::Addr>, edge: u32) -> Reason {
     let answer = tuple.reversed();
+    if !known::may_be_answer(&answer) {
+        return Reason::NotService;
+    }
     match find_young::<F>(&answer) {
         Some(flow) if flow.entry().direction == REPLY && flow.entry().edge == edge => {
             remove::<F>(&answer);

@@ -15,6 +15,7 @@ use crate::{
     edge::Side,
     family::Family,
     flow::{self, Flow},
+    known,
     packet::{Packet, Refused},
     parse::{L3, read},
     rewrite::Pair,
@@ -71,8 +72,11 @@ fn translate_error<P: Packet, F: Family>(
     side: Side,
 ) -> Result<Reason, Reason> {
     let quoted = quoted::<P, F>(packet, at + ICMP_HEADER)?;
-    let Some(flow) = flow::find_by::<F>(&quoted.tuple.reversed(), quoted.tuple.protocol != UDP)
-    else {
+    let answer = quoted.tuple.reversed();
+    if known::now_if_flow(&answer).is_none() {
+        return Err(Reason::OtherProtocol);
+    }
+    let Some(flow) = flow::find_by::<F>(&answer, quoted.tuple.protocol != UDP) else {
         return Err(Reason::OtherProtocol);
     };
     if is_for_ingress(flow.entry().direction) != (side == Side::In) {

@@ -38,6 +38,7 @@ mod family;
 mod flow;
 mod fragment;
 mod icmp;
+mod known;
 mod maps;
 mod masquerade;
 mod opaque;

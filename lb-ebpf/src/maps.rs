@@ -11,6 +11,7 @@ use aya_ebpf::{
 use lb_common::{
     Addr4, Addr6,
     flow::{FlowEntry, Tuple},
+    known::{KNOWN_BITS, Known},
     names::size,
     node::{
         Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, RARE_BITS, ROUTE_BITS,
@@ -74,6 +75,11 @@ pub static FLOWS6: Flows<Addr6> = Flows::new();
 pub static YOUNG4: Young<Addr4> = Young::new();
 #[btf_map(name = "klb_young6")]
 pub static YOUNG6: Young<Addr6> = Young::new();
+
+/// By a hash of an address and port → when a packet of a flow was last seen to and
+/// from there; the packet programs.
+#[btf_map(name = "klb_known")]
+pub static KNOWN: Array<Known, { 1 << KNOWN_BITS }> = Array::new();
 
 /// Client and Service port → backend; all programs.
 #[btf_map(name = "klb_affin4")]

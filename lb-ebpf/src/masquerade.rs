@@ -12,7 +12,7 @@ use lb_common::{
 use crate::{
     config,
     family::Family,
-    flow,
+    flow, known,
     maps::PORT_CURSORS,
     open::{Opening, device, link_peer},
     packet::Packet,
@@ -69,6 +69,7 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
 #[inline(always)]
 fn link_client<F: Family>(work: &Opening<F::Addr>) -> Reason {
     let _ = F::flows().remove(&work.key);
+    known::note(&work.key, MASQUERADE, work.now);
     let inserted = F::young().insert(&work.key, &work.entry, u64::from(BPF_ANY));
     if inserted.is_err() {
         flow::remove_entry::<F>(&work.peer_key);

@@ -17,6 +17,7 @@ use crate::{
     config, direct,
     family::Family,
     flow::{self, is_in_use},
+    known,
     maps::{DEVICES, SCRATCH, Scratch},
     masquerade,
     packet::Packet,
@@ -220,6 +221,7 @@ fn try_open<P: Packet, F: Family>(port: Port, work: &mut Opening<F::Addr>) -> Re
     } else {
         work.entry.flags &= !FLOW_MASQUERADED;
     }
+    known::note(&work.key, FORWARD, work.now);
     match F::young().insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)) {
         Ok(()) => {}
         // The next packet of the same flow was faster on another CPU.
@@ -277,6 +279,7 @@ fn begin_entry<A: Address>(work: &mut Opening<A>) {
 pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
     work.peer_key = work.entry.peer_key(work.key.protocol);
     work.peer = work.entry.mirrored(&work.key);
+    known::note(&work.peer_key, work.peer.direction, work.now);
     match F::young().insert(&work.peer_key, &work.peer, u64::from(BPF_NOEXIST)) {
         // One that is confirmed counts before it, so nobody has seen it yet.
         Ok(()) if !is_confirmed::<F>(&work.peer_key) => Reason::NewFlow,

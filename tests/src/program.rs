@@ -26,6 +26,7 @@ use aya::{
 use lb_common::{
     Addr4, Addr6, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
+    known::{self, Known},
     names,
     node::{CONFIG_BYPASS, Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, RARE_BITS},
     reason::counter_index,
@@ -95,6 +96,7 @@ pub fn load() -> Ebpf {
             names::PORT_CURSORS,
             names::ANSWERS,
             names::RARE,
+            names::KNOWN,
             names::ROUTES4,
             names::ROUTES6,
             names::EARLY,
@@ -208,6 +210,14 @@ impl Datapath {
     pub fn new() -> Self {
         let free = LOADED.lock().unwrap_or_else(PoisonError::into_inner).pop();
         Self::of(free.unwrap_or_else(|| load_packet_programs(load())), false)
+    }
+
+    /// With maps that no test has used before.
+    ///
+    /// # Panics
+    /// If the kernel refuses a program.
+    pub fn of_new_maps() -> Self {
+        Self::of(load_packet_programs(load()), false)
     }
 
     /// With maps of the size that they have without a flag.
@@ -712,6 +722,19 @@ impl Datapath {
         }
     }
 
+    /// What is known of flows to and from an address and port.
+    pub fn known(&mut self, end: SocketAddr) -> Known {
+        let map: Array<_, Known> = self.map(names::KNOWN).try_into().expect("an array");
+        map.get(&known_place(end), 0)
+            .expect("an index within the map")
+    }
+
+    /// Changes that.
+    pub fn change_known(&mut self, end: SocketAddr, change: impl FnOnce(Known) -> Known) {
+        let known = change(self.known(end));
+        set(self.map(names::KNOWN), known_place(end), known);
+    }
+
     /// Removes the entries of one direction, as the LRU may.
     pub fn evict(&mut self, direction: u8) {
         for (v4, v6) in FLOW_TABLES {
@@ -728,6 +751,14 @@ impl Datapath {
         self.ebpf_mut()
             .map_mut(name)
             .unwrap_or_else(|| panic!("no map {name} in the object"))
+    }
+}
+
+fn known_place(end: SocketAddr) -> u32 {
+    let port = Port::from(end.port());
+    match end.ip() {
+        IpAddr::V4(addr) => known::place(&Addr4::from(addr), port),
+        IpAddr::V6(addr) => known::place(&Addr6::from(addr), port),
     }
 }
 

@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 
 use super::{
     features::Features,
+    known,
     pins::{LockError, Pins, PinsLock},
 };
 use crate::args::MapSizes;
@@ -59,6 +60,8 @@ pub enum LoadError {
     Locked(#[from] LockError),
     #[error("loading the BPF object")]
     Object(#[source] EbpfError),
+    #[error(transparent)]
+    Write(#[from] super::MapError),
     #[error("map {name}")]
     Map {
         name: &'static str,
@@ -152,6 +155,9 @@ fn mount_bpffs(path: &Path) -> io::Result<()> {
 
 /// Makes the maps that are not pinned yet, and opens the others.
 ///
+/// Where flows are pinned and what is known of them is not (an older klb had no
+/// such map), programs are told to look for a flow of whatever comes.
+///
 /// The pin folder must be there ([`prepare_pins`]), and the limit be raised
 /// ([`raise_memlock_limit`]).
 pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Ebpf, LoadError> {
@@ -164,7 +170,12 @@ pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Eb
             loader.map_max_entries(name, entries);
         }
     }
+    let is_pinned = |name| pins.map(name).exists();
+    let knows_less = is_pinned(names::FLOWS4) && !is_pinned(names::KNOWN);
     let ebpf = loader.load(OBJECT).map_err(LoadError::Object)?;
+    if knows_less {
+        known::believe_all(&ebpf)?;
+    }
     for name in names::MAPS {
         warn_of_other_size(pins, sizes, name)?;
     }

@@ -11,6 +11,7 @@ pub mod features;
 pub mod gather;
 pub mod inspect;
 pub mod kernel;
+mod known;
 pub mod layouts;
 pub mod load;
 pub mod memory;

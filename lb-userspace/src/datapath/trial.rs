@@ -33,6 +33,7 @@ use super::{
     MapError,
     features::Features,
     kernel::{Client, map_error, monotonic_seconds, typed},
+    known,
     load::{self, LoadError, open_map},
     pins::Pins,
 };
@@ -165,6 +166,7 @@ impl Trial {
             verified: BTreeSet::new(),
         };
         flows.copy_to(&mut this)?;
+        known::believe_all(&this.ebpf)?;
         COPIED
             .into_iter()
             .try_for_each(|name| this.copy_numbers(pins, name))?;
@@ -372,6 +374,7 @@ mod tests {
             names::EARLY6,
             names::EARLY,
             names::RARE,
+            names::KNOWN,
             names::SOCKETS4,
             names::SOCKETS6,
             names::ROUTES4,

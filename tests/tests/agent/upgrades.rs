@@ -2,8 +2,9 @@
 //! layout is to this klb, a pin folder with another name is as well: neither
 //! reads what is in there.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
+use lb_common::names;
 use lb_tests::{
     agent::Hooks,
     topology::Family,
@@ -27,7 +28,7 @@ fn layout(world: &mut World, name: &str) {
 /// Layouts that something is pinned for.
 fn pinned(world: &World) -> Vec<String> {
     let bpffs = world.agent.pins();
-    let folders = std::fs::read_dir(bpffs.parent().expect("a folder of layouts"));
+    let folders = fs::read_dir(bpffs.parent().expect("a folder of layouts"));
     let names = folders.expect("readable").map(|folder| {
         let name = folder.expect("readable").file_name();
         name.to_string_lossy().into_owned()
@@ -81,6 +82,20 @@ fn with_filters() {
 #[test]
 fn with_generic_xdp() {
     to_another_layout_and_back(Hooks::XDP_GENERIC);
+}
+
+/// A klb without that map has pinned the flows.
+#[test]
+fn from_a_klb_that_did_not_note_what_has_flows() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.start();
+    let streams = Streams::start(&world);
+    streams.go_on();
+    world.agent.terminate();
+    fs::remove_file(world.agent.pins().join(names::KNOWN)).expect("it is pinned");
+    world.agent.start();
+    streams.go_on();
+    streams.assert_flawless();
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod budget;
 mod direct;
 mod headers;
 mod icmp;
+mod known;
 mod lifecycle;
 mod lookups;
 mod masquerade;

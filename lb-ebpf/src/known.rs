@@ -1,0 +1,83 @@
+//! Which packets may be of a flow. Those that are of none, which on most nodes are
+//! most, are spared two lookups in large tables, of buckets that no cache holds.
+
+use lb_common::{
+    Address, Port,
+    flow::{Tuple, is_from_client},
+    known::{Known, place},
+};
+
+use crate::{clock, config, maps::KNOWN};
+
+/// Notes that there is a flow with this key, whose entry has this direction. To be
+/// called before the entry is written, and whenever its time is: seldom, so it is
+/// not inlined.
+#[inline(never)]
+pub fn note<A: Address>(key: &Tuple<A>, direction: u8, now: u32) {
+    if is_from_client(direction) {
+        if let Some(entry) = entry(&key.dst, key.dst_port) {
+            // SAFETY: one store of a number, of which every later one will do.
+            unsafe { (*entry).to = now };
+        }
+    } else if let Some(entry) = entry(&key.src, key.src_port) {
+        // SAFETY: as before.
+        unsafe { (*entry).from = now };
+    }
+}
+
+/// The time, in seconds of the monotonic clock, if there may be a flow with this
+/// key. If not there is none, or none that has not been silent for too long.
+#[inline(always)]
+pub fn now_if_flow<A: Address>(key: &Tuple<A>) -> Option<u32> {
+    let to = last(&key.dst, key.dst_port).to;
+    if to != 0 {
+        let now = clock::seconds();
+        if is_recent(to, now) {
+            return Some(now);
+        }
+    }
+    let from = last(&key.src, key.src_port).from;
+    if from == 0 {
+        return None;
+    }
+    let now = clock::seconds();
+    is_recent(from, now).then_some(now)
+}
+
+/// Whether a flow may ever have had packets to or from where this one is sent.
+#[inline(always)]
+pub fn is_server<A: Address>(key: &Tuple<A>) -> bool {
+    let last = last(&key.dst, key.dst_port);
+    last.to | last.from != 0
+}
+
+/// Whether there may be a flow whose answers have this key.
+#[inline(always)]
+pub fn may_be_answer<A: Address>(key: &Tuple<A>) -> bool {
+    let from = last(&key.src, key.src_port).from;
+    from != 0 && is_recent(from, clock::seconds())
+}
+
+#[inline(always)]
+fn last<A: Address>(addr: &A, port: Port) -> Known {
+    // SAFETY: each of its numbers is one load.
+    entry(addr, port).map_or(Known { to: 0, from: 0 }, |entry| unsafe { *entry })
+}
+
+#[inline(always)]
+fn entry<A: Address>(addr: &A, port: Port) -> Option<*mut Known> {
+    KNOWN.get_ptr_mut(place(addr, port))
+}
+
+/// Whether a flow may have lasted since.
+#[inline(always)]
+fn is_recent(noted: u32, now: u32) -> bool {
+    if noted == now {
+        return true;
+    }
+    let [a, b, c, d, e, f, g] = *config::timeouts();
+    let longest = a.max(b).max(c).max(d).max(e).max(f).max(g);
+    // Signed: another CPU's time may be later than this one's.
+    let silent = now.wrapping_sub(noted).cast_signed();
+    noted != 0 && silent <= longest.cast_signed()
+}
