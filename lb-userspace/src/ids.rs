@@ -70,62 +70,80 @@ impl Numbers {
 #[derive(Clone, Debug)]
 pub struct BackendIds {
     numbers: Numbers,
-    /// What `klb_backend` holds, without zeros.
-    values: BTreeMap<u32, u32>,
+    /// What `klb_backend` holds, by id: 0 for one that never lived.
+    values: Vec<u32>,
 }
 
 impl BackendIds {
     /// From the content of the map and its number of entries.
     pub fn new(values: BTreeMap<u32, u32>, capacity: u32) -> Self {
-        Self {
+        let mut this = Self {
             numbers: Numbers::new(capacity),
-            values,
+            values: Vec::new(),
+        };
+        for (id, value) in values {
+            this.set(id, value);
         }
+        this
     }
 
     /// What the map should hold, without zeros.
-    pub const fn values(&self) -> &BTreeMap<u32, u32> {
-        &self.values
+    pub fn values(&self) -> impl Iterator<Item = (u32, u32)> {
+        let values = (0..).zip(self.values.iter().copied());
+        values.filter(|(_, value)| *value != 0)
+    }
+
+    /// 0 for an id that never lived.
+    fn value(&self, id: u32) -> u32 {
+        self.values.get(id as usize).copied().unwrap_or(0)
+    }
+
+    fn set(&mut self, id: u32, value: u32) {
+        let place = id as usize;
+        if place >= self.values.len() {
+            self.values.resize(place + 1, 0);
+        }
+        self.values[place] = value;
     }
 
     /// Takes in that somebody else wrote a backend, who has been ended.
     pub fn learn(&mut self, backend: BackendRef) {
         let dead = backend.generation.wrapping_add(1);
-        self.values.insert(backend.id, dead);
+        self.set(backend.id, dead);
     }
 
     /// Takes back a backend that a slot names; `false` if it does not live, or
     /// has been taken already.
     pub fn adopt(&mut self, backend: BackendRef) -> bool {
         is_living(backend.generation)
-            && self.values.get(&backend.id) == Some(&backend.generation)
+            && self.value(backend.id) == backend.generation
             && self.numbers.reserve(backend.id)
     }
 
     /// Ids that live in the map and that nobody has adopted.
     pub fn strays(&self) -> Vec<BackendRef> {
         let mut numbers = self.numbers.clone();
-        let living = self.values.iter().filter(|(_, value)| is_living(**value));
+        let living = self.values().filter(|(_, value)| is_living(*value));
         living
-            .filter(|(id, _)| numbers.reserve(**id))
-            .map(|(&id, &generation)| BackendRef { id, generation })
+            .filter(|(id, _)| numbers.reserve(*id))
+            .map(|(id, generation)| BackendRef { id, generation })
             .collect()
     }
 
     /// A backend that never was. It lives once the map says so.
     pub fn take(&mut self) -> Option<BackendRef> {
         let id = self.numbers.take()?;
-        let last = self.values.get(&id).copied().unwrap_or(0);
+        let last = self.value(id);
         // The next odd number.
         let generation = (last | 1).wrapping_add(if is_living(last) { 2 } else { 0 });
-        self.values.insert(id, generation);
+        self.set(id, generation);
         Some(BackendRef { id, generation })
     }
 
     /// Ends a life; returns what the map must say.
     pub fn end(&mut self, backend: BackendRef) -> u32 {
         let dead = backend.generation.wrapping_add(1);
-        self.values.insert(backend.id, dead);
+        self.set(backend.id, dead);
         self.numbers.release(backend.id);
         dead
     }

@@ -15,7 +15,7 @@ mod values;
 mod verify;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
@@ -25,10 +25,10 @@ use ipnet::IpNet;
 use lb_common::{
     flow::UDP,
     names,
-    service::{BackendRef, FRONTEND_REFUSE, ServiceEntry, ServiceMeta},
+    service::{BackendRef, FRONTEND_REFUSE, ServiceEntry},
 };
 
-use self::values::{cover, meta, ordered_slots, slots, wanted_backends};
+use self::values::{Known, Windows, cover, meta, place_of, wanted_backends};
 pub(crate) use self::values::{entry, parked, table_size};
 pub use self::verify::Drift;
 use crate::{
@@ -61,10 +61,12 @@ pub struct Reconciler<M> {
     ended: bool,
     /// Frontends of UDP that were not there before this batch.
     begun: Vec<SocketAddr>,
-    /// What the service maps hold.
-    entries: BTreeMap<FrontendKey, ServiceEntry>,
-    /// In boxes: the nodes of such a map are half empty.
-    ports: BTreeMap<PortId, Box<PortState>>,
+    /// What the service maps hold. By hashes, as the ports are: a start asks for
+    /// each several times, and comparing its way through a tree takes longer
+    /// than all else that is done here.
+    entries: HashMap<FrontendKey, ServiceEntry>,
+    /// What is in the maps for the ports of a Service; none without any.
+    ports: HashMap<NamespacedName, Vec<PortState>>,
     service_ids: Numbers,
     backend_ids: BackendIds,
     slots: BTreeMap<Family, FreeRanges>,
@@ -77,22 +79,18 @@ pub struct Reconciler<M> {
     strays: Strays,
 }
 
-/// Names a Service port, across restarts.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct PortId {
-    service: NamespacedName,
-    name: String,
-    protocol: Protocol,
-}
-
-/// What is in the maps for one Service port.
+/// What is in the maps for one Service port. Its lists are short as a rule, and
+/// kept in order.
 #[derive(Debug)]
 struct PortState {
+    /// With the Service's and the protocol it names the port, across restarts.
+    name: Box<str>,
+    protocol: Protocol,
     id: u32,
-    /// As the map has it; `None` until it has one.
-    meta: Option<ServiceMeta>,
-    frontends: BTreeSet<FrontendKey>,
-    backends: BTreeMap<SocketAddr, BackendRef>,
+    /// The number by which the map names it; `None` until it does.
+    port: Option<u16>,
+    frontends: Vec<FrontendKey>,
+    backends: Vec<Known>,
     ranges: Vec<Range>,
     /// Who may use the frontends that are marked so.
     sources: BTreeSet<IpNet>,
@@ -104,7 +102,7 @@ struct PortState {
 struct Range {
     family: Family,
     first: u32,
-    slots: Vec<SlotValue>,
+    slots: Box<[SlotValue]>,
     /// An entry has led here, so it rests before it is used again.
     rests: bool,
 }
@@ -148,13 +146,12 @@ pub struct Report {
 impl<M: Maps> Reconciler<M> {
     /// The Services of which something is in the maps.
     pub fn services(&self) -> BTreeSet<NamespacedName> {
-        self.ports.keys().map(|port| port.service.clone()).collect()
+        self.ports.keys().cloned().collect()
     }
 
     /// The frontends that a Service has in the maps.
     pub fn frontends(&self, service: &NamespacedName) -> BTreeSet<FrontendKey> {
-        let ids = self.ports_of(service).into_iter();
-        let ports = ids.filter_map(|id| self.ports.get(&id));
+        let ports = self.ports.get(service).into_iter().flatten();
         let frontends = ports.flat_map(|port| port.frontends.iter().map(|key| (port.id, *key)));
         frontends
             .filter(|(id, key)| {
@@ -208,6 +205,10 @@ impl<M: Maps> Reconciler<M> {
         if !is_first || plans.len() < MANY {
             return (self.add_each(plans), false);
         }
+        let frontends = plans.iter().flat_map(|plan| &plan.ports);
+        let frontends = frontends.map(|port| port.frontends.len()).sum();
+        self.entries.reserve(frontends);
+        self.ports.reserve(plans.len());
         self.maps.gather();
         let added = self.add_each(plans);
         let Err(error) = self.maps.flush() else {
@@ -255,27 +256,51 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
+    /// Does something to the states of a Service's ports. Whatever comes of it, what
+    /// is in the maps then is in the states.
+    fn with_ports<T>(
+        &mut self,
+        service: &NamespacedName,
+        action: impl FnOnce(&mut Self, &mut Vec<PortState>) -> T,
+    ) -> T {
+        let mut ports = self.ports.remove(service).unwrap_or_default();
+        let result = action(self, &mut ports);
+        if !ports.is_empty() {
+            self.ports.insert(service.clone(), ports);
+        }
+        result
+    }
+
     /// What is said of addresses comes last: it refuses every port that has no
     /// frontend, and those of the Service are to have theirs by then.
     fn add_service(&mut self, plan: &ServicePlan) -> Result<(), MapError> {
-        let mut addresses = Vec::new();
-        for port in &plan.ports {
-            let id = PortId::new(&plan.service, &port.port);
-            let mut state = if let Some(state) = self.ports.remove(&id) {
-                state
-            } else {
-                let number = self.service_ids.take();
-                Box::new(PortState::new(number.ok_or_else(|| full(names::META))?))
-            };
-            // What was written is in `state`, also if the rest fails.
-            let result = self.add_port(&id, port, &mut state, &mut addresses);
-            self.ports.insert(id, state);
-            result?;
-        }
+        let addresses = self.with_ports(&plan.service, |this, ports| {
+            let mut addresses = Vec::new();
+            ports.reserve_exact(plan.ports.len().saturating_sub(ports.len()));
+            for port in &plan.ports {
+                let place = this.place_of_port(&port.port, ports)?;
+                this.add_port(&plan.service, port, &mut ports[place], &mut addresses)?;
+            }
+            Ok(addresses)
+        })?;
         for (key, entry) in addresses {
             self.put_entry(key, entry)?;
         }
         Ok(())
+    }
+
+    /// Where the state of a port is, which gets one if it has none.
+    fn place_of_port(
+        &mut self,
+        port: &ServicePort,
+        ports: &mut Vec<PortState>,
+    ) -> Result<usize, MapError> {
+        if let Some(place) = ports.iter().position(|state| state.is_of(port)) {
+            return Ok(place);
+        }
+        let id = self.service_ids.take().ok_or_else(|| full(names::META))?;
+        ports.push(PortState::new(&port.name, port.protocol, id));
+        Ok(ports.len() - 1)
     }
 
     /// Writes an entry, unless it is there; tells whether it did.
@@ -293,40 +318,53 @@ impl<M: Maps> Reconciler<M> {
 
     fn add_port(
         &mut self,
-        id: &PortId,
+        service: &NamespacedName,
         plan: &PortPlan,
         state: &mut PortState,
         addresses: &mut Vec<(FrontendKey, ServiceEntry)>,
     ) -> Result<(), MapError> {
-        for backend in wanted_backends(plan) {
-            if let Entry::Vacant(place) = state.backends.entry(backend) {
-                place.insert(self.add_backend()?);
-            }
-        }
-        let mut entries = Vec::new();
+        self.add_backends(plan, state)?;
+        let mut entries = Vec::with_capacity(plan.frontends.len());
+        let mut windows = Windows::default();
         for frontend in &plan.frontends {
             if frontend.flags & FRONTEND_REFUSE != 0 {
                 self.widen_network(frontend.key.addr)?;
             }
-            entries.push((frontend.key, self.add_ranges(frontend, plan, state)?));
+            let entry = self.add_ranges(frontend, plan, &mut windows, state)?;
+            entries.push((frontend.key, entry));
         }
         for range in plan.sources.difference(&state.sources.clone()) {
             self.write(|maps| maps.put_range(state.id, *range))?;
             state.sources.insert(*range);
         }
-        let meta = meta(id, &plan.port).ok_or_else(|| full(names::META))?;
-        if state.meta != Some(meta) {
+        if state.port != Some(plan.port.port) {
+            let meta = meta(service, &state.name, state.protocol, plan.port.port);
+            let meta = meta.ok_or_else(|| full(names::META))?;
             self.write(|maps| maps.put_meta(state.id, &meta))?;
-            state.meta = Some(meta);
+            state.port = Some(plan.port.port);
         }
+        state.frontends.reserve_exact(entries.len());
         for (key, entry) in entries {
-            state.frontends.insert(key);
+            state.has_frontend(key);
             if key.is_address() {
                 // A little early: its range rests, though no packet goes by it yet.
                 state.led_by(&key, &entry);
                 addresses.push((key, entry));
             } else if self.put_entry(key, entry)? {
                 state.led_by(&key, &entry);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_backends(&mut self, plan: &PortPlan, state: &mut PortState) -> Result<(), MapError> {
+        let wanted = wanted_backends(plan);
+        let more = wanted.len().saturating_sub(state.backends.len());
+        state.backends.reserve_exact(more);
+        for addr in wanted {
+            if let Err(place) = place_of(&state.backends, addr) {
+                let backend = self.add_backend()?;
+                state.backends.insert(place, (addr, backend));
             }
         }
         Ok(())
@@ -357,10 +395,11 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// The entry of a frontend, once the ranges are there that it leads to.
-    fn add_ranges(
+    fn add_ranges<'a>(
         &mut self,
-        frontend: &FrontendPlan,
+        frontend: &'a FrontendPlan,
         plan: &PortPlan,
+        windows: &mut Windows<'a>,
         state: &mut PortState,
     ) -> Result<ServiceEntry, MapError> {
         let family = Family::of(frontend.key.addr);
@@ -368,20 +407,17 @@ impl<M: Maps> Reconciler<M> {
         let now = now.unwrap_or_default();
         let mut entry = entry(frontend, plan.choice, state.id);
 
-        let mut outer = slots(&frontend.backends, plan.choice, &state.backends);
-        entry.slot_count = length(&outer);
-        let parked = ordered_slots(&parked(frontend, &plan.alive), &state.backends);
-        entry.parked = u16::try_from(parked.len()).unwrap_or(u16::MAX);
-        outer.extend(parked);
-        entry.first_slot = self.add_range(family, outer, now.first_slot, state)?;
+        let outer = windows.outer(frontend, plan, &state.backends);
+        entry.parked = outer.parked;
+        entry.slot_count = length(&outer.slots) - u32::from(outer.parked);
+        entry.first_slot = self.add_range(family, &outer.slots, now.first_slot, state)?;
 
         (entry.inner_first_slot, entry.inner_slot_count) = match &frontend.inner {
             None => (entry.first_slot, entry.slot_count),
             Some(inner) => {
-                let inner = slots(inner, plan.choice, &state.backends);
-                let count = length(&inner);
+                let inner = windows.inner(inner, plan.choice, &state.backends);
                 let first = self.add_range(family, inner, now.inner_first_slot, state)?;
-                (first, count)
+                (first, length(inner))
             }
         };
         Ok(entry)
@@ -392,7 +428,7 @@ impl<M: Maps> Reconciler<M> {
     fn add_range(
         &mut self,
         family: Family,
-        slots: Vec<SlotValue>,
+        slots: &[SlotValue],
         now: u32,
         state: &mut PortState,
     ) -> Result<u32, MapError> {
@@ -400,7 +436,7 @@ impl<M: Maps> Reconciler<M> {
             return Ok(0);
         }
         let same = state.ranges.iter();
-        let same = same.filter(|range| range.family == family && range.slots.starts_with(&slots));
+        let same = same.filter(|range| range.family == family && range.slots.starts_with(slots));
         if let Some(range) = same.max_by_key(|range| range.first == now) {
             return Ok(range.first);
         }
@@ -408,12 +444,12 @@ impl<M: Maps> Reconciler<M> {
             Family::V4 => names::SLOTS4,
             Family::V6 => names::SLOTS6,
         };
-        let count = length(&slots);
+        let count = length(slots);
         let free = self.slots.get_mut(&family);
         let first = free
             .and_then(|free| free.take(count))
             .ok_or_else(|| full(map))?;
-        for (index, slot) in (first..).zip(&slots) {
+        for (index, slot) in (first..).zip(slots) {
             let result = self.write(|maps| maps.put_slot(family, index, slot));
             if let Err(error) = result {
                 // No entry leads here yet, so the range need not rest.
@@ -428,138 +464,110 @@ impl<M: Maps> Reconciler<M> {
         state.ranges.push(Range {
             family,
             first,
-            slots,
+            slots: slots.into(),
             rests: false,
         });
         Ok(first)
     }
 
-    /// The ports of a Service that have something in the maps.
-    fn ports_of(&self, service: &NamespacedName) -> Vec<PortId> {
-        let first = PortId {
-            service: service.clone(),
-            name: String::new(),
-            protocol: Protocol::Tcp,
-        };
-        let ports = self.ports.range(first..).map(|(id, _)| id);
-        ports
-            .take_while(|id| id.service == *service)
-            .cloned()
-            .collect()
-    }
-
     /// Removes the Service's frontends that its plan does not have. Returns
     /// whether there were any.
     fn remove_frontends(&mut self, plan: &ServicePlan) -> Result<bool, MapError> {
-        let wanted: BTreeSet<_> = plan
-            .ports
-            .iter()
-            .flat_map(|port| port.frontends.iter().map(|frontend| frontend.key))
-            .collect();
-        let mut removed = false;
-        for id in self.ports_of(&plan.service) {
-            let Some(mut state) = self.ports.remove(&id) else {
-                continue;
-            };
-            let unwanted: Vec<_> = state.frontends.difference(&wanted).copied().collect();
-            let mut result = Ok(());
-            for key in unwanted {
-                result = self.delete_frontend(key, state.id);
-                if result.is_err() {
-                    break;
-                }
-                state.frontends.remove(&key);
-                removed = true;
+        let wanted = plan.ports.iter().flat_map(|port| &port.frontends);
+        let wanted: BTreeSet<_> = wanted.map(|frontend| frontend.key).collect();
+        self.with_ports(&plan.service, |this, ports| {
+            let mut removed = false;
+            for state in ports {
+                let before = state.frontends.len();
+                this.keep_frontends(state, &wanted)?;
+                removed |= state.frontends.len() < before;
             }
-            self.ports.insert(id, state);
-            result?;
-        }
-        Ok(removed)
+            Ok(removed)
+        })
+    }
+
+    /// Removes the port's frontends that are not among the wanted.
+    fn keep_frontends(
+        &mut self,
+        state: &mut PortState,
+        wanted: &BTreeSet<FrontendKey>,
+    ) -> Result<(), MapError> {
+        let id = state.id;
+        remove_if(&mut state.frontends, |key| {
+            (!wanted.contains(key)).then(|| self.delete_frontend(*key, id))
+        })
     }
 
     /// Removes what the Service has and its plan does not say.
     fn remove_rest(&mut self, plan: &ServicePlan, now: Instant) -> Result<(), MapError> {
-        let ids = self.ports_of(&plan.service);
-        for id in ids {
-            let mut ports = plan.ports.iter();
-            let port = ports.find(|port| PortId::new(&plan.service, &port.port) == id);
-            let Some(mut state) = self.ports.remove(&id) else {
-                continue;
-            };
-            let result = self.remove_from_port(id.protocol, port, &mut state, now);
-            if port.is_none() && result.is_ok() {
-                self.service_ids.release(state.id);
-            } else {
-                self.ports.insert(id, state);
-            }
-            result?;
-        }
-        Ok(())
+        self.with_ports(&plan.service, |this, ports| {
+            remove_if(ports, |state| {
+                let port = plan.ports.iter().find(|port| state.is_of(&port.port));
+                let result = this.remove_from_port(port, state, now);
+                match result {
+                    Ok(()) if port.is_some() => None,
+                    Ok(()) => {
+                        this.service_ids.release(state.id);
+                        Some(Ok(()))
+                    }
+                    Err(error) => Some(Err(error)),
+                }
+            })
+        })
     }
 
     fn remove_from_port(
         &mut self,
-        protocol: Protocol,
         plan: Option<&PortPlan>,
         state: &mut PortState,
         now: Instant,
     ) -> Result<(), MapError> {
-        let frontends = plan
-            .map(|plan| plan.frontends.as_slice())
-            .unwrap_or_default();
-        let wanted: BTreeSet<_> = frontends.iter().map(|frontend| frontend.key).collect();
-        for key in state.frontends.difference(&wanted) {
-            self.delete_frontend(*key, state.id)?;
-        }
-        state.frontends = wanted;
+        let frontends = plan.into_iter().flat_map(|plan| &plan.frontends);
+        let wanted = frontends.map(|frontend| frontend.key).collect();
+        self.keep_frontends(state, &wanted)?;
         let wanted = plan.map(|plan| plan.sources.clone()).unwrap_or_default();
         for range in &state.sources.clone() - &wanted {
             self.write(|maps| maps.delete_range(state.id, range))?;
             state.sources.remove(&range);
         }
-        if plan.is_none() && state.meta.is_some() {
+        if plan.is_none() && state.port.is_some() {
             self.write(|maps| maps.delete_meta(state.id))?;
-            state.meta = None;
+            state.port = None;
         }
         let wanted = plan.map(wanted_backends).unwrap_or_default();
-        let unwanted: Vec<_> = state.backends.keys().copied().collect();
-        for addr in unwanted.into_iter().filter(|addr| !wanted.contains(addr)) {
-            if let Some(backend) = state.backends.get(&addr).copied() {
-                self.end_backend(backend)?;
-                self.ended |= protocol == Protocol::Udp;
-                state.backends.remove(&addr);
-            }
-        }
+        self.keep_backends(state, |addr| wanted.binary_search(addr).is_ok())?;
         self.retire_unused(state, now);
         Ok(())
+    }
+
+    /// Ends the port's backends that are not wanted.
+    fn keep_backends(
+        &mut self,
+        state: &mut PortState,
+        is_wanted: impl Fn(&SocketAddr) -> bool,
+    ) -> Result<(), MapError> {
+        let protocol = state.protocol;
+        remove_if(&mut state.backends, |(addr, backend)| {
+            (!is_wanted(addr)).then(|| {
+                self.end_backend(*backend)?;
+                self.ended |= protocol == Protocol::Udp;
+                Ok(())
+            })
+        })
     }
 
     /// Gives back what a change that failed has left of a Service: what no entry
     /// leads to. What is in force stays.
     fn shed(&mut self, service: &NamespacedName, now: Instant) -> Result<(), MapError> {
-        for id in self.ports_of(service) {
-            let Some(mut state) = self.ports.remove(&id) else {
-                continue;
-            };
-            self.retire_unused(&mut state, now);
-            let result = self.end_unnamed(id.protocol, &mut state);
-            self.ports.insert(id, state);
-            result?;
-        }
-        Ok(())
-    }
-
-    /// Ends the backends that no slot of the port names.
-    fn end_unnamed(&mut self, protocol: Protocol, state: &mut PortState) -> Result<(), MapError> {
-        let slots = state.ranges.iter().flat_map(|range| &range.slots);
-        let named: BTreeSet<_> = slots.map(|slot| slot.addr).collect();
-        let backends = state.backends.clone().into_iter();
-        for (addr, backend) in backends.filter(|(addr, _)| !named.contains(addr)) {
-            self.end_backend(backend)?;
-            self.ended |= protocol == Protocol::Udp;
-            state.backends.remove(&addr);
-        }
-        Ok(())
+        self.with_ports(service, |this, ports| {
+            for state in ports {
+                this.retire_unused(state, now);
+                let slots = state.ranges.iter().flat_map(|range| &range.slots);
+                let named: BTreeSet<_> = slots.map(|slot| slot.addr).collect();
+                this.keep_backends(state, |addr| named.contains(addr))?;
+            }
+            Ok(())
+        })
     }
 
     /// Retires the ranges that none of the port's entries leads to.
@@ -611,7 +619,8 @@ impl<M: Maps> Reconciler<M> {
         if self.strays.is_empty() {
             return Ok(());
         }
-        let owners: BTreeSet<u32> = self.ports.values().map(|port| port.id).collect();
+        let ports = self.ports.values().flatten();
+        let owners: BTreeSet<u32> = ports.map(|port| port.id).collect();
         while let Some(key) = self.strays.frontends.first().copied() {
             // A port that got this frontend since has written over the entry.
             let owner = self.entries.get(&key).map(|entry| entry.service);
@@ -633,9 +642,9 @@ impl<M: Maps> Reconciler<M> {
             }
             self.strays.metas.remove(&id);
         }
-        let ports = self.ports.values();
+        let ports = self.ports.values().flatten();
         let used: BTreeSet<u32> = ports
-            .flat_map(|port| port.backends.values().map(|backend| backend.id))
+            .flat_map(|port| port.backends.iter().map(|(_, backend)| backend.id))
             .collect();
         while let Some(backend) = self.strays.backends.last().copied() {
             if !used.contains(&backend.id) {
@@ -657,25 +666,27 @@ impl<M: Maps> Reconciler<M> {
     }
 }
 
-impl PortId {
-    fn new(service: &NamespacedName, port: &ServicePort) -> Self {
-        Self {
-            service: service.clone(),
-            name: port.name.clone(),
-            protocol: port.protocol,
-        }
-    }
-}
-
 impl PortState {
-    const fn new(id: u32) -> Self {
+    fn new(name: &str, protocol: Protocol, id: u32) -> Self {
         Self {
+            name: name.into(),
+            protocol,
             id,
-            meta: None,
-            frontends: BTreeSet::new(),
-            backends: BTreeMap::new(),
+            port: None,
+            frontends: Vec::new(),
+            backends: Vec::new(),
             ranges: Vec::new(),
             sources: BTreeSet::new(),
+        }
+    }
+
+    fn is_of(&self, port: &ServicePort) -> bool {
+        *self.name == *port.name && self.protocol == port.protocol
+    }
+
+    fn has_frontend(&mut self, key: FrontendKey) {
+        if let Err(place) = self.frontends.binary_search(&key) {
+            self.frontends.insert(place, key);
         }
     }
 
@@ -707,6 +718,29 @@ impl Strays {
             && metas.is_empty()
             && backends.is_empty()
     }
+}
+
+/// Takes out of a list what was removed, which `remove` tells: `None` of what stays.
+/// The first that cannot be removed stays too, and so does all behind it.
+fn remove_if<T>(
+    list: &mut Vec<T>,
+    mut remove: impl FnMut(&mut T) -> Option<Result<(), MapError>>,
+) -> Result<(), MapError> {
+    let mut result = Ok(());
+    list.retain_mut(|item| {
+        if result.is_err() {
+            return true;
+        }
+        match remove(item) {
+            None => true,
+            Some(Ok(())) => false,
+            Some(Err(error)) => {
+                result = Err(error);
+                true
+            }
+        }
+    });
+    result
 }
 
 /// Where the ranges begin that an entry leads to.

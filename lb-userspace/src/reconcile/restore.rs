@@ -2,13 +2,16 @@
 
 use std::{cmp::Reverse, collections::BTreeSet};
 
-use lb_common::service::FRONTEND_REFUSE;
+use lb_common::service::{FRONTEND_REFUSE, ServiceMeta};
 
 use super::{
-    BTreeMap, BackendIds, Family, FreeRanges, FrontendKey, MapError, Maps, Numbers, PortId,
-    PortState, Range, Reconciler, SERVICE_IDS, ServiceEntry, Strays,
-    values::{cover, port_id},
+    BTreeMap, BackendIds, Family, FreeRanges, FrontendKey, HashMap, MapError, Maps, NamespacedName,
+    Numbers, PortState, Protocol, Range, Reconciler, SERVICE_IDS, ServiceEntry, Strays,
+    values::{cover, meta, place_of},
 };
+
+/// Where the state of a Service port is: whose, and which of the Service's.
+type Owner = (NamespacedName, usize);
 
 /// Slots that an entry leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,8 +35,8 @@ impl<M: Maps> Reconciler<M> {
             writes: 0,
             ended: false,
             begun: Vec::new(),
-            entries: BTreeMap::new(),
-            ports: BTreeMap::new(),
+            entries: HashMap::new(),
+            ports: HashMap::new(),
             service_ids: Numbers::new(SERVICE_IDS),
             backend_ids: BackendIds::new(BTreeMap::new(), 0),
             slots: BTreeMap::new(),
@@ -50,8 +53,8 @@ impl<M: Maps> Reconciler<M> {
     /// Forgets everything, and takes over what the maps hold.
     pub(super) fn take_over(&mut self) -> Result<(), MapError> {
         let maps = &self.maps;
-        self.entries = maps.services()?;
-        self.ports = BTreeMap::new();
+        let entries = maps.services()?;
+        self.ports = HashMap::new();
         self.service_ids = Numbers::new(SERVICE_IDS);
         self.backend_ids = BackendIds::new(maps.backends()?, maps.backend_capacity());
         self.slots = Family::ALL
@@ -68,37 +71,44 @@ impl<M: Maps> Reconciler<M> {
         }
         let owners = self.restore_ports()?;
         self.restore_sources(&owners)?;
-        for (key, entry) in self.entries.clone() {
-            self.restore_frontend(&owners, key, &entry);
+        for (key, entry) in &entries {
+            self.restore_frontend(&owners, *key, entry);
         }
-        self.restore_ranges(&owners)?;
+        self.restore_ranges(&owners, &entries)?;
+        self.entries = entries.into_iter().collect();
         self.strays.backends = self.backend_ids.strays();
         Ok(())
     }
 
     /// The Service ports by id, from their names.
-    fn restore_ports(&mut self) -> Result<BTreeMap<u32, PortId>, MapError> {
+    fn restore_ports(&mut self) -> Result<BTreeMap<u32, Owner>, MapError> {
         let mut owners = BTreeMap::new();
         for (id, meta) in self.maps.metas()? {
-            let port = port_id(&meta).filter(|port| !self.ports.contains_key(port));
-            let Some(port) = port.filter(|_| self.service_ids.reserve(id)) else {
+            let named = named(id, &meta).filter(|(service, state)| {
+                let mut ports = self.ports.get(service).into_iter().flatten();
+                ports.all(|port| port.name != state.name || port.protocol != state.protocol)
+            });
+            let Some((service, state)) = named.filter(|_| self.service_ids.reserve(id)) else {
                 self.strays.metas.insert(id);
                 continue;
             };
-            let state = PortState {
-                meta: Some(meta),
-                ..PortState::new(id)
-            };
-            self.ports.insert(port.clone(), Box::new(state));
-            owners.insert(id, port);
+            let ports = self.ports.entry(service.clone()).or_default();
+            owners.insert(id, (service, ports.len()));
+            ports.reserve_exact(1);
+            ports.push(state);
         }
         Ok(owners)
     }
 
-    fn restore_sources(&mut self, owners: &BTreeMap<u32, PortId>) -> Result<(), MapError> {
+    /// The state of the Service port with an id.
+    fn port_of(&mut self, owners: &BTreeMap<u32, Owner>, id: u32) -> Option<&mut PortState> {
+        let (service, place) = owners.get(&id)?;
+        self.ports.get_mut(service)?.get_mut(*place)
+    }
+
+    fn restore_sources(&mut self, owners: &BTreeMap<u32, Owner>) -> Result<(), MapError> {
         for (id, range) in self.maps.ranges()? {
-            let owner = owners.get(&id);
-            if let Some(state) = owner.and_then(|port| self.ports.get_mut(port)) {
+            if let Some(state) = self.port_of(owners, id) {
                 state.sources.insert(range);
             } else {
                 // They must not become somebody else's.
@@ -111,7 +121,7 @@ impl<M: Maps> Reconciler<M> {
 
     fn restore_frontend(
         &mut self,
-        owners: &BTreeMap<u32, PortId>,
+        owners: &BTreeMap<u32, Owner>,
         key: FrontendKey,
         entry: &ServiceEntry,
     ) {
@@ -120,9 +130,8 @@ impl<M: Maps> Reconciler<M> {
             let network = cover(self.networks.get(&family).copied(), key.addr);
             self.networks.insert(family, network);
         }
-        let owner = owners.get(&entry.service);
-        if let Some(state) = owner.and_then(|port| self.ports.get_mut(port)) {
-            state.frontends.insert(key);
+        if let Some(state) = self.port_of(owners, entry.service) {
+            state.has_frontend(key);
         } else {
             // Until it is removed, nobody else may be taken for its Service.
             self.service_ids.reserve(entry.service);
@@ -133,22 +142,29 @@ impl<M: Maps> Reconciler<M> {
     /// Takes the slots that entries lead to; those of a stray entry, too, until
     /// it is removed. What overlaps another's or leaves the array is left: the
     /// frontend gets a fresh range.
-    fn restore_ranges(&mut self, owners: &BTreeMap<u32, PortId>) -> Result<(), MapError> {
-        let entries = self.entries.iter();
+    fn restore_ranges(
+        &mut self,
+        owners: &BTreeMap<u32, Owner>,
+        entries: &BTreeMap<FrontendKey, ServiceEntry>,
+    ) -> Result<(), MapError> {
+        let entries = entries.iter();
         let spans: BTreeSet<Span> = entries.flat_map(|(key, entry)| spans(key, entry)).collect();
         for span in spans {
             let Some(range) = self.restore_range(span)? else {
                 continue;
             };
             let owner = owners.get(&span.service);
-            let Some(state) = owner.and_then(|port| self.ports.get_mut(port)) else {
+            let ports =
+                owner.and_then(|(service, place)| Some((self.ports.get_mut(service)?, *place)));
+            let Some(state) = ports.and_then(|(ports, place)| ports.get_mut(place)) else {
                 self.strays.ranges.push(range);
                 continue;
             };
             for slot in &range.slots {
-                let is_new = !state.backends.contains_key(&slot.addr);
-                if is_new && self.backend_ids.adopt(slot.backend) {
-                    state.backends.insert(slot.addr, slot.backend);
+                if let Err(place) = place_of(&state.backends, slot.addr)
+                    && self.backend_ids.adopt(slot.backend)
+                {
+                    state.backends.insert(place, (slot.addr, slot.backend));
                 }
             }
             state.ranges.reserve_exact(1);
@@ -177,6 +193,18 @@ impl<M: Maps> Reconciler<M> {
             rests: true,
         }))
     }
+}
+
+/// The port that a name is of, with that alone in its state; `None` if it is none.
+fn named(id: u32, found: &ServiceMeta) -> Option<(NamespacedName, PortState)> {
+    let service = NamespacedName::new(found.namespace.as_str(), found.name.as_str());
+    let protocol = Protocol::from_number(found.protocol)?;
+    let mut state = PortState::new(found.port_name.as_str(), protocol, id);
+    let port = found.port.get();
+    // What else it may say is written anew.
+    let is_whole = meta(&service, &state.name, protocol, port) == Some(*found);
+    state.port = is_whole.then_some(port);
+    Some((service, state))
 }
 
 /// Outer range with what is parked behind it, and inner range.

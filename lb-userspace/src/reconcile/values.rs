@@ -1,8 +1,8 @@
 //! Plans → what stands in the maps. Pure.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -14,53 +14,126 @@ use lb_common::{
     },
 };
 
-use super::PortId;
 use crate::{
     datapath::{Family, SlotValue},
     maglev,
-    model::{NamespacedName, Policy, Protocol, ServicePort},
+    model::{NamespacedName, Policy, Protocol},
     plan::{Backend, Choice, FrontendPlan, PortPlan, Verdict},
 };
 
-/// Addresses of every backend that must live: those that a slot names. Whoever
-/// answers in a family of which the port has no frontend (another Service may
-/// have it) is in no slot, and a restart would not know it.
-pub(super) fn wanted_backends(plan: &PortPlan) -> BTreeSet<SocketAddr> {
+/// Addresses of every backend that must live, in order: those that a slot names.
+/// Whoever answers in a family of which the port has no frontend (another Service
+/// may have it) is in no slot, and a restart would not know it.
+pub(super) fn wanted_backends(plan: &PortPlan) -> Vec<SocketAddr> {
     let frontends = plan.frontends.iter();
-    let families: BTreeSet<_> = frontends
-        .clone()
-        .map(|frontend| Family::of(frontend.key.addr))
-        .collect();
-    let listed = frontends.flat_map(|frontend| {
-        let inner = frontend.inner.iter().flat_map(|inner| inner.iter());
-        frontend.backends.iter().chain(inner)
+    let has_frontend = |family| {
+        let mut frontends = frontends.clone();
+        frontends.any(|frontend| Family::of(frontend.key.addr) == family)
+    };
+    let (v4, v6) = (has_frontend(Family::V4), has_frontend(Family::V6));
+    let alive = plan.alive.iter().filter(|backend| match backend.addr {
+        SocketAddr::V4(_) => v4,
+        SocketAddr::V6(_) => v6,
     });
-    let alive = plan.alive.iter();
-    let alive = alive.filter(|backend| families.contains(&Family::of(backend.addr.ip())));
-    listed.chain(alive).map(|backend| backend.addr).collect()
+    let lists =
+        frontends.flat_map(|frontend| [&frontend.backends].into_iter().chain(&frontend.inner));
+    // Most share the memory of that.
+    let others = lists.filter(|list| !Arc::ptr_eq(list, &plan.alive));
+    let listed = others.flat_map(|list| list.iter());
+    let mut wanted: Vec<_> = alive.chain(listed).map(|backend| backend.addr).collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    wanted
+}
+
+/// What a frontend leads to.
+#[derive(Clone, Debug)]
+pub(super) struct Window {
+    /// Those that get new flows, and behind them those that are parked.
+    pub slots: Vec<SlotValue>,
+    pub parked: u16,
+}
+
+/// The windows of a port's frontends, each of which is worked out once for those
+/// that follow one another with the same list: a Maglev table takes a millisecond.
+#[derive(Debug, Default)]
+pub(super) struct Windows<'a> {
+    outer: Option<(&'a FrontendPlan, Window)>,
+    inner: Option<(&'a Arc<[Backend]>, Vec<SlotValue>)>,
+}
+
+impl<'a> Windows<'a> {
+    /// For clients outside.
+    pub(super) fn outer(
+        &mut self,
+        frontend: &'a FrontendPlan,
+        plan: &PortPlan,
+        known: &[Known],
+    ) -> &Window {
+        let is_same = |last: &FrontendPlan| {
+            Family::of(last.key.addr) == Family::of(frontend.key.addr)
+                && Arc::ptr_eq(&last.backends, &frontend.backends)
+        };
+        self.outer = self.outer.take().filter(|(last, _)| is_same(last));
+        let (_, window) = self.outer.get_or_insert_with(|| {
+            let mut slots = slots(&frontend.backends, plan.choice, known);
+            let parked = ordered_slots(&parked(frontend, &plan.alive), known);
+            let count = u16::try_from(parked.len()).unwrap_or(u16::MAX);
+            slots.extend(parked);
+            (
+                frontend,
+                Window {
+                    slots,
+                    parked: count,
+                },
+            )
+        });
+        window
+    }
+
+    /// For clients on this node, where theirs are others.
+    pub(super) fn inner(
+        &mut self,
+        list: &'a Arc<[Backend]>,
+        choice: Choice,
+        known: &[Known],
+    ) -> &[SlotValue] {
+        self.inner = self
+            .inner
+            .take()
+            .filter(|(last, _)| Arc::ptr_eq(last, list));
+        let (_, slots) = self
+            .inner
+            .get_or_insert_with(|| (list, slots(list, choice, known)));
+        slots
+    }
 }
 
 /// The living backends of the frontend's family that it does not lead to, as
 /// many as an entry can count.
 pub(crate) fn parked(frontend: &FrontendPlan, alive: &[Backend]) -> Vec<Backend> {
-    let listed: BTreeSet<_> = frontend.backends.iter().collect();
     let family = Family::of(frontend.key.addr);
+    let is_listed = |backend| frontend.backends.binary_search(backend).is_ok();
     alive
         .iter()
-        .filter(|backend| Family::of(backend.addr.ip()) == family && !listed.contains(backend))
+        .filter(|backend| Family::of(backend.addr.ip()) == family && !is_listed(backend))
         .take(u16::MAX.into())
         .copied()
         .collect()
 }
 
+/// A backend of a port, by its address.
+pub(super) type Known = (SocketAddr, BackendRef);
+
+/// Where the backend of an address is among those of a port, or where it belongs.
+pub(super) fn place_of(known: &[Known], addr: SocketAddr) -> Result<usize, usize> {
+    known.binary_search_by_key(&addr, |(addr, _)| *addr)
+}
+
 /// The slots of a range, from which one is taken for each new flow: a Maglev
 /// table if there is room for all in it, else the backends in the order of
 /// their ids.
-pub(super) fn slots(
-    backends: &[Backend],
-    choice: Choice,
-    known: &BTreeMap<SocketAddr, BackendRef>,
-) -> Vec<SlotValue> {
+pub(super) fn slots(backends: &[Backend], choice: Choice, known: &[Known]) -> Vec<SlotValue> {
     let in_order = ordered_slots(backends, known);
     let Some(size) = table_size(in_order.len(), choice) else {
         return in_order;
@@ -79,19 +152,17 @@ pub(crate) fn table_size(backends: usize, choice: Choice) -> Option<u32> {
 }
 
 /// A slot for each backend, in the order of their ids.
-pub(super) fn ordered_slots(
-    backends: &[Backend],
-    known: &BTreeMap<SocketAddr, BackendRef>,
-) -> Vec<SlotValue> {
-    let values = backends.iter().filter_map(|backend| {
+pub(super) fn ordered_slots(backends: &[Backend], known: &[Known]) -> Vec<SlotValue> {
+    let mut values = Vec::with_capacity(backends.len());
+    values.extend(backends.iter().filter_map(|backend| {
+        let place = place_of(known, backend.addr).ok()?;
         Some(SlotValue {
             addr: backend.addr,
             local: backend.local,
-            backend: *known.get(&backend.addr)?,
+            backend: known[place].1,
         })
-    });
-    let mut values: Vec<_> = values.collect();
-    values.sort_by_key(|slot| slot.backend.id);
+    }));
+    values.sort_unstable_by_key(|slot| slot.backend.id);
     values
 }
 
@@ -121,24 +192,21 @@ pub(crate) fn entry(frontend: &FrontendPlan, choice: Choice, service: u32) -> Se
     }
 }
 
-/// `None` if a name is longer than a map holds; the conversion has refused such
-/// names.
-pub(super) fn meta(id: &PortId, port: &ServicePort) -> Option<ServiceMeta> {
+/// What a Service port is called. `None` if a name is longer than a map holds; the
+/// conversion has refused such names.
+pub(super) fn meta(
+    service: &NamespacedName,
+    name: &str,
+    protocol: Protocol,
+    port: u16,
+) -> Option<ServiceMeta> {
     Some(ServiceMeta {
-        namespace: Name::new(id.service.namespace())?,
-        name: Name::new(id.service.name())?,
-        port_name: Name::new(&id.name)?,
-        port: Port::from(port.port),
-        protocol: port.protocol.number(),
+        namespace: Name::new(service.namespace())?,
+        name: Name::new(service.name())?,
+        port_name: Name::new(name)?,
+        port: Port::from(port),
+        protocol: protocol.number(),
         pad: 0,
-    })
-}
-
-pub(super) fn port_id(meta: &ServiceMeta) -> Option<PortId> {
-    Some(PortId {
-        service: NamespacedName::new(meta.namespace.as_str(), meta.name.as_str()),
-        name: meta.port_name.as_str().to_owned(),
-        protocol: Protocol::from_number(meta.protocol)?,
     })
 }
 
@@ -190,7 +258,7 @@ mod tests {
                 local: false,
             })
             .collect();
-        let known = (1..=4)
+        let known: Vec<_> = (1..=4)
             .map(|n| {
                 let id = u32::from(5 - n);
                 (

@@ -15,7 +15,7 @@ use lb_common::{
     service::{BackendRef, is_living},
 };
 
-use super::Reconciler;
+use super::{Reconciler, values::meta};
 use crate::datapath::{Family, FrontendKey, MapError, Maps, SlotValue};
 
 /// What was mended: name of the map → number of its entries.
@@ -52,7 +52,8 @@ impl<M: Maps> Reconciler<M> {
 
     fn mend_backends(&mut self, drift: &mut Drift) -> Result<(), MapError> {
         let mut found = self.maps.backends()?;
-        for (id, generation) in self.backend_ids.values().clone() {
+        let values: Vec<_> = self.backend_ids.values().collect();
+        for (id, generation) in values {
             let found = found.remove(&id);
             // Of one that could not be written the map knows nothing.
             let is_dead = !is_living(generation) && !found.is_some_and(is_living);
@@ -75,7 +76,8 @@ impl<M: Maps> Reconciler<M> {
 
     fn mend_slots(&mut self, drift: &mut Drift) -> Result<(), MapError> {
         let mut wrong: Vec<(Family, u32, SlotValue)> = Vec::new();
-        for range in self.ports.values().flat_map(|port| &port.ranges) {
+        let ports = self.ports.values().flatten();
+        for range in ports.flat_map(|port| &port.ranges) {
             for (index, slot) in (range.first..).zip(&range.slots) {
                 // One that cannot be read is not as it should be either.
                 let found = self.maps.slot(range.family, index).ok();
@@ -100,7 +102,7 @@ impl<M: Maps> Reconciler<M> {
         let mut found = self.maps.ranges()?;
         // Until everything is known, what an earlier run left is nobody's drift.
         found.retain(|range| !self.strays.sources.contains(range));
-        let ports = self.ports.values();
+        let ports = self.ports.values().flatten();
         let wanted: BTreeSet<_> = ports
             .flat_map(|port| port.sources.iter().map(|range| (port.id, *range)))
             .collect();
@@ -121,9 +123,14 @@ impl<M: Maps> Reconciler<M> {
     fn mend_metas(&mut self, drift: &mut Drift) -> Result<Vec<u32>, MapError> {
         let mut found = self.maps.metas()?;
         found.retain(|id, _| !self.strays.metas.contains(id));
-        let ports = self.ports.values();
+        let ports = self.ports.iter();
+        let ports =
+            ports.flat_map(|(service, ports)| ports.iter().map(move |port| (service, port)));
         let wanted: Vec<_> = ports
-            .filter_map(|port| Some((port.id, port.meta?)))
+            .filter_map(|(service, port)| {
+                let meta = meta(service, &port.name, port.protocol, port.port?)?;
+                Some((port.id, meta))
+            })
             .collect();
         for (service, meta) in wanted {
             if found.remove(&service) != Some(meta) {
