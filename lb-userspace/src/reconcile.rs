@@ -15,7 +15,7 @@ mod values;
 mod verify;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     io,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
@@ -305,12 +305,16 @@ impl<M: Maps> Reconciler<M> {
 
     /// Writes an entry, unless it is there; tells whether it did.
     fn put_entry(&mut self, key: FrontendKey, entry: ServiceEntry) -> Result<bool, MapError> {
-        if self.entries.get(&key) == Some(&entry) {
-            return Ok(false);
-        }
-        self.write(|maps| maps.put_service(key, &entry))?;
-        let before = self.entries.insert(key, entry);
-        if before.is_none() && key.protocol == UDP {
+        let place = self.entries.entry(key);
+        let is_new = match &place {
+            Entry::Occupied(now) if *now.get() == entry => return Ok(false),
+            Entry::Occupied(_) => false,
+            Entry::Vacant(_) => true,
+        };
+        self.writes += 1;
+        self.maps.put_service(key, &entry)?;
+        place.insert_entry(entry);
+        if is_new && key.protocol == UDP {
             self.begun.push(SocketAddr::new(key.addr, key.port));
         }
         Ok(true)

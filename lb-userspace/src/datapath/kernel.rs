@@ -32,7 +32,7 @@ use lb_common::{
 
 use super::{
     Family, FrontendKey, MapError, Maps, SlotValue,
-    gather::Gathered,
+    gather::{self, Batch},
     load::{LoadError, open_map},
     pins::Pins,
     sys,
@@ -74,6 +74,7 @@ pub(super) struct Hash<K, V> {
     fd: OwnedFd,
     entries: HashMap<MapData, K, V>,
     max_entries: u32,
+    gathered: Batch<K, V>,
 }
 
 impl<K: Pod, V: Pod> Hash<K, V> {
@@ -84,6 +85,7 @@ impl<K: Pod, V: Pod> Hash<K, V> {
             fd,
             entries: typed(data, name)?,
             max_entries,
+            gathered: Batch::default(),
         })
     }
 
@@ -100,8 +102,8 @@ impl<K: Pod, V: Pod> Hash<K, V> {
         result.map_err(|error| map_error("write", self.name, error))
     }
 
-    fn put_many(&mut self, keys: &[K], values: &[V]) -> Result<(), MapError> {
-        put_many(&self.fd, self.name, keys, values)
+    fn put_gathered(&self) -> Result<(), MapError> {
+        put_many(&self.fd, self.name, &self.gathered)
     }
 
     fn delete(&mut self, key: &K) -> Result<(), MapError> {
@@ -200,6 +202,7 @@ struct Table<V: Pod> {
     name: &'static str,
     fd: OwnedFd,
     entries: Array<MapData, V>,
+    gathered: Batch<u32, V>,
 }
 
 impl<V: Pod> Table<V> {
@@ -209,6 +212,7 @@ impl<V: Pod> Table<V> {
             name,
             fd,
             entries: typed(data, name)?,
+            gathered: Batch::default(),
         })
     }
 
@@ -230,18 +234,17 @@ impl<V: Pod> Table<V> {
         result.map_err(|error| map_error("write", self.name, error))
     }
 
-    fn put_many(&mut self, indices: &[u32], values: &[V]) -> Result<(), MapError> {
-        put_many(&self.fd, self.name, indices, values)
+    fn put_gathered(&self) -> Result<(), MapError> {
+        put_many(&self.fd, self.name, &self.gathered)
     }
 }
 
 fn put_many<K: Pod, V: Pod>(
     map: &OwnedFd,
     name: &'static str,
-    keys: &[K],
-    values: &[V],
+    batch: &Batch<K, V>,
 ) -> Result<(), MapError> {
-    sys::write_many(map, keys, values).map_err(|source| MapError {
+    sys::write_many(map, batch.keys(), batch.values()).map_err(|source| MapError {
         operation: "write",
         map: name,
         source,
@@ -400,11 +403,18 @@ where
         ))
     }
 
-    fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
-        match Self::service_key(key) {
-            Some(key) => self.services.put(&key, entry),
-            None => Err(wrong_family(self.services.name)),
+    fn put_service(
+        &mut self,
+        key: FrontendKey,
+        entry: &ServiceEntry,
+        gather: bool,
+    ) -> Result<(), MapError> {
+        let key = Self::service_key(key).ok_or_else(|| wrong_family(self.services.name))?;
+        if gather {
+            self.services.gathered.push(key, *entry);
+            return Ok(());
         }
+        self.services.put(&key, entry)
     }
 
     fn delete_service(&mut self, key: FrontendKey) -> Result<(), MapError> {
@@ -420,39 +430,19 @@ where
         })
     }
 
-    fn put_slot(&mut self, index: u32, value: &SlotValue) -> Result<(), MapError> {
-        let slot = self.as_slot(value)?;
-        self.slots.put(index, slot)
-    }
-
-    fn as_slot(&self, value: &SlotValue) -> Result<Slot<A>, MapError> {
+    fn put_slot(&mut self, index: u32, value: &SlotValue, gather: bool) -> Result<(), MapError> {
         let addr = A::from_ip(value.addr.ip()).ok_or_else(|| wrong_family(self.slots.name))?;
-        Ok(Slot {
+        let slot = Slot {
             addr,
             port: Port::from(value.addr.port()),
             flags: if value.local { SLOT_LOCAL } else { 0 },
             backend: value.backend,
-        })
-    }
-
-    /// Writes those slots that are of this family.
-    fn put_slots(
-        &mut self,
-        family: Family,
-        slots: &[(Family, u32, SlotValue)],
-    ) -> Result<(), MapError> {
-        let own = slots.iter().filter(|(of, ..)| *of == family);
-        let own = own.map(|(_, index, value)| Ok((*index, self.as_slot(value)?)));
-        let (indices, slots): (Vec<_>, Vec<_>) = own.collect::<Result<_, MapError>>()?;
-        self.slots.put_many(&indices, &slots)
-    }
-
-    /// Writes those frontends that are of this family.
-    fn put_services(&mut self, services: &[(FrontendKey, ServiceEntry)]) -> Result<(), MapError> {
-        let own = services.iter();
-        let own = own.filter_map(|(key, entry)| Some((Self::service_key(*key)?, *entry)));
-        let (keys, entries): (Vec<_>, Vec<_>) = own.unzip();
-        self.services.put_many(&keys, &entries)
+        };
+        if gather {
+            self.slots.gathered.push(index, slot);
+            return Ok(());
+        }
+        self.slots.put(index, slot)
     }
 
     /// Who is in the slots of frontends, whether or not it gets new flows.
@@ -689,7 +679,16 @@ pub struct KernelMaps {
     config: Table<Config>,
     /// As they were set last.
     settings: Option<Config>,
-    gathered: Option<Gathered>,
+    /// What is put is kept back.
+    gathering: Option<Gathering>,
+}
+
+#[derive(Debug, Default)]
+struct Gathering {
+    /// Number of entries that the maps keep back.
+    entries: usize,
+    /// Why something that was gathered before is not written.
+    failure: Option<MapError>,
 }
 
 impl KernelMaps {
@@ -704,40 +703,63 @@ impl KernelMaps {
             metas: Hash::open(pins, names::META)?,
             config: Table::open(pins, names::CONFIG)?,
             settings: None,
-            gathered: None,
+            gathering: None,
         })
     }
 
-    /// Writes what was gathered, if that has become much.
-    fn write_if_full(&mut self) {
-        let full = self.gathered.take_if(|gathered| gathered.is_full());
-        if let Some(gathered) = full {
-            self.gathered = Some(Gathered {
-                failure: self.write_gathered(gathered).err(),
-                ..Gathered::default()
-            });
+    /// Whether an entry that is put is kept back. If so, and if that has become
+    /// much, what was kept back before is written.
+    fn gathers(&mut self) -> bool {
+        let Some(gathering) = &mut self.gathering else {
+            return false;
+        };
+        if gathering.entries >= gather::MANY {
+            gathering.entries = 0;
+            if let Err(error) = self.write_gathered() {
+                self.fail(error);
+            }
+        }
+        if let Some(gathering) = &mut self.gathering {
+            gathering.entries += 1;
+        }
+        true
+    }
+
+    /// Nothing that is gathered is written any more.
+    fn fail(&mut self, error: MapError) {
+        if let Some(gathering) = &mut self.gathering {
+            gathering.failure.get_or_insert(error);
         }
     }
 
-    fn write_gathered(&mut self, gathered: Gathered) -> Result<(), MapError> {
-        let Gathered {
-            backends,
-            slots,
-            metas,
-            services,
-            failure,
-        } = gathered;
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        let (ids, generations): (Vec<_>, Vec<_>) = backends.into_iter().unzip();
-        self.backends.put_many(&ids, &generations)?;
-        self.v4.put_slots(Family::V4, &slots)?;
-        self.v6.put_slots(Family::V6, &slots)?;
-        let (ids, metas): (Vec<_>, Vec<_>) = metas.into_iter().unzip();
-        self.metas.put_many(&ids, &metas)?;
-        self.v4.put_services(&services)?;
-        self.v6.put_services(&services)
+    /// Nobody who reads meanwhile ever finds an entry that leads to what is not
+    /// there.
+    fn write_gathered(&mut self) -> Result<(), MapError> {
+        let has_failed = self
+            .gathering
+            .as_ref()
+            .is_some_and(|gathering| gathering.failure.is_some());
+        let result = if has_failed {
+            Ok(())
+        } else {
+            self.put_gathered()
+        };
+        self.backends.gathered.clear();
+        self.v4.slots.gathered.clear();
+        self.v6.slots.gathered.clear();
+        self.metas.gathered.clear();
+        self.v4.services.gathered.clear();
+        self.v6.services.gathered.clear();
+        result
+    }
+
+    fn put_gathered(&self) -> Result<(), MapError> {
+        self.backends.put_gathered()?;
+        self.v4.slots.put_gathered()?;
+        self.v6.slots.put_gathered()?;
+        self.metas.put_gathered()?;
+        self.v4.services.put_gathered()?;
+        self.v6.services.put_gathered()
     }
 
     /// The settings that the programs go by.
@@ -946,14 +968,10 @@ impl Maps for KernelMaps {
     }
 
     fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
-        if let Some(gathered) = &mut self.gathered {
-            gathered.services.push((key, *entry));
-            self.write_if_full();
-            return Ok(());
-        }
+        let gather = self.gathers();
         match Family::of(key.addr) {
-            Family::V4 => self.v4.put_service(key, entry),
-            Family::V6 => self.v6.put_service(key, entry),
+            Family::V4 => self.v4.put_service(key, entry, gather),
+            Family::V6 => self.v6.put_service(key, entry, gather),
         }
     }
 
@@ -979,14 +997,10 @@ impl Maps for KernelMaps {
     }
 
     fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
-        if let Some(gathered) = &mut self.gathered {
-            gathered.slots.push((family, index, *value));
-            self.write_if_full();
-            return Ok(());
-        }
+        let gather = self.gathers();
         match family {
-            Family::V4 => self.v4.put_slot(index, value),
-            Family::V6 => self.v6.put_slot(index, value),
+            Family::V4 => self.v4.put_slot(index, value, gather),
+            Family::V6 => self.v6.put_slot(index, value, gather),
         }
     }
 
@@ -1003,9 +1017,8 @@ impl Maps for KernelMaps {
     }
 
     fn put_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
-        if let Some(gathered) = &mut self.gathered {
-            gathered.backends.push((id, generation));
-            self.write_if_full();
+        if self.gathers() {
+            self.backends.gathered.push(id, generation);
             return Ok(());
         }
         self.backends.put(id, generation)
@@ -1016,9 +1029,8 @@ impl Maps for KernelMaps {
     }
 
     fn put_meta(&mut self, service: u32, meta: &ServiceMeta) -> Result<(), MapError> {
-        if let Some(gathered) = &mut self.gathered {
-            gathered.metas.push((service, *meta));
-            self.write_if_full();
+        if self.gathers() {
+            self.metas.gathered.push(service, *meta);
             return Ok(());
         }
         self.metas.put(&service, meta)
@@ -1083,12 +1095,19 @@ impl Maps for KernelMaps {
     }
 
     fn gather(&mut self) {
-        self.gathered = Some(Gathered::default());
+        self.gathering = Some(Gathering::default());
     }
 
     fn flush(&mut self) -> Result<(), MapError> {
-        let gathered = self.gathered.take().unwrap_or_default();
-        self.write_gathered(gathered)
+        let result = self.write_gathered();
+        self.backends.gathered = Batch::default();
+        self.v4.slots.gathered = Batch::default();
+        self.v6.slots.gathered = Batch::default();
+        self.metas.gathered = Batch::default();
+        self.v4.services.gathered = Batch::default();
+        self.v6.services.gathered = Batch::default();
+        let gathering = self.gathering.take().unwrap_or_default();
+        gathering.failure.map_or(result, Err)
     }
 }
 
