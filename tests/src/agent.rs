@@ -180,6 +180,14 @@ impl Agent {
     /// If it does not become ready; the message has its log.
     pub fn start(&mut self) {
         self.spawn();
+        self.await_ready();
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Panics
+    /// If it does not become so; the message has its log.
+    pub fn await_ready(&mut self) {
         self.await_log("ready", |line| {
             line.split_whitespace().any(|word| word == "ready")
         });

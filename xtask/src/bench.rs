@@ -23,7 +23,8 @@ use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
-    time::Instant,
+    sync::OnceLock,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -110,7 +111,12 @@ impl Options {
 
     /// How many rounds a figure has that takes `usual` if nothing is said.
     fn rounds(&self, usual: usize) -> usize {
-        let usual = if self.quick { usual.div_ceil(3) } else { usual };
+        // Three still have a middle one.
+        let usual = match (self.quick, usual) {
+            (true, 0..=3) => 1,
+            (true, _) => 3,
+            (false, usual) => usual,
+        };
         self.rounds.unwrap_or(usual).max(1)
     }
 }
@@ -148,10 +154,15 @@ pub(crate) fn build(options: &Options) -> Result<()> {
     let mut names = PARTS.iter().flat_map(|(names, _)| *names);
     let needs_no_agent = |name| program::NAMES.contains(name) || *name == Name::Maglev;
     if names.all(|name| needs_no_agent(name) || !options.wants(*name)) {
-        return ebpf::build(&toolchain).map(|_object| ());
+        ebpf::build(&toolchain)?;
+    } else {
+        release::build()?;
+        traffic::build_helper()?;
     }
-    release::build()?;
-    traffic::build_helper()
+    if options.wants(Name::Maglev) {
+        maglev::build()?;
+    }
+    Ok(())
 }
 
 /// Measures what was built, and prints.
@@ -169,15 +180,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if let Some(path) = &options.json {
         write_json(path, &figures)?;
     }
-    for path in plot::write(&figures)? {
-        step(format_args!("Wrote {}", path.display()));
+    // Three rounds are no figure to keep.
+    if !options.quick {
+        for path in plot::write(&figures)? {
+            step(format_args!("Wrote {}", path.display()));
+        }
     }
     println!("{}", summary(&figures));
     outcome
 }
 
 fn measure(options: &Options, figures: &mut Vec<Figure>) {
-    let started = Instant::now();
+    elapsed();
     println!("{}, Linux {}", report::processor(), report::kernel());
     for (names, part) in PARTS {
         if !names.iter().any(|name| options.wants(*name)) {
@@ -188,10 +202,7 @@ fn measure(options: &Options, figures: &mut Vec<Figure>) {
             figures.push(figure);
         });
     }
-    step(format_args!(
-        "Measured in {:.0} s",
-        started.elapsed().as_secs_f64()
-    ));
+    step(format_args!("Measured in {:.0} s", elapsed().as_secs_f64()));
 }
 
 fn write_json(path: &Path, figures: &[Figure]) -> Result<()> {
@@ -220,7 +231,14 @@ fn summary(figures: &[Figure]) -> String {
     format!("{met} targets met{rest}")
 }
 
-/// Says what is being measured; there are many seconds between two figures.
+/// Says what is being measured, and since when the first thing was, in seconds:
+/// there are many of them between two figures.
 fn progress(text: impl std::fmt::Display) {
-    eprintln!("    {text}");
+    eprintln!("{:>7.1} {text}", elapsed().as_secs_f64());
+}
+
+/// Since this was asked first.
+fn elapsed() -> Duration {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed()
 }

@@ -41,6 +41,8 @@ const SMALL: u32 = 1_000;
 const LARGE: u32 = 50_000;
 /// The most that rule sets are tried with, of either kind.
 const MOST_FOR_RULES: u32 = 10_000;
+/// The default of `--map-services` has room for three times as many.
+const MOST_FOR_DEFAULTS: u32 = 10_000;
 const ROUNDS: usize = 9;
 /// Of starts, which take seconds each.
 const STARTS: usize = 3;
@@ -49,7 +51,10 @@ const STARTS: usize = 3;
 const CHANGES: u32 = 200;
 /// Services that are rolled, each with all its endpoints replaced.
 const ROLLED: u32 = 1_000;
-const ROLLING: Duration = Duration::from_secs(10);
+/// Between two rolls, and how many there are.
+const ROLL: Duration = Duration::from_secs(2);
+const ROLLS: u32 = 5;
+const QUICK_ROLLS: u32 = 2;
 const IDLE: Duration = Duration::from_secs(60);
 /// What the last change brings with it is over then: backends are looked for
 /// once more after a second, and threads that had work wait for ten for more.
@@ -65,11 +70,54 @@ pub(super) fn measure(options: &Options, done: &mut dyn FnMut(Figure)) {
     }
     sizes.sort_unstable();
     sizes.dedup();
+    let mut kept = Kept::default();
     if options.wants(Name::ColdStart) {
-        cold_start(options, &sizes).into_iter().for_each(&mut *done);
+        let figures = cold_start(options, &sizes, &mut kept);
+        figures.into_iter().for_each(&mut *done);
     }
     if options.wants(Name::Change) {
-        changes(options, &sizes).into_iter().for_each(done);
+        changes(options, &sizes, kept).into_iter().for_each(done);
+    }
+}
+
+/// What a start has left that changes are measured with, too: to load the rules
+/// again would take as long again.
+#[derive(Default)]
+struct Kept {
+    agents: Vec<Klb>,
+    sets: Vec<Rules>,
+}
+
+impl Kept {
+    /// An agent that has started.
+    fn agent(&mut self, count: u32) -> Klb {
+        let place = self
+            .agents
+            .iter()
+            .position(|klb| klb.services.count == count);
+        place.map_or_else(
+            || {
+                let mut klb = Klb::new(count);
+                klb.start();
+                klb
+            },
+            |place| self.agents.swap_remove(place),
+        )
+    }
+
+    /// Rules that are loaded.
+    fn rules(&mut self, kind: Kind, count: u32) -> Rules {
+        let is_same = |rules: &Rules| rules.kind == kind && rules.services.count == count;
+        let place = self.sets.iter().position(is_same);
+        place.map_or_else(
+            || {
+                progress(format_args!("{}, {count} Services", kind.name()));
+                let rules = Rules::new(kind, count);
+                rules.load();
+                rules
+            },
+            |place| self.sets.swap_remove(place),
+        )
     }
 }
 
@@ -96,7 +144,7 @@ impl Klb {
         let cluster = Cluster::new(Scope::named(&scope, false), options);
         let services = Services { count };
         let server = cluster.node.place.netns().within(|| services.served());
-        let agent = Self::agent(&cluster, &server);
+        let agent = Self::agent(&cluster, &server, services);
         Self {
             services,
             agent,
@@ -106,21 +154,24 @@ impl Klb {
         }
     }
 
-    fn agent(cluster: &Cluster, server: &ApiServer) -> Agent {
+    fn agent(cluster: &Cluster, server: &ApiServer, services: Services) -> Agent {
         let mut agent = Agent::new(cluster, Hooks::SOCKET);
         agent.program = paths::klb();
         agent.kubeconfig = Some(server.kubeconfig(&cluster.scope().folder()));
-        agent.flags = vec!["--map-services=262144".to_owned()];
+        if services.count > MOST_FOR_DEFAULTS {
+            agent.flags = vec!["--map-services=262144".to_owned()];
+        }
         agent
     }
 
     /// Starts with nothing in the maps.
     fn start(&mut self) -> Start {
-        self.agent = Self::agent(&self.cluster, &self.server);
-        self.read = 0;
+        self.agent = Self::agent(&self.cluster, &self.server, self.services);
         self.agent.start();
         let own = cpu(&mut self.agent);
         let text = self.agent.log().text();
+        // What it wrote is no change.
+        self.read = text.rfind('\n').map_or(0, |end| end as u64 + 1);
         let line = reconciled(&text).next().expect("it has written");
         let wrote = duration(field(line, "wrote="));
         let kinds = ["Service", "EndpointSlice", "Node"].map(|kind| format!("kind={kind} "));
@@ -251,7 +302,7 @@ impl Rules {
     }
 }
 
-fn cold_start(options: &Options, sizes: &[u32]) -> [Figure; 2] {
+fn cold_start(options: &Options, sizes: &[u32], kept: &mut Kept) -> [Figure; 2] {
     let title = "start with nothing in the kernel: time to program it";
     let mut figure = Figure::new("12", title, "ms").plot("start.svg");
     let mut memory = Figure::new("12", "the agent's memory, at most, by Services", "MiB");
@@ -274,46 +325,64 @@ fn cold_start(options: &Options, sizes: &[u32]) -> [Figure; 2] {
         let own = row("klb, all CPU until ready", |start| milliseconds(start.own));
         figure.rows.extend([maps, after_list, own]);
         memory.rows.push(row("klb", |start| start.peak));
-        drop(klb);
-        figure.rows.extend(rule_sets(count, rounds));
+        if options.wants(Name::Change) {
+            kept.agents.push(klb);
+        } else {
+            drop(klb);
+        }
+        for kind in [Kind::Iptables, Kind::Legacy, Kind::Nftables] {
+            if kind == Kind::Nftables && count > MOST_FOR_RULES {
+                continue;
+            }
+            let (row, rules) = rule_set(kind, count, rounds);
+            figure.rows.push(row);
+            if options.wants(Name::Change) && changes_rules(kind, count) {
+                kept.sets.push(rules);
+            }
+        }
         figure.note_load();
     }
     memory.load = figure.load;
     [figure, memory]
 }
 
-/// The same start for each kind of rule set.
-fn rule_sets(count: u32, rounds: usize) -> Vec<Row> {
-    let kinds = [Kind::Iptables, Kind::Legacy, Kind::Nftables].into_iter();
-    let kinds = kinds.filter(|kind| *kind != Kind::Nftables || count <= MOST_FOR_RULES);
-    let rows = kinds.map(|kind| {
-        progress(format_args!("{}, {count} Services", kind.name()));
-        // Those that take a quarter of a minute are as clear after one.
-        let rounds = if count > MOST_FOR_RULES { 1 } else { rounds };
-        let times = (0..rounds).map(|_| Rules::new(kind, count).load());
-        Row::new("", times.collect()).of_services(kind.name(), count)
-    });
-    rows.collect()
+/// The same start for a kind of rule set, which is there then.
+fn rule_set(kind: Kind, count: u32, rounds: usize) -> (Row, Rules) {
+    progress(format_args!("{}, {count} Services", kind.name()));
+    // Those that take a quarter of a minute are as clear after one.
+    let rounds = if count > MOST_FOR_RULES { 1 } else { rounds };
+    let mut rules = Rules::new(kind, count);
+    let mut times = vec![rules.load()];
+    while times.len() < rounds {
+        // The one before first: they have one name.
+        drop(rules);
+        rules = Rules::new(kind, count);
+        times.push(rules.load());
+    }
+    let row = Row::new("", times).of_services(kind.name(), count);
+    (row, rules)
 }
 
-fn changes(options: &Options, sizes: &[u32]) -> Vec<Figure> {
-    let mut agents: Vec<_> = sizes.iter().map(|count| Klb::new(*count)).collect();
-    for klb in &mut agents {
-        klb.start();
-    }
+/// Whether changes of such a rule set are measured.
+fn changes_rules(kind: Kind, count: u32) -> bool {
+    kind != Kind::Legacy && count <= MOST_FOR_RULES
+}
+
+fn changes(options: &Options, sizes: &[u32], mut kept: Kept) -> Vec<Figure> {
+    let agents = sizes.iter().map(|count| kept.agent(*count));
+    let mut agents: Vec<_> = agents.collect();
     let mut sets = Vec::new();
-    for &count in sizes.iter().filter(|count| **count <= MOST_FOR_RULES) {
+    for &count in sizes {
         for kind in [Kind::Iptables, Kind::Nftables] {
-            progress(format_args!("{}, {count} Services", kind.name()));
-            let rules = Rules::new(kind, count);
-            rules.load();
-            sets.push(rules);
+            if changes_rules(kind, count) {
+                sets.push(kept.rules(kind, count));
+            }
         }
     }
     let mut figures = vec![one_by_one(options, &mut agents, &sets)];
     drop(sets);
     if let Some(klb) = agents.last_mut() {
-        figures.push(storm(klb));
+        figures.push(storm(options, klb));
     }
     if !options.quick {
         figures.push(idle(&mut agents));
@@ -373,12 +442,13 @@ fn one_by_one(options: &Options, agents: &mut [Klb], sets: &[Rules]) -> Figure {
     figure
 }
 
-/// Many Services get other endpoints within ten seconds.
-fn storm(klb: &mut Klb) -> Figure {
+/// Many Services get other endpoints, and again every two seconds.
+fn storm(options: &Options, klb: &mut Klb) -> Figure {
     let count = klb.services.count;
     let rolled = ROLLED.min(count - 1);
-    let steps = 5;
-    let title = format!("{rolled} of {count} Services rolled {steps} times in 10 s");
+    let steps = if options.quick { QUICK_ROLLS } else { ROLLS };
+    let seconds = (ROLL * steps).as_secs();
+    let title = format!("{rolled} of {count} Services rolled {steps} times in {seconds} s");
     progress(format_args!("figure 11: {title}"));
     let mut figure = Figure::new("11", title, "% of a CPU");
     let (started, before) = (Instant::now(), cpu(&mut klb.agent));
@@ -387,9 +457,7 @@ fn storm(klb: &mut Klb) -> Figure {
         for number in 0..rolled {
             klb.server.put(services::other(number, round(step)).slice());
         }
-        let rest =
-            (started + ROLLING * (step + 1) / steps).saturating_duration_since(Instant::now());
-        sleep(rest);
+        sleep((started + ROLL * (step + 1)).saturating_duration_since(Instant::now()));
     }
     await_endpoints(klb, rolled, round(steps - 1));
     let spent = cpu(&mut klb.agent).saturating_sub(before);

@@ -189,12 +189,13 @@ fn node_port(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
 
 /// New connections, against the number of Services.
 fn flatness(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
-    let most = if options.quick {
-        count
+    // Whatever grows shows between the ends; those between them draw the curve.
+    let (most, mut sizes) = if options.quick {
+        (count, vec![1, count])
     } else {
-        MANY.max(count)
+        let most = MANY.max(count);
+        (most, vec![1, 1000, count, most])
     };
-    let mut sizes = vec![1, 1000, count, most];
     sizes.retain(|size| *size <= most);
     sizes.sort_unstable();
     sizes.dedup();
@@ -259,9 +260,7 @@ fn packets(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
         DIRECT, IPTABLES, NFTABLES, TC, BYPASS, XDP, FLOOR_TC, FLOOR_XDP,
     ];
     let keys = names.map(|name| key(name, count));
-    for key in &keys {
-        bed.set_up(*key);
-    }
+    bed.set_up_all(&keys);
     let title = format!("packets per second and CPU to a NodePort, 1024 flows, {count} Services");
     let mut figure = Figure::new("7", title, "Mpps")
         .to(DIRECT)
@@ -316,7 +315,21 @@ fn way(name: &str) -> Way {
 }
 
 impl Bed {
-    /// Sets up what is not there yet.
+    /// Sets up what is not there yet: first the agents, which start while rules are
+    /// loaded.
+    fn set_up_all(&mut self, keys: &[Key]) {
+        let (agents, others): (Vec<Key>, Vec<Key>) =
+            keys.iter().partition(|(name, _)| way(name).asks_api());
+        for key in agents.iter().chain(&others) {
+            self.set_up(*key);
+        }
+        for key in agents {
+            if let Some(site) = self.sites.get_mut(&key) {
+                site.await_ready();
+            }
+        }
+    }
+
     fn set_up(&mut self, (name, count): Key) {
         if self.sites.contains_key(&(name, count)) {
             return;
@@ -341,9 +354,7 @@ impl Bed {
         keys: &[Key],
         measure: impl Fn(&Site) -> Measured,
     ) -> (Figure, Vec<Vec<Measured>>) {
-        for key in keys {
-            self.set_up(*key);
-        }
+        self.set_up_all(keys);
         progress(format_args!("figure {}: {}", figure.name, figure.title));
         let mut measured = vec![Vec::new(); keys.len()];
         for _ in 0..options.rounds(ROUNDS) {

@@ -1,34 +1,42 @@
 //! Maglev tables, by the agent's own code: see `lb-userspace/examples/maglev.rs`.
 
+use std::process::Command;
+
+use anyhow::Result;
 use serde_json::Value;
 
 use super::{
     Options, progress,
     report::{Figure, Row, Target},
 };
-use crate::process;
+use crate::{paths, process};
 
 /// Milliseconds in which the paper builds a table of this size.
 const BUILD: f64 = 1.8;
 /// Percent of all slots that may move besides those of the backend that goes.
 const MOVED: f64 = 1.0;
 
+/// Builds the example.
+///
+/// # Errors
+/// If it does not compile.
+pub(super) fn build() -> Result<()> {
+    process::run(process::cargo().args([
+        "build",
+        "--locked",
+        "--release",
+        "--package=lb-userspace",
+        "--example=maglev",
+    ]))
+}
+
 /// # Panics
-/// If the example does not build or run.
+/// If the example does not run.
 pub(super) fn measure(options: &Options, done: &mut dyn FnMut(Figure)) {
     progress("Maglev tables");
     let rounds = options.rounds(31).to_string();
-    let text = process::text(process::cargo().args([
-        "run",
-        "--locked",
-        "--release",
-        "--quiet",
-        "--package=lb-userspace",
-        "--example=maglev",
-        "--",
-        &rounds,
-    ]))
-    .unwrap_or_else(|error| panic!("{error:#}"));
+    let mut example = Command::new(paths::target().join("release/examples/maglev"));
+    let text = process::text(example.arg(&rounds)).unwrap_or_else(|error| panic!("{error:#}"));
     let results: Vec<Value> = text
         .lines()
         .map(|line| serde_json::from_str(line).expect("the example prints JSON"))

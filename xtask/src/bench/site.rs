@@ -167,9 +167,17 @@ impl Site {
             format!("--routing={routing}"),
             "--map-services=262144".to_owned(),
         ];
-        agent.start();
+        agent.spawn();
         self.agent = Some(agent);
         self.api = Some(api);
+    }
+
+    /// Waits until the load is balanced: an agent starts while other clusters are
+    /// built.
+    pub(super) fn await_ready(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            agent.await_ready();
+        }
     }
 
     /// The floor's programs, attached.
