@@ -16,7 +16,7 @@ use lb_tests::{
     web::{self, Page},
     world::{PODS, World, endpoints},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::metrics::METRICS;
 
@@ -263,4 +263,38 @@ fn a_full_map_is_told_and_does_not_take_the_node_out_of_service() {
     let event = await_event(&server, "FailedToProgramService");
     assert_eq!(event["regarding"]["name"], "echo", "{event}");
     await_healthz(&world, "a node as good as it can be", 200);
+}
+
+/// All of them are written together at the start, which fails, and one by one then.
+#[test]
+fn of_many_services_a_full_map_holds_what_it_can() {
+    const MANY: usize = 100;
+    let (mut world, server) = crate::api::world(Hooks::SOCKET);
+    for number in 0..MANY {
+        let address = format!("10.96.200.{number}");
+        server.put(json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": { "name": format!("many-{number}"), "namespace": "default" },
+            "spec": {
+                "clusterIP": address,
+                "clusterIPs": [address],
+                "ports": [{ "port": 80 }],
+            },
+        }));
+    }
+    let flags = world.agent.flags.iter_mut();
+    for flag in flags.filter(|flag| flag.starts_with("--map-services=")) {
+        flag.replace_range(.., &format!("--map-services={MANY}"));
+    }
+    world.agent.start();
+    await_event(&server, "FailedToProgramService");
+    await_healthz(&world, "a node as good as it can be", 200);
+    let services = world.agent.services();
+    let ports = services
+        .iter()
+        .filter(|port| port.name.starts_with("many-"));
+    let served = ports.filter(|port| !port.frontends.is_empty()).count();
+    // Each takes an entry for its port, and one for its address.
+    assert!((MANY / 3..=MANY / 2).contains(&served), "{served}");
 }
