@@ -52,6 +52,7 @@ use crate::{
     metrics::{ApiMetrics, Metrics},
     netns::Namespaces,
     privileges,
+    record::Recorder,
     sysctl::{self, Reservation},
 };
 
@@ -93,10 +94,11 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let _lock = Lock::take(&args.paths.state_dir)?;
     let pins = args.paths.pins();
     let _pins_lock = prepare_pins(&pins)?;
+    let recorder = begin_record(args);
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
     let (mut metrics, parts) = Metrics::new(&pins, args.traffic_metrics)?;
-    let (source, events) = open_source(args, parts.api).await?;
+    let (source, events) = open_source(args, parts.api, recorder.clone()).await?;
     metrics.tell_of(events.clone());
     events.tell_node(Reason::Starting, "");
     let watcher = Watcher::open(Rules::new(&args.devices)).context("reading the node's devices")?;
@@ -154,6 +156,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         synced,
         health: reporter,
         events: events.clone(),
+        recorder: recorder.clone(),
         metrics: parts.control,
     };
     let pace = Pace {
@@ -175,6 +178,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     tokio::spawn(announce(
         [all_hooks_ready, maps_ready, pods_ready],
         set_ready,
+        recorder.clone(),
     ));
 
     tokio::select! {
@@ -185,17 +189,23 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         ended = tokio::spawn(orphans) => ended?,
     }
     notify(NotifyState::Stopping);
+    recorder.write_now();
     Ok(())
 }
 
 /// Where Services come from, a folder or the API server; and who is told what an
 /// operator should know.
-async fn open_source(args: &AgentArgs, metrics: ApiMetrics) -> anyhow::Result<(Source, Events)> {
+async fn open_source(
+    args: &AgentArgs,
+    metrics: ApiMetrics,
+    recorder: Recorder,
+) -> anyhow::Result<(Source, Events)> {
     if let Some(folder) = &args.manifests {
         let source = ManifestSource::open(folder);
         let source = source.with_context(|| format!("--manifests {}", folder.display()))?;
         let events = Events::nowhere(&args.node_name);
-        return Ok((Source::Manifests(Box::new(source)), events));
+        let source = Box::new(source.noted_by(recorder));
+        return Ok((Source::Manifests(source), events));
     }
     let connection = Connection::new(args.kubeconfig.as_deref());
     let client = connection.client().await;
@@ -212,12 +222,21 @@ async fn open_source(args: &AgentArgs, metrics: ApiMetrics) -> anyhow::Result<(S
         Ears {
             events: events.clone(),
             metrics,
+            recorder,
         },
         &client,
         &args.node_name,
         with_pods,
     );
     Ok((Source::Api(Box::new(source)), events))
+}
+
+/// What commands are to know of this agent.
+fn begin_record(args: &AgentArgs) -> Recorder {
+    let serves_sockets = args.hooks.socket_lb != SocketLb::Off;
+    let recorder = Recorder::new(&args.paths.state_dir, serves_sockets);
+    tokio::spawn(recorder.clone().keep());
+    recorder
 }
 
 /// Keeps the masquerade ports from the node's processes, which goes before the
@@ -297,13 +316,18 @@ fn cgroup_path(hooks: &HookArgs) -> io::Result<Option<PathBuf>> {
 
 /// Says that the agent is ready, once: when every hook is attached, the first
 /// full state is in the maps and the pods are known.
-async fn announce(parts: [watch::Receiver<bool>; 3], ready: watch::Sender<bool>) {
+async fn announce(
+    parts: [watch::Receiver<bool>; 3],
+    ready: watch::Sender<bool>,
+    recorder: Recorder,
+) {
     for mut part in parts {
         // A sender that has gone takes the agent with it.
         if part.wait_for(|done| *done).await.is_err() {
             return;
         }
     }
+    recorder.ready();
     info!("ready");
     ready.send_replace(true);
     notify(NotifyState::Ready);
@@ -394,7 +418,7 @@ mod tests {
         let (set_ready, ready) = watch::channel(false);
         let (pods, pods_ready) = watch::channel(true);
         let parts = [hooks_ready, maps_ready, pods_ready];
-        let announced = tokio::spawn(announce(parts, set_ready));
+        let announced = tokio::spawn(announce(parts, set_ready, Recorder::default()));
         maps.send_replace(true);
         tokio::task::yield_now().await;
         assert!(!*ready.borrow(), "the hooks are missing");

@@ -75,7 +75,7 @@ pub struct Paths {
         default_value = "/sys/fs/bpf/klb"
     )]
     pub bpffs: PathBuf,
-    /// Folder for the agent's lock
+    /// Folder for the agent's lock, and for what it notes of itself
     #[arg(
         long,
         value_name = "DIR",
@@ -697,9 +697,19 @@ impl PacketProtocol {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
+Exit status: 0 if Services are served as they should be, 1 if not, or if that cannot be known. \
+What keeps them from it are the problems: no agent runs or it is not ready, Services are not in the \
+maps as they should be, nothing is heard of the cluster for a minute, hooks are missing, a map is \
+full, or what no healthy node counts is counted during --over. With an agent that was stopped on \
+purpose traffic flows, and the node is not healthy all the same: nobody follows changes. Warnings \
+and limits are no problems. The report is printed either way.
+
 Examples:
   # All there is
   klb status
+  # Whether this node is well, for a script
+  klb status > /dev/null || echo \"see klb status\"
+  klb status -o json | jq -r '.problems[]'
   # What goes wrong now: refusals of the next five seconds come first among the counters
   klb status --over 5s
   # For a script: packets a second that are refused, by reason

@@ -22,6 +22,7 @@ pub mod plan;
 pub mod pods;
 pub mod privileges;
 pub mod reconcile;
+pub mod record;
 pub mod slots;
 pub mod sysctl;
 pub mod termination;

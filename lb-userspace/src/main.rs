@@ -9,7 +9,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Agent(args) => well(agent::run(args)),
         Command::Get(args) => well(commands::get::run(args)),
-        Command::Status(args) => well(commands::status::run(args)),
+        Command::Status(args) => commands::status::run(args),
         Command::Explain(args) => well(commands::explain::run(args)),
         Command::Diff(args) => commands::diff::run(args),
         Command::Doctor(args) => commands::doctor::run(args),

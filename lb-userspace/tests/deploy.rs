@@ -497,6 +497,7 @@ async fn read_everything(connection: &Connection, events: &Events) {
     let ears = Ears {
         events: events.clone(),
         metrics: ApiMetrics::register(&mut prometheus_client::registry::Registry::default()),
+        recorder: lb_userspace::record::Recorder::default(),
     };
     let source = ApiSource::start(connection.clone(), ears, &client, "node-1", true);
     let mut source = Source::Api(Box::new(source));

@@ -332,8 +332,7 @@ impl Agent {
     fn json<T: for<'de> Deserialize<'de>>(&self, arguments: &[&str]) -> T {
         let said = self.klb(&[arguments, &["-o", "json"]].concat());
         assert!(said.status.success(), "klb {arguments:?}: {said:?}");
-        serde_json::from_str(&said.stdout)
-            .unwrap_or_else(|error| panic!("klb {arguments:?}: {error}: {}", said.stdout))
+        said.json()
     }
 
     /// `klb get services`
@@ -384,8 +383,18 @@ impl Agent {
     }
 
     /// `klb status`
+    ///
+    /// # Panics
+    /// If its exit status says something else than its report.
     pub fn status(&self) -> Status {
-        self.json(&["status"])
+        let said = self.klb(&["status", "-o", "json"]);
+        let status: Status = said.json();
+        assert_eq!(
+            said.status.code(),
+            Some(i32::from(!status.healthy)),
+            "{said:?}"
+        );
+        status
     }
 }
 
@@ -417,6 +426,16 @@ pub struct Said {
     pub status: ExitStatus,
     pub stdout: String,
     pub stderr: String,
+}
+
+impl Said {
+    /// Stdout, as the one JSON document that it is.
+    ///
+    /// # Panics
+    /// If it is something else.
+    pub fn json<T: for<'de> Deserialize<'de>>(&self) -> T {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -460,7 +479,12 @@ impl Endpoint {
 /// What of `klb status` the tests look at.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
+    pub healthy: bool,
+    /// Why it is not.
+    pub problems: Vec<String>,
     pub agent: Running,
+    /// What the agent noted last.
+    pub noted: Option<Noted>,
     /// Its release, and what it can do, by name.
     pub kernel: BTreeMap<String, serde_json::Value>,
     pub devices: Vec<Device>,
@@ -468,6 +492,21 @@ pub struct Status {
     /// What does not work here.
     pub limits: Vec<String>,
     pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Noted {
+    pub age_seconds: u64,
+    pub ready: bool,
+    pub failing: Few,
+    pub skipped: Few,
+}
+
+/// Some of many.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Few {
+    pub count: usize,
+    pub some: Vec<serde_json::Value>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -31,6 +31,7 @@ use crate::{
     model::{Concern, Event, NamespacedName, Scope},
     plan::{Choice, ServicePlan},
     reconcile::{Reconciler, Report},
+    record::Recorder,
 };
 
 /// So many entries are written at once, without giving way: in a fraction of a
@@ -61,6 +62,8 @@ pub(super) struct Links {
     pub health: Reporter,
     /// Are told what an operator has to deal with.
     pub events: Events,
+    /// Notes for commands which Services fail.
+    pub recorder: Recorder,
     /// Count all that.
     pub metrics: ControlMetrics,
 }
@@ -285,6 +288,7 @@ impl<M: Maps> Control<M> {
         let metrics = &mut self.links.metrics;
         metrics.written(&plans, &report, took);
         metrics.failing(self.failures.len());
+        self.links.recorder.synced(self.failures.errors());
         self.links.health.finish(&self.failures.waiting());
         let (leaving, checks) = (self.index.leaving(), self.index.checks());
         self.links.health.tell(leaving, checks);

@@ -72,6 +72,12 @@ impl Failures {
         waiting.map(|(service, _)| service.clone()).collect()
     }
 
+    /// Each with what went wrong last.
+    pub(super) fn errors(&self) -> impl Iterator<Item = (&NamespacedName, &str)> {
+        let failures = self.0.iter();
+        failures.map(|(service, failure)| (service, failure.error.as_str()))
+    }
+
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }

@@ -23,6 +23,7 @@ use crate::{
         pins::{Lock, LockError, Pins, PinsLock},
     },
     kube_proxy::{Leftovers, process},
+    record::Record,
     sysctl::Reservation,
 };
 
@@ -54,7 +55,8 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
     Reservation::new(&args.paths.state_dir)
         .release()
         .context("giving the masquerade ports back")?;
-    remove_state(&args.paths.state_dir)
+    Record::remove(&args.paths.state_dir)
+        .and_then(|()| remove_state(&args.paths.state_dir))
         .with_context(|| format!("removing {}", args.paths.state_dir.display()))?;
     drop(locks);
     if devices + removed == 0 {

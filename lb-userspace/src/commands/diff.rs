@@ -38,6 +38,7 @@ use crate::{
     model::{Concern, Event, NamespacedName, Scope},
     netlink::Netlink,
     plan::ServicePlan,
+    record::Recorder,
 };
 
 /// Runs `klb diff`. The exit status tells whether there is a difference.
@@ -115,6 +116,7 @@ async fn open_source(args: &DiffArgs) -> anyhow::Result<Source> {
     let ears = Ears {
         events: Events::nowhere(&args.node_name),
         metrics: ApiMetrics::default(),
+        recorder: Recorder::default(),
     };
     let source = ApiSource::start(connection, ears, &client, &args.node_name, false);
     Ok(Source::Api(Box::new(source)))

@@ -654,7 +654,7 @@ fn flow_table(list: &FlowList) -> Table {
 }
 
 /// A time as kubectl shortens it: `45s`, `12m`, `3h`.
-fn seconds(seconds: u32) -> String {
+pub(super) fn seconds(seconds: u32) -> String {
     match seconds {
         0..120 => format!("{seconds}s"),
         120..7200 => format!("{}m", seconds / 60),

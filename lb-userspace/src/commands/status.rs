@@ -1,14 +1,16 @@
 //! `klb status`: whether all is well, on one page.
 
 mod counters;
+mod findings;
+mod noted;
 mod settings;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, process::ExitCode};
 
-use lb_common::{Reason, flow::SCTP, names};
+use lb_common::{flow::SCTP, names};
 use serde::Serialize;
 
-use self::settings::Settings;
+use self::{findings::Findings, noted::Noted, settings::Settings};
 use super::{
     ELSEWHERE,
     get::{DeviceRow, device_table, devices},
@@ -30,22 +32,10 @@ use crate::{
     sysctl,
 };
 
-/// From this share on, in percent, a map is worth a warning.
-const NEARLY_FULL: usize = 90;
-
 /// Characters of a bar that shows how full a map is.
 const BAR_WIDTH: usize = 10;
 /// What each stands for, in percent.
 const BAR_STEP: usize = 100 / BAR_WIDTH;
-
-/// Reasons that no healthy node counts.
-const ALARMING: [Reason; 5] = [
-    Reason::FlowTableFull,
-    Reason::RewriteFailed,
-    Reason::BadSlot,
-    Reason::MasqueradeExhausted,
-    Reason::AnswerLimit,
-];
 
 /// Maps that give up their oldest entries for new ones.
 const EVICTING: [&str; 10] = [
@@ -64,6 +54,10 @@ const EVICTING: [&str; 10] = [
 /// Everything that `klb status` shows.
 #[derive(Debug, Serialize)]
 struct Status {
+    /// Services are served as they should be, as far as is known here.
+    healthy: bool,
+    /// Why not.
+    problems: Vec<String>,
     version: &'static str,
     layout: String,
     /// Names of other layouts, of a klb before or after this one, whose
@@ -71,6 +65,8 @@ struct Status {
     draining: Vec<String>,
     pins: String,
     agent: Agent,
+    /// What the agent noted last, also if it has gone; `null` if it has not.
+    noted: Option<Noted>,
     kernel: Kernel,
     /// Names of the socket hooks that are attached.
     sockets: Vec<String>,
@@ -86,6 +82,7 @@ struct Status {
     counters: Vec<counters::Row>,
     /// What does not work here, or works otherwise than one may think.
     limits: Vec<String>,
+    /// What is to be looked at, and keeps no Service from being served.
     warnings: Vec<String>,
 }
 
@@ -109,33 +106,37 @@ pub(super) struct MapRow {
     max_entries: u32,
 }
 
-/// Runs `klb status`.
-pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+/// Runs `klb status`. The exit status tells whether all is well.
+pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let pins = open_pins(&args.paths)?;
     let maps = KernelMaps::open(&pins)?;
-    let pid = Lock::holder(&args.paths.state_dir)?;
-    let agent = Agent {
-        running: pid.is_some(),
-        pid,
-    };
-    let status = gather(&pins, &maps, agent, args.over)?;
-    print(args.output, &status, page)
+    let status = gather(&pins, &maps, args)?;
+    print(args.output, &status, page)?;
+    Ok(if status.healthy {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
-fn gather(
-    pins: &Pins,
-    maps: &KernelMaps,
-    agent: Agent,
-    over: Option<Duration>,
-) -> anyhow::Result<Status> {
+fn gather(pins: &Pins, maps: &KernelMaps, args: &StatusArgs) -> anyhow::Result<Status> {
+    let over = args.over;
     // Takes its time, and all else is to be of now.
     let counters = counters::read(pins, over)?;
+    let pid = Lock::holder(&args.paths.state_dir)?;
+    let noted = Noted::read(&args.paths.state_dir, pid.as_deref());
     let mut status = Status {
+        healthy: true,
+        problems: Vec::new(),
         version: env!("CARGO_PKG_VERSION"),
         layout: layouts::name(pins),
         draining: layouts::others(pins)?.iter().map(layouts::name).collect(),
         pins: pins.root().display().to_string(),
-        agent,
+        agent: Agent {
+            running: pid.is_some(),
+            pid,
+        },
+        noted: noted.as_ref().ok().cloned().flatten(),
         kernel: Kernel {
             release: kernel_release(),
             features: Features::probe(),
@@ -164,14 +165,24 @@ fn gather(
         .map(str::to_owned)
         .chain(unservable.map(|device| format!("{device}: {UNSERVABLE}")))
         .collect();
-    status.warnings = warnings(&status);
-    if is_elsewhere {
-        status.warnings.push(ELSEWHERE.to_owned());
-    } else {
-        let complaints = sysctl::complaints(&sysctl::ports(&config));
-        status.warnings.extend(complaints);
+    let Findings {
+        problems,
+        mut warnings,
+    } = Findings::of(&status);
+    if let Err(error) = noted {
+        warnings.push(format!("what the agent noted cannot be read: {error}"));
     }
-    Ok(status)
+    if is_elsewhere {
+        warnings.push(ELSEWHERE.to_owned());
+    } else {
+        warnings.extend(sysctl::complaints(&sysctl::ports(&config)));
+    }
+    Ok(Status {
+        healthy: problems.is_empty(),
+        problems,
+        warnings,
+        ..status
+    })
 }
 
 impl From<Fill> for MapRow {
@@ -252,73 +263,28 @@ fn limits(status: &Status, uses_sctp: bool) -> Vec<&'static str> {
     .collect()
 }
 
-fn warnings(status: &Status) -> Vec<String> {
-    let mut warnings = Vec::new();
-    if !status.agent.running {
-        warnings
-            .push("no agent runs: traffic flows, changes of Services are not followed".to_owned());
-    }
-    for layout in &status.draining {
-        warnings.push(format!(
-            "connections of a klb with layout {layout} go on beside this one's; its programs go \
-             when they have had nothing to translate for --layout-drain"
-        ));
-    }
-    if (1..names::SOCKET_PROGRAMS.len()).contains(&status.sockets.len()) {
-        warnings.push("only some of the socket hooks are attached".to_owned());
-    }
-    let mut devices = status.devices.iter();
-    if status.pods == 0
-        && !status.sockets.is_empty()
-        && status.kernel.features.netns_cookie == Some(true)
-        && devices.any(|device| device.role.as_deref() == Some("pod"))
-    {
-        warnings.push(
-            "no network namespace of a pod is found: can the agent see --netns-dir?".to_owned(),
-        );
-    }
-    for device in &status.devices {
-        // One without a name has gone, and the agent will forget it.
-        if let Some(name) = &device.name
-            && (device.tc_ingress.is_none() || device.tc_egress.is_none())
-        {
-            warnings.push(format!("device {name} lacks a TC program"));
-        }
-    }
-    // What has ended stays in a map that evicts until its place is needed: full
-    // is how such a map looks after a day of work.
-    let fixed = status.maps.iter().filter(|map| !map.evicts());
-    for map in fixed.filter(|map| map.percent() >= NEARLY_FULL) {
-        warnings.push(format!(
-            "map {} is {}% full: Services that do not fit keep their previous state",
-            map.name,
-            map.percent()
-        ));
-    }
-    for counter in &status.counters {
-        if ALARMING.map(Reason::name).contains(&counter.reason) {
-            warnings.push(format!(
-                "{} at {}: {}",
-                counter.reason,
-                counter.hook,
-                counter.how_often()
-            ));
-        }
-    }
-    warnings
-}
-
 fn page(status: &Status, look: Look) -> String {
     let mut page = String::new();
+    let health = if status.healthy {
+        look.paint(Some(Tone::Good), "healthy")
+    } else {
+        let problems = format!("not healthy: {}", status.problems.join("; "));
+        look.paint(Some(Tone::Bad), &problems)
+    };
     let agent = match &status.agent.pid {
         Some(pid) => look.paint(Some(Tone::Good), &format!("running, pid {pid}")),
         None => look.paint(Some(Tone::Bad), "not running"),
     };
+    let sync = status.noted.as_ref().map_or_else(
+        || "not known: no agent has noted anything".to_owned(),
+        |noted| noted.summary(status.agent.running),
+    );
     let sockets = match status.sockets.len() {
         0 => "off".to_owned(),
         _ => status.sockets.join(" "),
     };
     for (label, text) in [
+        ("health", health),
         (
             "klb",
             format!(
@@ -327,6 +293,7 @@ fn page(status: &Status, look: Look) -> String {
             ),
         ),
         ("agent", agent),
+        ("sync", sync),
         (
             "kernel",
             format!(
@@ -365,12 +332,19 @@ fn page(status: &Status, look: Look) -> String {
         &counters::table(&status.counters),
         look,
     );
+    if let Some(noted) = &status.noted {
+        for (title, rows, table) in noted.tables() {
+            section(&mut page, title, rows, &table, look);
+        }
+    }
     sentences(&mut page, "limits", &status.limits);
-    let warnings = status.warnings.iter();
-    let warnings: Vec<_> = warnings
-        .map(|text| look.paint(Some(Tone::Bad), text))
-        .collect();
-    sentences(&mut page, "warnings", &warnings);
+    let painted = |sentences: &[String]| -> Vec<String> {
+        let sentences = sentences.iter();
+        let painted = sentences.map(|text| look.paint(Some(Tone::Bad), text));
+        painted.collect()
+    };
+    sentences(&mut page, "warnings", &painted(&status.warnings));
+    sentences(&mut page, "problems", &painted(&status.problems));
     page
 }
 
@@ -439,8 +413,10 @@ mod tests {
 
     use super::*;
 
-    fn status() -> Status {
+    pub(super) fn status() -> Status {
         Status {
+            healthy: true,
+            problems: Vec::new(),
             version: "1.2.3",
             layout: "v1".to_owned(),
             draining: Vec::new(),
@@ -449,6 +425,7 @@ mod tests {
                 running: true,
                 pid: Some("42".to_owned()),
             },
+            noted: None,
             kernel: Kernel {
                 release: "6.1.0".to_owned(),
                 features: Features {
@@ -514,23 +491,6 @@ mod tests {
     }
 
     #[test]
-    fn a_map_that_evicts_is_full_and_well() {
-        let mut status = status();
-        status.maps.extend(EVICTING.map(|name| MapRow {
-            name,
-            entries: 100,
-            max_entries: 100,
-        }));
-        assert_eq!(warnings(&status), [""; 0]);
-        status.maps.push(MapRow {
-            name: names::RANGES4,
-            entries: 100,
-            max_entries: 100,
-        });
-        assert!(warnings(&status)[0].contains("klb_range4 is 100% full"));
-    }
-
-    #[test]
     fn a_bar_shows_an_entry_and_a_free_place() {
         let bar = |entries| {
             let map = MapRow {
@@ -549,59 +509,26 @@ mod tests {
     }
 
     #[test]
-    fn a_healthy_node_has_no_warnings() {
-        let status = status();
-        assert_eq!(warnings(&status), [""; 0]);
-        let page = page(&status, Look::PLAIN);
+    fn a_healthy_node_says_so() {
+        let page = page(&status(), Look::PLAIN);
+        assert!(page.starts_with("health    healthy\n"), "{page}");
+        assert!(page.contains("problems  none"), "{page}");
         assert!(page.contains("running, pid 42"), "{page}");
         assert!(page.contains("tcx no, bpf_set_retval yes"), "{page}");
         assert!(page.contains("warnings  none"), "{page}");
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
-        let mut status = status();
-        status.agent.running = false;
-        status.sockets.truncate(2);
-        status.maps[0].entries = 95;
-        status.devices.push(DeviceRow {
-            name: Some("veth1".to_owned()),
-            index: 3,
-            role: Some("pod".to_owned()),
-            tc_ingress: Some("tcx"),
-            tc_egress: Some("tcx"),
-            xdp: None,
-        });
-        status.devices.push(DeviceRow {
-            name: Some("eth0".to_owned()),
-            index: 2,
-            role: None,
-            tc_ingress: Some("tcx"),
-            tc_egress: None,
-            xdp: None,
-        });
-        for reason in ["bad_slot", "masquerade_exhausted", "answer_limit"] {
-            status.counters.push(counters::Row {
-                hook: "xdp",
-                reason,
-                effect: "refuse",
-                count: 4,
-                per_second: None,
-                description: "",
-            });
-        }
-        let warnings = warnings(&status).join("\n");
-        for part in [
-            "no agent",
-            "some of the socket hooks",
-            "--netns-dir",
-            "klb_svc4 is 95% full",
-            "eth0",
-            "bad_slot at xdp: 4",
-            "masquerade_exhausted at xdp: 4",
-            "answer_limit at xdp: 4",
-        ] {
-            assert!(warnings.contains(part), "{part} in {warnings}");
-        }
+    fn problems_come_first_and_last() {
+        let status = Status {
+            healthy: false,
+            problems: vec!["no agent runs".to_owned(), "eth0 lacks".to_owned()],
+            ..status()
+        };
+        let page = page(&status, Look::PLAIN);
+        let first = "health    not healthy: no agent runs; eth0 lacks\n";
+        assert!(page.starts_with(first), "{page}");
+        let last = "\nproblems\n  no agent runs\n  eth0 lacks\n";
+        assert!(page.ends_with(last), "{page}");
     }
 }

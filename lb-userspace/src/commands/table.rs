@@ -17,6 +17,8 @@ pub(super) struct Table {
     rows: Vec<Vec<String>>,
     /// By the number of the column.
     judges: Vec<(usize, Judge)>,
+    /// Below the rows.
+    note: Option<String>,
 }
 
 impl Table {
@@ -25,6 +27,7 @@ impl Table {
             indent: 0,
             rows: vec![header.iter().map(ToString::to_string).collect()],
             judges: Vec::new(),
+            note: None,
         }
     }
 
@@ -70,6 +73,11 @@ impl Table {
         self.rows.push(cells.into_iter().map(shown).collect());
     }
 
+    /// Says something below the rows.
+    pub(super) fn note(&mut self, text: &str) {
+        self.note = Some(text.to_owned());
+    }
+
     fn widths(&self) -> Vec<usize> {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
@@ -91,6 +99,10 @@ impl Table {
                 text.push_str(&self.painted(row, &widths, &line, look));
             }
             text.push('\n');
+        }
+        if let Some(note) = &self.note {
+            let line = format!("{:indent$}{note}\n", "", indent = self.indent);
+            text.push_str(&line);
         }
         text
     }

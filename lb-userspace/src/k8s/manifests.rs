@@ -20,7 +20,10 @@ use super::{
     document::{self, DocumentError},
     folder::{News, Watch},
 };
-use crate::model::{Concern, Event, Object, ObjectRef, Scope};
+use crate::{
+    model::{Concern, Event, Object, ObjectRef, Scope},
+    record::{Fault, Recorder},
+};
 
 /// How long changes are gathered before the folder is read.
 const GATHER: Duration = Duration::from_millis(5);
@@ -35,6 +38,9 @@ const LONGEST_WRITE: Duration = Duration::from_secs(2);
 
 /// How long a moment is waited for in which nothing happens in the folder.
 const LONGEST_UNREST: Duration = Duration::from_millis(100);
+
+/// What nothing is heard of while the folder cannot be read.
+const MANIFESTS: &str = "manifests";
 
 /// A folder of manifests.
 pub struct ManifestSource {
@@ -76,6 +82,13 @@ impl ManifestSource {
             due: true,
             synced: false,
         })
+    }
+
+    /// Has what makes no sense noted.
+    #[must_use]
+    pub fn noted_by(mut self, recorder: Recorder) -> Self {
+        self.folder.recorder = recorder;
+        self
     }
 
     /// The next changes, in no particular order; never empty. The first batch is
@@ -204,6 +217,9 @@ impl ManifestSource {
 struct Folder {
     path: PathBuf,
     files: BTreeMap<PathBuf, File>,
+    /// What of a file makes no sense as it is now, where something does not.
+    faults: BTreeMap<PathBuf, Vec<Fault>>,
+    recorder: Recorder,
     /// As it was told.
     objects: BTreeMap<ObjectRef, Object>,
     /// Likewise.
@@ -227,10 +243,12 @@ struct File {
 type Texts = BTreeMap<PathBuf, Option<io::Result<String>>>;
 
 impl Folder {
-    const fn new(path: PathBuf) -> Self {
+    fn new(path: PathBuf) -> Self {
         Self {
             path,
             files: BTreeMap::new(),
+            faults: BTreeMap::new(),
+            recorder: Recorder::default(),
             objects: BTreeMap::new(),
             unknown: BTreeSet::new(),
             unreadable: false,
@@ -264,10 +282,13 @@ impl Folder {
                     error!(%folder, %error, "the manifests cannot be read; all stays as it was");
                 }
                 self.unreadable = true;
+                self.recorder.unheard(MANIFESTS, &error);
                 return Vec::new();
             }
         };
         self.unreadable = false;
+        self.recorder.heard(MANIFESTS);
+        self.faults.retain(|path, _| texts.contains_key(path));
         let mut old = std::mem::take(&mut self.files);
         let mut changed = false;
         for (path, text) in texts {
@@ -279,6 +300,8 @@ impl Folder {
             changed |= is_new;
             self.files.extend(file.map(|file| (path, file)));
         }
+        let faults = self.faults.values().flatten().cloned();
+        self.recorder.files(faults.collect());
         if changed || !old.is_empty() {
             self.compare()
         } else {
@@ -307,7 +330,7 @@ impl Folder {
     /// A file as it is now, or as it was if it cannot be read; and whether that
     /// is anything new.
     fn read_file(
-        &self,
+        &mut self,
         path: &Path,
         text: io::Result<String>,
         before: Option<File>,
@@ -321,6 +344,8 @@ impl Folder {
             Err(error) => {
                 let file = path.display();
                 error!(%file, %error, "a manifest cannot be read; what it described stays");
+                let fault = Fault::of_file(path, &error);
+                self.faults.insert(path.to_owned(), vec![fault]);
                 return (before, false);
             }
         };
@@ -334,6 +359,7 @@ impl Folder {
             unknown: Vec::new(),
             text,
         };
+        let mut faults = Vec::new();
         let documents = document::read_all(&file.text).into_iter().enumerate();
         for (index, result) in
             documents.flat_map(|(i, results)| results.into_iter().map(move |r| (i, r)))
@@ -342,11 +368,13 @@ impl Folder {
                 Ok(document) => {
                     for warning in &document.warnings {
                         report_warning(path, index, warning);
+                        faults.push(Fault::in_file(path, index, warning).in_part());
                     }
                     file.objects.extend(document.objects);
                 }
                 Err(error) => {
                     report_error(path, index, &error);
+                    faults.push(Fault::in_file(path, index, &error));
                     let old = self.described_before(&error, before.as_deref());
                     if old.is_empty() {
                         file.unknown.push(error.concern);
@@ -355,6 +383,7 @@ impl Folder {
                 }
             }
         }
+        self.faults.insert(path.to_owned(), faults);
         (Some(file), true)
     }
 

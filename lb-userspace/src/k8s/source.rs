@@ -18,6 +18,7 @@ use super::{
 use crate::{
     metrics::ApiMetrics,
     model::{Concern, Event, Kind, ObjectRef, Scope},
+    record::Recorder,
 };
 
 /// What was heard and not yet taken, at most. Then the server has to wait.
@@ -53,6 +54,8 @@ pub struct Ears {
     /// For operators: what makes no sense.
     pub events: Events,
     pub metrics: ApiMetrics,
+    /// For commands.
+    pub recorder: Recorder,
 }
 
 /// The API server as the source of objects.

@@ -36,7 +36,10 @@ use super::{
     resource::{self, Resource},
     source::Ears,
 };
-use crate::model::{Concern, Kind, NamespacedName, Object, ObjectRef};
+use crate::{
+    model::{Concern, Kind, NamespacedName, Object, ObjectRef},
+    record::Fault,
+};
 
 /// Objects on one page of a list, where the server offers no stream.
 const PAGE: u32 = 250;
@@ -86,6 +89,11 @@ impl Audience {
         self.ears
             .events
             .tell(Reason::InvalidObject, object.clone(), note);
+    }
+
+    /// Notes all that makes no sense of an object; nothing if it is well.
+    fn note(&self, object: &ObjectRef, faults: Vec<Fault>) {
+        self.ears.recorder.object(object, faults);
     }
 }
 
@@ -254,12 +262,15 @@ impl<R: Resource + 'static> Follower<R> {
         self.backoff.reset();
         if mem::take(&mut self.failures) > 0 {
             info!(kind = %R::KIND, "the API server answers again");
+            self.audience.ears.recorder.heard(&R::KIND.to_string());
         }
     }
 
     fn failed(&mut self, error: &watcher::Error) {
         self.failures += 1;
-        self.audience.ears.metrics.failed(R::KIND);
+        let ears = &self.audience.ears;
+        ears.metrics.failed(R::KIND);
+        ears.recorder.unheard(&R::KIND.to_string(), error);
         warn!(kind = %R::KIND, %error, "following the API server; all stays as it was, trying again");
     }
 
@@ -300,10 +311,14 @@ impl<R: Resource + 'static> Follower<R> {
         known.listed = true;
         let news = match object.content {
             Ok(Converted { object, warnings }) => {
-                for warning in warnings {
+                for warning in &warnings {
                     warn!("{warning}");
-                    self.audience.complain(&reference, &warning);
+                    self.audience.complain(&reference, warning);
                 }
+                let faults = warnings
+                    .iter()
+                    .map(|warning| Fault::from(warning).in_part());
+                self.audience.note(&reference, faults.collect());
                 match object {
                     Some(object) => {
                         known.told = Told::Object;
@@ -318,6 +333,7 @@ impl<R: Resource + 'static> Follower<R> {
             Err(error) => {
                 warn!("skipped, what it described stays: {error}");
                 self.audience.complain(&reference, &error);
+                self.audience.note(&reference, vec![Fault::from(&error)]);
                 if known.told == Told::Object {
                     return Ok(());
                 }
@@ -332,7 +348,9 @@ impl<R: Resource + 'static> Follower<R> {
     async fn forget(&mut self, id: NamespacedName) -> Result<(), Deaf> {
         self.objects.remove(&id);
         self.count();
-        self.tell(News::Gone(reference::<R>(&id))).await
+        let reference = reference::<R>(&id);
+        self.audience.note(&reference, Vec::new());
+        self.tell(News::Gone(reference)).await
     }
 
     fn count(&self) {

@@ -31,6 +31,7 @@ async fn writes(news: impl IntoIterator<Item = u64>) -> Vec<u64> {
         synced,
         health: Reporter::default(),
         events: Events::default(),
+        recorder: Recorder::default(),
     };
     let pace = Pace {
         batch_delay: BATCH,

@@ -154,6 +154,7 @@ fn control(maps: &SharedMaps, addresses: &BTreeSet<IpAddr>) -> Control<SharedMap
         synced: watch::channel(false).0,
         health: Reporter::default(),
         events: Events::default(),
+        recorder: Recorder::default(),
     };
     let settings = Settings {
         maglev_table: 7,

@@ -39,6 +39,7 @@ impl Steps {
             synced: watch::channel(false).0,
             health: Reporter::default(),
             events: Events::default(),
+            recorder: Recorder::default(),
         };
         let pace = Pace {
             batch_delay: Duration::ZERO,

@@ -44,6 +44,7 @@ struct Fixture {
     pace: Pace,
     patience: Patience,
     registry: Registry,
+    recorder: Recorder,
 }
 
 impl Fixture {
@@ -64,6 +65,7 @@ impl Fixture {
             },
             patience: Patience::default(),
             registry: Registry::default(),
+            recorder: Recorder::default(),
         }
     }
 
@@ -104,6 +106,7 @@ impl Fixture {
         let ears = Ears {
             events: events.clone(),
             metrics: ApiMetrics::register(&mut self.registry),
+            recorder: self.recorder.clone(),
         };
         let links = Links {
             metrics: ControlMetrics::register(&mut self.registry),
@@ -113,6 +116,7 @@ impl Fixture {
             synced,
             health,
             events: events.clone(),
+            recorder: self.recorder.clone(),
         };
         let index = Index::new("node-1", Settings::default());
         let maps = Arc::clone(&self.maps);
@@ -723,6 +727,19 @@ async_test! { operators_are_told_of_objects_that_make_no_sense {
     fixture.server.put(odd);
     let note = "\"best\" is not random or maglev";
     fixture.await_event("InvalidObject", "two", note).await;
+    // Commands know of both, until they are well or have gone.
+    let skipped = || fixture.recorder.record().skipped;
+    let found = |name: &str| {
+        let faults = skipped().some.into_iter();
+        let mut faults = faults.filter(|fault| fault.name.as_deref() == Some(name));
+        faults.next().unwrap_or_else(|| panic!("{name} in {:?}", skipped()))
+    };
+    assert_eq!((skipped().count, found("one").in_part), (2, false));
+    assert_eq!(found("one").field.as_deref(), Some("spec.ports[0].port"));
+    assert!(found("two").in_part);
+    fixture.server.put(service("one", 1));
+    fixture.server.delete("services", "default", "two");
+    fixture.await_maps("nothing to be wrong", |_| skipped().count == 0).await;
 }}
 
 async_test! { a_write_that_fails_is_waited_for {
