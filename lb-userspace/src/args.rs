@@ -495,24 +495,31 @@ pub enum LogFormat {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
+Exit status: 0, also if nothing is of what was asked for; 1 if there is no Service, device or map of \
+the name, unless with --watch, or if the maps cannot be read; 2 for wrong usage.
+
 Examples:
   # Where a Service leads to, with every backend
-  klb get services --service web -o wide
+  klb get services web -o wide
   # Who is behind a load balancer's address
   klb get services --vip 203.0.113.7:443
   # How much each backend of a Service has had
-  klb get backends -n shop --service web:http -o wide
+  klb get backends -n shop web:http -o wide
   # The connections of a client, and those to a backend
   klb get flows --client 192.0.2.9
   klb get flows --backend 10.244.0.5:3000
   # What changes while endpoints come and go
-  klb get backends --service web --watch
+  klb get backends web --watch
   # For a script
   klb get maps -o json | jq '.maps[] | select(.entries > .max_entries / 2) | .name'")]
 pub struct GetArgs {
     /// What to list
     #[arg(value_enum)]
     pub what: What,
+    /// Only what is of this name: with `devices` a device, with `maps` a map, else a Service or one
+    /// of its ports
+    #[arg(value_name = "NAME[:PORT]", conflicts_with = "service")]
+    pub name: Option<String>,
     /// Only what belongs to Services of this namespace
     #[arg(short, long)]
     pub namespace: Option<String>,

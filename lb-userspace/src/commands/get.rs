@@ -57,19 +57,22 @@ pub fn run(args: &GetArgs) -> anyhow::Result<()> {
 /// been removed meanwhile.
 fn read(args: &GetArgs, selection: &Selection<'_>) -> anyhow::Result<Document> {
     let pins = open_pins(&args.paths)?;
-    if args.what == What::Devices {
-        return get_devices(&pins);
-    }
     let maps = KernelMaps::open(&pins)?;
-    match args.what {
-        What::Services => get_services(selection, &maps),
-        What::Backends => get_backends(selection, &maps, &pins),
-        What::Flows => get_flows(selection, &maps),
-        What::Sockets => get_sockets(selection, &maps),
-        What::Affinity => Ok(Document::Affinity(affinity::read(&maps, selection)?)),
-        What::Maps => get_maps(&maps),
-        What::Devices => get_devices(&pins),
+    let document = match args.what {
+        What::Services => get_services(selection, &maps)?,
+        What::Backends => get_backends(selection, &maps, &pins)?,
+        What::Flows => get_flows(selection, &maps)?,
+        What::Sockets => get_sockets(selection, &maps)?,
+        What::Affinity => Document::Affinity(affinity::read(&maps, selection)?),
+        What::Maps => get_maps(selection, &maps)?,
+        What::Devices => get_devices(selection, &maps, &pins)?,
+    };
+    // Who watches may wait for it to come.
+    if document.is_empty() && !args.watch {
+        let ports: Vec<_> = maps.metas()?.values().map(PortId::from).collect();
+        selection.require_known(ports.iter())?;
     }
+    Ok(document)
 }
 
 fn get_services(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
@@ -119,7 +122,7 @@ fn get_flows(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Doc
             && selection.has_backend(row.backend)
             && selection.has_client(row.client)
     });
-    flows.sort_by(|a, b| (&a.service, a.client).cmp(&(&b.service, b.client)));
+    flows.sort_by(|a, b| a.order().cmp(&b.order()));
     Ok(Document::Flows(FlowList { flows }))
 }
 
@@ -132,18 +135,25 @@ fn get_sockets(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<D
             && selection.has_vip(row.frontend)
             && selection.has_backend(row.backend)
     });
-    sockets.sort_by(|a, b| (&a.service, a.cookie).cmp(&(&b.service, b.cookie)));
+    sockets.sort_by(|a, b| a.order().cmp(&b.order()));
     Ok(Document::Sockets(SocketList { sockets }))
 }
 
-fn get_devices(pins: &Pins) -> anyhow::Result<Document> {
-    require_agents_namespace(&KernelMaps::open(pins)?.config()?)?;
-    let devices = devices(pins)?;
+fn get_devices(
+    selection: &Selection<'_>,
+    maps: &KernelMaps,
+    pins: &Pins,
+) -> anyhow::Result<Document> {
+    require_agents_namespace(&maps.config()?)?;
+    let mut devices = devices(pins)?;
+    devices.retain(|device| selection.has_name(device.name.as_deref().unwrap_or_default()));
     Ok(Document::Devices(DeviceList { devices }))
 }
 
-fn get_maps(maps: &KernelMaps) -> anyhow::Result<Document> {
-    let maps = maps.fill()?.into_iter().map(MapRow::from).collect();
+fn get_maps(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
+    let fill = maps.fill()?.into_iter();
+    let fill = fill.filter(|fill| selection.has_name(fill.map));
+    let maps = fill.map(MapRow::from).collect();
     Ok(Document::Maps(MapList { maps }))
 }
 
@@ -615,6 +625,21 @@ impl FlowRow {
             idle_seconds: flow.idle,
         }
     }
+
+    /// No two living flows have all of it in common, so that a list is in the
+    /// same order however the kernel tells of them.
+    fn order(&self) -> (&PortId, SocketAddr, SocketAddr, SocketAddr, &str) {
+        let Self {
+            service, client, ..
+        } = self;
+        (
+            service,
+            *client,
+            self.frontend,
+            self.backend,
+            &self.protocol,
+        )
+    }
 }
 
 fn state_tone(state: &str) -> Option<Tone> {
@@ -686,6 +711,20 @@ impl SocketRow {
             frontend: socket.frontend,
             backend: socket.backend,
         }
+    }
+
+    /// As a flow's.
+    fn order(&self) -> (&PortId, u64, SocketAddr, SocketAddr, &str) {
+        let Self {
+            service, cookie, ..
+        } = self;
+        (
+            service,
+            *cookie,
+            self.frontend,
+            self.backend,
+            &self.protocol,
+        )
     }
 }
 

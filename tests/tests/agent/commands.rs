@@ -2,6 +2,7 @@
 //! runs or not.
 
 use std::{
+    fs,
     net::{Ipv4Addr, SocketAddr},
     os::unix::process::ExitStatusExt as _,
     process::Command,
@@ -10,14 +11,15 @@ use std::{
 };
 
 use lb_tests::{
-    agent::{Hooks, klb_path},
+    agent::{Agent, Hooks, klb_path},
     process::Process,
     topology::Family,
     traffic::Protocol,
     wait, web,
-    world::{Frontend, SERVICE_FILE, World},
+    world::{Frontend, SERVICE_FILE, World, echo},
 };
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 /// For what takes no time as a rule.
 const TIME: Duration = Duration::from_secs(20);
@@ -38,18 +40,9 @@ fn all_of_them_work_without_an_agent() {
     let mut world = crate::world(Hooks::ALL);
     use_it(&world);
     let with_agent = world.agent.backends("echo");
-    assert!(world.agent.status().agent.running);
     world.agent.kill();
     use_it(&world);
     assert_eq!(world.agent.backends("echo"), with_agent);
-    let status = world.agent.status();
-    assert!(!status.agent.running);
-    assert!(
-        status
-            .warnings
-            .iter()
-            .any(|warning| warning.contains("no agent"))
-    );
     let words = [
         (
             "services",
@@ -67,8 +60,150 @@ fn all_of_them_work_without_an_agent() {
             assert!(said.stdout.contains(word), "no {word} in\n{}", said.stdout);
         }
     }
+}
+
+/// They are the kernel's to tell, with nothing of the agent's left but its pins.
+#[test]
+fn names_need_no_agent_and_no_file() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    put_affinity(&world);
+    world.agent.start();
+    use_it(&world);
+    let request = world.request(Frontend::ClusterIp, Family::V4, Protocol::Udp);
+    world.cluster.node.ask(&request).expect("an answer");
+    let lists = ["services", "backends", "flows", "sockets", "affinity"];
+    let names = |world: &World, list| -> Vec<_> {
+        let rows = rows(world, list, &[]).into_iter();
+        let rows =
+            rows.map(|row| ["namespace", "name", "port_name"].map(|field| row[field].clone()));
+        rows.collect()
+    };
+    let with_agent = lists.map(|list| names(&world, list));
+    for (list, names) in lists.iter().zip(&with_agent) {
+        assert!(!names.is_empty(), "{list}");
+        for [namespace, name, port] in names {
+            assert_eq!(
+                (namespace, name),
+                (&json!("default"), &json!("echo")),
+                "{list}"
+            );
+            assert!(port == "http" || port == "datagrams", "{list}: {port}");
+        }
+    }
+    for stop in [Agent::terminate, Agent::kill] {
+        stop(&mut world.agent);
+        fs::remove_dir_all(world.agent.state()).expect("the state folder");
+        let without = lists.map(|list| names(&world, list));
+        assert_eq!(without, with_agent);
+        let said = world
+            .agent
+            .klb(&["get", "services", "echo:http", "-n", "default"]);
+        assert!(said.stdout.contains("default     echo:http"), "{said:?}");
+        world.agent.start();
+    }
+}
+
+/// An agent that was stopped on purpose is none that follows changes, either.
+#[test]
+fn status_tells_by_its_exit_whether_all_is_well() {
+    let mut world = crate::world(Hooks::ALL);
+    let status = world.agent.status();
+    assert!(status.healthy && status.agent.running, "{status:?}");
+    assert!(status.noted.is_some_and(|noted| noted.ready));
     let said = world.agent.klb(&["status"]);
-    assert!(said.status.success(), "{said:?}");
+    assert_eq!(said.status.code(), Some(0), "{said:?}");
+    assert!(said.stdout.starts_with("health    healthy\n"), "{said:?}");
+
+    // Somebody takes a hook away.
+    let hook = world.agent.pins().join("links/connect4");
+    fs::remove_file(&hook).expect("a pinned link");
+    let status = world.agent.status();
+    assert!(!status.healthy);
+    assert_eq!(
+        status.problems,
+        ["only some of the socket hooks are attached"]
+    );
+
+    world.agent.terminate();
+    world.agent.start();
+    assert!(world.agent.status().healthy, "mended by a start");
+    for stop in [Agent::terminate, Agent::kill] {
+        stop(&mut world.agent);
+        let status = world.agent.status();
+        assert!(!status.healthy && !status.agent.running, "{status:?}");
+        let [problem] = &status.problems[..] else {
+            panic!("{status:?}");
+        };
+        assert!(problem.contains("traffic flows"), "{problem}");
+        let said = world.agent.klb(&["status"]);
+        assert_eq!(said.status.code(), Some(1), "{said:?}");
+        assert!(said.stderr.is_empty(), "the report is all: {said:?}");
+        assert!(said.stdout.contains("ago"), "how old it is: {said:?}");
+        assert!(said.stdout.contains("klb_svc4"), "all the same: {said:?}");
+        world.agent.start();
+    }
+}
+
+/// What has no room, and what makes no sense.
+#[test]
+fn status_names_what_is_not_followed() {
+    let mut world = crate::stopped_world(Hooks::TC);
+    let flags = &mut world.agent.flags;
+    flags.retain(|flag| !flag.starts_with("--map-services"));
+    flags.push("--map-services=32".to_owned());
+    world.agent.start();
+    assert!(world.agent.status().problems.is_empty());
+    let broken = world
+        .service
+        .to_string()
+        .replace("port: 80\n", "port: 80000\n");
+    let manifests = &world.agent.manifests;
+    let addresses: Vec<_> = (1..=32).map(|last| format!("203.0.113.{last}")).collect();
+    let addresses = format!("spec:\n  externalIPs: [{}]\n", addresses.join(", "));
+    let wide = echo("wide", 2, 30090).to_string();
+    manifests.put("wide.yaml", &wide.replace("spec:\n", &addresses));
+    manifests.put(SERVICE_FILE, &broken);
+    let noted = wait::until("both to be noted", TIME, || {
+        let noted = world.agent.status().noted?;
+        (noted.skipped.count > 0 && noted.failing.count > 0).then_some(noted)
+    });
+    let [skipped] = &noted.skipped.some[..] else {
+        panic!("{noted:?}");
+    };
+    for (field, value) in [
+        ("kind", "Service"),
+        ("namespace", "default"),
+        ("name", "echo"),
+        ("field", "spec.ports[0].port"),
+    ] {
+        assert_eq!(skipped[field], value, "{noted:?}");
+    }
+    assert_eq!(noted.failing.some[0]["name"], "wide", "{noted:?}");
+    let assert_said = |agent: &Agent| {
+        let said = agent.klb(&["status"]);
+        assert_eq!(said.status.code(), Some(1), "{said:?}");
+        for words in [
+            "default     echo   spec.ports[0].port   all",
+            "1 object or manifest makes no sense",
+            "1 Service is in the maps not as it should be",
+        ] {
+            assert!(said.stdout.contains(words), "{words}: {}", said.stdout);
+        }
+    };
+    assert_said(&world.agent);
+    world.agent.kill();
+    assert_said(&world.agent);
+    let said = world.agent.klb(&["status"]);
+    assert!(said.stdout.contains("as the agent noted"), "{said:?}");
+
+    // Nothing of it is left to an agent that finds all well.
+    world.agent.manifests.remove("wide.yaml");
+    let service = world.service.to_string();
+    world.agent.manifests.put(SERVICE_FILE, &service);
+    world.agent.start();
+    let status = world.agent.status();
+    assert!(status.healthy, "{status:?}");
+    assert_eq!(status.noted.expect("noted").skipped.count, 0);
 }
 
 #[test]
@@ -135,7 +270,10 @@ fn addresses_and_names_select() {
         ("services", &["--vip", "10.96.0.1"], 2),
         ("services", &["--backend", "10.244.0.5:3053"], 1),
         ("services", &["--service", "echo:http"], 1),
-        ("services", &["--service", "ech"], 0),
+        ("services", &["echo"], 2),
+        ("flows", &["echo:http"], 0),
+        ("devices", &["up0"], 1),
+        ("maps", &["klb_flow6"], 1),
         ("backends", &["--service", "echo:datagrams"], 6),
         ("backends", &["--backend", "fd00:10:244::5"], 2),
         ("flows", &["--client", "10.244.0.9"], 1),
@@ -148,6 +286,11 @@ fn addresses_and_names_select() {
     ] {
         let rows = rows(&world, what, flags);
         assert_eq!(rows.len(), count, "{what} {flags:?}: {rows:?}");
+    }
+    for (what, name) in [("services", "ech"), ("flows", "ech"), ("maps", "klb_svc5")] {
+        let said = world.agent.klb(&["get", what, name]);
+        assert_eq!(said.status.code(), Some(1), "{said:?}");
+        assert!(said.stderr.contains(name), "{said:?}");
     }
     let said = world
         .agent
@@ -242,13 +385,18 @@ fn status_tells_what_is_counted_now() {
     assert!(one_look.iter().all(says_nothing), "{one_look:?}");
 }
 
-#[test]
-fn affinity_tells_who_keeps_whom() {
-    let mut world = crate::stopped_world(Hooks::TC);
+/// Gives the Service affinity.
+fn put_affinity(world: &World) {
     let affinity = "spec:\n  sessionAffinity: ClientIP\n  \
                     sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}\n";
     let manifest = world.service.to_string().replace("spec:\n", affinity);
     world.agent.manifests.put(SERVICE_FILE, &manifest);
+}
+
+#[test]
+fn affinity_tells_who_keeps_whom() {
+    let mut world = crate::stopped_world(Hooks::TC);
+    put_affinity(&world);
     world.agent.start();
     use_it(&world);
     let all = rows(&world, "affinity", &[]);

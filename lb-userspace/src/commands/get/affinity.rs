@@ -21,6 +21,12 @@ pub(super) struct List {
     affinity: Vec<Row>,
 }
 
+impl List {
+    pub(super) fn is_empty(&self) -> bool {
+        self.affinity.is_empty()
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Row {
     #[serde(flatten)]

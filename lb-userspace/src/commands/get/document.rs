@@ -44,6 +44,18 @@ impl Document {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Services(list) => list.services.is_empty(),
+            Self::Backends(list) => list.backends.is_empty(),
+            Self::Flows(list) => list.flows.is_empty(),
+            Self::Sockets(list) => list.sockets.is_empty(),
+            Self::Affinity(list) => list.is_empty(),
+            Self::Devices(list) => list.devices.is_empty(),
+            Self::Maps(list) => list.maps.is_empty(),
+        }
+    }
+
     /// What makes it another one to those who see it so. That a flow has been
     /// idle for a second more is no news.
     pub(super) fn essence(&self, output: Format) -> anyhow::Result<String> {

@@ -48,9 +48,40 @@ impl<'a> Selection<'a> {
 
     /// By namespace and name; the name may be that of one port: `web:http`.
     pub(super) fn has_service(&self, port: &PortId) -> bool {
-        let service = self.0.service.as_deref();
         let is_named = |wanted: &str| port.name == wanted || port.service() == wanted;
-        port.is_in(self.0.namespace.as_deref()) && service.is_none_or(is_named)
+        port.is_in(self.0.namespace.as_deref()) && self.name().is_none_or(is_named)
+    }
+
+    /// By the name of what is no Service's.
+    pub(super) fn has_name(&self, name: &str) -> bool {
+        self.name().is_none_or(|wanted| wanted == name)
+    }
+
+    /// The name that is asked for, in either way.
+    fn name(&self) -> Option<&str> {
+        self.0.name.as_deref().or(self.0.service.as_deref())
+    }
+
+    /// # Errors
+    ///
+    /// If something is asked for by name that is none of those that there are:
+    /// nothing to be shown of it would be taken for an answer.
+    pub(super) fn require_known<'p>(
+        &self,
+        mut ports: impl Iterator<Item = &'p PortId>,
+    ) -> anyhow::Result<()> {
+        let Some(name) = self.name() else {
+            return Ok(());
+        };
+        match (self.0.what, self.0.namespace.as_deref()) {
+            (What::Devices, _) => bail!("klb is on no device {name}"),
+            (What::Maps, _) => bail!("there is no map {name}"),
+            _ if ports.any(|port| self.has_service(port)) => Ok(()),
+            (_, Some(namespace)) => {
+                bail!("no Service {name} of namespace {namespace} is in the maps")
+            }
+            (_, None) => bail!("no Service {name} is in the maps"),
+        }
     }
 
     pub(super) fn has_vip(&self, addr: SocketAddr) -> bool {
@@ -134,10 +165,43 @@ mod tests {
             (&["--service", "we"], false),
             (&["--service", "web", "-n", "shop"], true),
             (&["--service", "web", "-n", "other"], false),
+            (&["web"], true),
+            (&["web:http"], true),
+            (&["we"], false),
         ] {
             let args = args(&[&["services"], flags].concat());
             let selection = Selection::new(&args).expect("services have names");
             assert_eq!(selection.has_service(&port), expected, "{flags:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_there_is_not_is_no_answer() {
+        let web = PortId {
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+            port_name: "http".to_owned(),
+        };
+        for (line, expected) in [
+            (&["flows"][..], None),
+            (&["flows", "web"], None),
+            (&["flows", "web:http", "-n", "shop"], None),
+            (&["flows", "wob"], Some("no Service wob is")),
+            (&["flows", "--service", "wob"], Some("no Service wob is")),
+            (&["flows", "web", "-n", "x"], Some("web of namespace x")),
+            (&["devices", "eth7"], Some("no device eth7")),
+            (&["maps", "klb_svc5"], Some("no map klb_svc5")),
+        ] {
+            let args = args(line);
+            let selection = Selection::new(&args).expect("valid");
+            let error = selection.require_known([&web].into_iter()).err();
+            let error = error.map(|error| error.to_string());
+            let as_expected = match (&error, expected) {
+                (Some(error), Some(expected)) => error.contains(expected),
+                (None, None) => true,
+                _ => false,
+            };
+            assert!(as_expected, "{line:?}: {error:?}");
         }
     }
 
