@@ -8,6 +8,7 @@ pub mod config;
 pub mod datapath;
 pub mod devices;
 pub mod errors;
+pub mod ethtool;
 pub mod health;
 pub mod ids;
 pub mod index;

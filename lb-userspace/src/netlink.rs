@@ -205,6 +205,20 @@ impl Netlink {
         Ok(masters.collect())
     }
 
+    /// The device that each VLAN and its like is on, by index, where both are in
+    /// this network namespace.
+    pub fn lower(&self) -> io::Result<BTreeMap<u32, u32>> {
+        // `struct ifinfomsg`, all zero for every device.
+        let replies = self.dump(libc::RTM_GETLINK, &[0; 16])?;
+        let lower = replies.iter().filter_map(|reply| {
+            let field = |kind| attributes(reply, 16).find(|attribute| attribute.kind() == kind);
+            let lower = field(libc::IFLA_LINK)?;
+            let is_here = field(libc::IFLA_LINK_NETNSID).is_none();
+            is_here.then_some((word(reply, 4)?, word(lower.value(), 0)?))
+        });
+        Ok(lower.collect())
+    }
+
     /// Every address of every device.
     pub fn addresses(&self) -> io::Result<Vec<Address>> {
         // `struct ifaddrmsg`, all zero for every family.

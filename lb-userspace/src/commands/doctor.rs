@@ -10,6 +10,7 @@ mod check;
 mod kernel;
 mod mounts;
 mod network;
+mod offloads;
 mod rights;
 
 use std::{fmt::Write as _, process::ExitCode};

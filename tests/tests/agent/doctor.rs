@@ -71,3 +71,42 @@ fn what_is_wrong_with_the_node_is_found() {
     let (_, finding) = check(&said, "kube-proxy's rules");
     assert!(finding.contains("table ip kube-proxy"), "{finding}");
 }
+
+/// An offload is wrong only where something of klb's is in its way.
+#[test]
+fn offloads_are_looked_at_where_they_matter() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    let node = world.cluster.node.place.netns();
+    let findings = |world: &World, flags: &[&str]| -> Vec<String> {
+        let said = doctor(world, &[&["-o", "json"], flags].concat());
+        let report: Value = said.json();
+        let checks = report["checks"].as_array().expect("a list").iter();
+        let checks = checks.filter(|check| check["name"] == "offloads");
+        let findings = checks.map(|check| check["finding"].as_str().expect("text").to_owned());
+        findings.collect()
+    };
+    let has = |findings: &[String], text: &str| findings.iter().any(|it| it.contains(text));
+    node.output("ethtool", &["-K", UPLINK, "gro", "on"]);
+    let before = findings(&world, &["--preflight"]);
+    assert!(!has(&before, "GRO is off"), "{before:?}");
+    node.output("ethtool", &["-K", UPLINK, "gro", "off"]);
+    let off = findings(&world, &["--preflight"]);
+    assert!(has(&off, &format!("GRO is off at {UPLINK}")), "{off:?}");
+
+    // With bypass XDP sends to pods, whose devices take frames if GRO is on at
+    // their other end.
+    let pod = world.cluster.pods[0].host.place.netns();
+    pod.output("ethtool", &["-K", "eth0", "gro", "on"]);
+    world.agent.flags.push("--routing=bypass".to_owned());
+    world.agent.start();
+    let told = findings(&world, &[]);
+    assert!(
+        has(&told, "3 of 4 devices of pods take no frames"),
+        "{told:?}"
+    );
+    world.agent.terminate();
+    world.agent.flags.retain(|flag| flag != "--routing=bypass");
+    world.agent.start();
+    let told = findings(&world, &[]);
+    assert!(!has(&told, "take no frames"), "nobody sends any: {told:?}");
+}

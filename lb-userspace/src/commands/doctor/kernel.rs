@@ -2,7 +2,13 @@
 
 use std::{fs, path::Path};
 
-use super::check::Check;
+use aya::{
+    maps::MapType,
+    programs::ProgramType,
+    sys::{is_map_supported, is_program_supported},
+};
+
+use super::check::{Check, Level};
 use crate::datapath::features::Features;
 
 /// The oldest kernel on which every program is tested.
@@ -17,8 +23,59 @@ pub(super) struct Facts {
     btf: bool,
     /// `net.core.bpf_jit_enable`, which only the first network namespace has.
     jit: Option<String>,
+    /// `net.core.bpf_jit_harden`, likewise.
+    jit_harden: Option<String>,
+    /// `kernel.bpf_stats_enabled`
+    stats: Option<String>,
     clock: Option<String>,
+    config: Vec<Part>,
     features: Features,
+}
+
+/// What the kernel has to be built with, and whether it is, as far as that could
+/// be tried.
+#[derive(Clone, Debug)]
+struct Part {
+    options: &'static str,
+    is_there: Option<bool>,
+    /// What becomes of klb without.
+    cost: &'static str,
+    /// How bad that is.
+    level: Level,
+}
+
+/// Found by trying: where there is a file with the options at all, it is not
+/// in a pod.
+fn config() -> Vec<Part> {
+    let program = |kind| is_program_supported(kind).ok();
+    let map = |kind| is_map_supported(kind).ok();
+    let all_of = |parts: &[Option<bool>]| parts.iter().copied().collect::<Option<Vec<_>>>();
+    vec![
+        Part {
+            options: "CONFIG_BPF_SYSCALL and CONFIG_NET",
+            is_there: all_of(&[
+                program(ProgramType::SchedClassifier),
+                map(MapType::LruHash),
+                map(MapType::LpmTrie),
+            ])
+            .map(|all| all.into_iter().all(|part| part)),
+            cost: "no program of klb's can be loaded",
+            level: Level::Fail,
+        },
+        Part {
+            options: "CONFIG_CGROUP_BPF",
+            is_there: program(ProgramType::CgroupSockAddr),
+            cost: "sockets cannot be served: run the agent with --socket-lb off, and processes of \
+                   the node itself do not reach Services by klb",
+            level: Level::Fail,
+        },
+        Part {
+            options: "CONFIG_NET (XDP)",
+            is_there: program(ProgramType::Xdp),
+            cost: "run the agent with --xdp off",
+            level: Level::Warn,
+        },
+    ]
 }
 
 impl Facts {
@@ -28,6 +85,9 @@ impl Facts {
             release: read("/proc/sys/kernel/osrelease").unwrap_or_default(),
             btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
             jit: read("/proc/sys/net/core/bpf_jit_enable"),
+            jit_harden: read("/proc/sys/net/core/bpf_jit_harden"),
+            stats: read("/proc/sys/kernel/bpf_stats_enabled"),
+            config: config(),
             clock: read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
             features: Features::probe(),
         }
@@ -36,13 +96,67 @@ impl Facts {
     pub(super) fn checks(&self) -> Vec<Check> {
         let jit = self.jit.as_deref().map(jit);
         let clock = self.clock.as_deref().map(clock);
-        [version(&self.release), btf(self.btf)]
-            .into_iter()
-            .chain(jit)
-            .chain(features(self.features))
-            .chain(clock)
-            .collect()
+        let slowing = self.slowing();
+        [
+            version(&self.release),
+            built_with(&self.config),
+            btf(self.btf),
+        ]
+        .into_iter()
+        .chain(jit)
+        .chain(slowing)
+        .chain(features(self.features))
+        .chain(clock)
+        .collect()
     }
+}
+
+impl Facts {
+    /// Settings that cost every run of a program some time.
+    fn slowing(&self) -> Vec<Check> {
+        let harden = self.jit_harden.as_deref() == Some("2");
+        let harden = harden.then(|| {
+            Check::warn(
+                "BPF JIT",
+                "hides the constants of all programs, those of root included, which makes them \
+                 longer and slower",
+                "sysctl -w net.core.bpf_jit_harden=1, which does so for those of others",
+            )
+        });
+        let stats = self.stats.as_deref() == Some("1");
+        let stats = stats.then(|| {
+            Check::warn(
+                "BPF statistics",
+                "every run of a program is timed, which takes some twenty nanoseconds each",
+                "sysctl -w kernel.bpf_stats_enabled=0, once nobody measures any more",
+            )
+        });
+        harden.into_iter().chain(stats).collect()
+    }
+}
+
+/// The worst of what is missing.
+fn built_with(parts: &[Part]) -> Check {
+    const NAME: &str = "kernel config";
+    let missing = parts.iter().filter(|part| part.is_there == Some(false));
+    if let Some(worst) = missing.max_by_key(|part| part.level) {
+        return Check {
+            level: worst.level,
+            ..Check::fail(
+                NAME,
+                format!("without {}: {}", worst.options, worst.cost),
+                "a kernel with these, which all large distributions have",
+            )
+        };
+    }
+    if parts.iter().any(|part| part.is_there.is_none()) {
+        return Check::warn(
+            NAME,
+            "could not be tried without the right to load programs",
+            "run klb doctor as root",
+        );
+    }
+    Check::ok(NAME, "programs for TC, XDP and sockets can be loaded")
 }
 
 fn version(release: &str) -> Check {
@@ -182,11 +296,23 @@ mod tests {
         coarse_clock: Some(true),
     };
 
+    fn part(is_there: Option<bool>, level: Level) -> Part {
+        Part {
+            options: "CONFIG_CGROUP_BPF",
+            is_there,
+            cost: "sockets cannot be served",
+            level,
+        }
+    }
+
     fn facts() -> Facts {
         Facts {
             release: "6.12.0-amd64".to_owned(),
             btf: true,
             jit: Some("1".to_owned()),
+            jit_harden: Some("1".to_owned()),
+            stats: Some("0".to_owned()),
+            config: vec![part(Some(true), Fail), part(Some(true), Warn)],
             clock: Some("tsc".to_owned()),
             features: ALL,
         }
@@ -204,7 +330,7 @@ mod tests {
     #[test]
     fn a_kernel_is_fit_or_it_is_said_why_not() {
         assert_eq!(bad(&facts()), []);
-        assert_eq!(facts().checks().len(), 5);
+        assert_eq!(facts().checks().len(), 6);
         let unknown = Facts {
             jit: None,
             clock: None,
@@ -240,6 +366,34 @@ mod tests {
                     ..facts()
                 },
                 ("clock", Warn),
+            ),
+            (
+                Facts {
+                    jit_harden: Some("2".to_owned()),
+                    ..facts()
+                },
+                ("BPF JIT", Warn),
+            ),
+            (
+                Facts {
+                    stats: Some("1".to_owned()),
+                    ..facts()
+                },
+                ("BPF statistics", Warn),
+            ),
+            (
+                Facts {
+                    config: vec![part(Some(false), Warn), part(Some(false), Fail)],
+                    ..facts()
+                },
+                ("kernel config", Fail),
+            ),
+            (
+                Facts {
+                    config: vec![part(None, Fail)],
+                    ..facts()
+                },
+                ("kernel config", Warn),
             ),
             (
                 with_features(Features {

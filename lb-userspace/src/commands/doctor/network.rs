@@ -2,12 +2,18 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use super::check::Check;
+use lb_common::node::{CONFIG_BYPASS, Config};
+
+use super::{
+    check::Check,
+    offloads::{self, Circumstances},
+};
 use crate::{
     args::DoctorArgs,
     datapath::{inspect, kernel::KernelMaps},
     devices::{Listing, Role, Rules, UNSERVABLE},
-    netlink::Netlink,
+    ethtool::Offloads,
+    netlink::{FrameTakers, Netlink},
     sysctl,
 };
 
@@ -19,6 +25,9 @@ pub(super) struct Facts {
     preflight: bool,
     /// Devices that klb would be on, or why they are not known.
     devices: Result<Vec<Device>, String>,
+    around: Circumstances,
+    /// Names of uplinks with an XDP program that is not klb's.
+    others_xdp: Vec<String>,
     unservable: BTreeSet<String>,
     /// `net.ipv4.ip_forward` and `net.ipv6.conf.all.forwarding`.
     forwarding: [Option<bool>; 2],
@@ -30,13 +39,15 @@ pub(super) struct Facts {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Device {
-    name: String,
-    role: Role,
-    mtu: Option<u32>,
+pub(super) struct Device {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) role: Role,
+    pub(super) mtu: Option<u32>,
     /// The strictest that goes for it: 0 off, 1 strict, 2 loose. Of those of all
     /// devices and its own the kernel takes the greater number.
-    rp_filter: Option<u8>,
+    pub(super) rp_filter: Option<u8>,
+    pub(super) offloads: Offloads,
 }
 
 /// The kernel's table of connections.
@@ -58,12 +69,22 @@ impl Facts {
         let rules = Rules::new(&args.devices);
         let addresses = listing.as_ref().map(|node| rules.node_addresses(node));
         let is_on = |path| setting::<u8>(path).map(|value| value != 0);
+        let devices = listing
+            .as_ref()
+            .map_err(ToString::to_string)
+            .and_then(|node| devices(&rules, node).map_err(|error| error.to_string()));
+        // Before there is an agent nobody has chosen anything.
+        let config = config(args).filter(|_| !args.preflight);
+        let known = devices.as_deref().unwrap_or_default();
+        let own_xdp = own_xdp(args);
+        let others_xdp = listing
+            .as_ref()
+            .map_or_else(|_| Vec::new(), |node| others_xdp(node, known, &own_xdp));
         Self {
             preflight: args.preflight,
-            devices: listing
-                .as_ref()
-                .map_err(ToString::to_string)
-                .and_then(|node| devices(&rules, node).map_err(|error| error.to_string())),
+            around: circumstances(args, known, own_xdp, config).unwrap_or_default(),
+            others_xdp,
+            devices,
             unservable: inspect::unservable_devices().unwrap_or_default(),
             forwarding: [is_on("ipv4/ip_forward"), is_on("ipv6/conf/all/forwarding")],
             has_v6: addresses.is_ok_and(|own| own.iter().any(std::net::IpAddr::is_ipv6)),
@@ -76,7 +97,11 @@ impl Facts {
 
     pub(super) fn checks(&self) -> Vec<Check> {
         let mut checks = match &self.devices {
-            Ok(devices) => vec![which(devices), mtu(devices), rp_filter(devices)],
+            Ok(devices) => {
+                let own = [which(devices), mtu(devices), rp_filter(devices)];
+                let offloads = offloads::checks(devices, &self.around);
+                own.into_iter().chain(offloads).collect()
+            }
             Err(error) => vec![Check::fail(
                 "devices",
                 format!("cannot be listed: {error}"),
@@ -88,10 +113,25 @@ impl Facts {
             let finding = format!("{device}: {UNSERVABLE}");
             Check::warn("devices", finding, "send Services by another device")
         }));
+        checks.extend(self.others_xdp());
         checks.push(self.forwarding());
         checks.extend(self.conntrack.map(conntrack));
         checks.extend(self.ports());
         checks
+    }
+
+    fn others_xdp(&self) -> Option<Check> {
+        if self.others_xdp.is_empty() {
+            return None;
+        }
+        let finding = format!(
+            "a program of somebody else's is on {}: klb's cannot be there beside it, and TC does \
+             its work, which takes longer",
+            self.others_xdp.join(", ")
+        );
+        let fix = "remove the other one (ip link set dev DEVICE xdp off), or run the agent with \
+                   --xdp off";
+        Some(Check::warn("XDP", finding, fix))
     }
 
     fn forwarding(&self) -> Check {
@@ -138,6 +178,8 @@ fn devices(rules: &Rules, node: &Listing) -> std::io::Result<Vec<Device>> {
     let devices = rules.select(node).into_iter().map(|(index, device)| {
         let own = setting::<u8>(&format!("ipv4/conf/{}/rp_filter", device.name));
         Device {
+            index,
+            offloads: Offloads::read(&device.name).unwrap_or_default(),
             mtu: mtus.get(&index).copied(),
             rp_filter: all.into_iter().chain(own).max(),
             name: device.name,
@@ -147,11 +189,57 @@ fn devices(rules: &Rules, node: &Listing) -> std::io::Result<Vec<Device>> {
     Ok(devices.collect())
 }
 
+/// What an agent has set.
+fn config(args: &DoctorArgs) -> Option<Config> {
+    let maps = KernelMaps::open(&args.paths.pins()).ok()?;
+    maps.config().ok()
+}
+
+/// Indices of devices with klb's XDP program on them.
+fn own_xdp(args: &DoctorArgs) -> BTreeSet<u32> {
+    let devices = inspect::devices(&args.paths.pins()).unwrap_or_default();
+    let with_xdp = devices.into_iter().filter(|device| device.xdp.is_some());
+    with_xdp.map(|device| device.index).collect()
+}
+
+fn others_xdp(node: &Listing, devices: &[Device], own: &BTreeSet<u32>) -> Vec<String> {
+    let uplinks = devices.iter().filter(|device| device.role == Role::Uplink);
+    let uplinks: BTreeSet<u32> = uplinks.map(|device| device.index).collect();
+    let links = node.links.iter().filter(|link| {
+        link.xdp.is_some() && uplinks.contains(&link.index) && !own.contains(&link.index)
+    });
+    links.map(|link| link.name.clone()).collect()
+}
+
+fn circumstances(
+    args: &DoctorArgs,
+    devices: &[Device],
+    own_xdp: BTreeSet<u32>,
+    config: Option<Config>,
+) -> std::io::Result<Circumstances> {
+    let netlink = Netlink::open()?;
+    let links = netlink.links()?.into_iter();
+    let vlans = links.filter(|link| link.kind.as_deref() == Some("vlan"));
+    let lower = netlink.lower()?;
+    let below_vlans = vlans.filter_map(|vlan| lower.get(&vlan.index).copied());
+    let uplinks = devices.iter().filter(|device| device.role == Role::Uplink);
+    let bypasses = config.is_some_and(|config| config.flags & CONFIG_BYPASS != 0);
+    let takers = FrameTakers::open()?.filter(|_| bypasses);
+    Ok(Circumstances {
+        // By default an agent puts XDP onto every uplink.
+        xdp: if args.preflight {
+            uplinks.map(|device| device.index).collect()
+        } else {
+            own_xdp
+        },
+        below_vlans: below_vlans.collect(),
+        frame_takers: takers.map(|takers| takers.list()).transpose()?,
+    })
+}
+
 /// Before there is an agent nobody has reserved the ports.
 fn complaints(args: &DoctorArgs) -> Vec<String> {
-    let maps = KernelMaps::open(&args.paths.pins()).ok();
-    let config = maps.and_then(|maps| maps.config().ok());
-    if let Some(config) = config.filter(|_| !args.preflight) {
+    if let Some(config) = config(args).filter(|_| !args.preflight) {
         return sysctl::complaints(&sysctl::ports(&config));
     }
     let users = sysctl::users_of(&args.masquerade_ports.ports());
@@ -243,10 +331,12 @@ mod tests {
 
     fn device(name: &str, role: Role, mtu: u32, rp_filter: u8) -> Device {
         Device {
+            index: 2,
             name: name.to_owned(),
             role,
             mtu: Some(mtu),
             rp_filter: Some(rp_filter),
+            offloads: Offloads::default(),
         }
     }
 
@@ -254,6 +344,8 @@ mod tests {
         Facts {
             preflight: true,
             devices: Ok(devices.to_vec()),
+            around: Circumstances::default(),
+            others_xdp: Vec::new(),
             unservable: BTreeSet::new(),
             forwarding: [Some(true); 2],
             has_v6: true,
@@ -330,6 +422,13 @@ mod tests {
                     ..well()
                 },
                 &[("devices", Warn)],
+            ),
+            (
+                Facts {
+                    others_xdp: vec!["eth0".to_owned()],
+                    ..well()
+                },
+                &[("XDP", Warn)],
             ),
             (
                 Facts {
