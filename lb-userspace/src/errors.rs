@@ -1,6 +1,6 @@
 //! Errors as one line for a log.
 
-use std::{error::Error, fmt};
+use std::{error::Error, fmt, io};
 
 /// Shows an error with its causes: `a: b: c`.
 ///
@@ -24,10 +24,21 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
+/// Whether something was not allowed, at the bottom of an error.
+pub fn is_forbidden(error: &(dyn Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref().map(io::Error::kind);
+        if kind == Some(io::ErrorKind::PermissionDenied) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     #[derive(Debug, thiserror::Error)]
@@ -42,5 +53,17 @@ mod tests {
     fn every_cause_is_shown_once() {
         let error = Outer(Repeating(io::Error::other("inner")));
         assert_eq!(Chain(&error).to_string(), "outer: middle: inner");
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_known_however_deep_it_is() {
+        for (code, expected) in [
+            (libc::EPERM, true),
+            (libc::EACCES, true),
+            (libc::ENOENT, false),
+        ] {
+            let error = Outer(Repeating(io::Error::from_raw_os_error(code)));
+            assert_eq!(is_forbidden(&error), expected, "{code}");
+        }
     }
 }

@@ -2,7 +2,12 @@
 
 use std::{env, process::ExitCode};
 
-use lb_userspace::{agent, args::Command, commands, config};
+use lb_userspace::{
+    agent,
+    args::Command,
+    commands, config,
+    errors::{Chain, is_forbidden},
+};
 
 fn main() -> ExitCode {
     let cli = config::parse(env::args_os()).unwrap_or_else(|error| error.exit());
@@ -17,7 +22,12 @@ fn main() -> ExitCode {
         Command::Completions(args) => well(commands::completions::run(args)),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("klb: {}", lb_userspace::errors::Chain(error.as_ref()));
+        let hint = if is_forbidden(error.as_ref()) {
+            ": run klb as root, with the capabilities that docs/privileges.md lists"
+        } else {
+            ""
+        };
+        eprintln!("klb: {}{hint}", Chain(error.as_ref()));
         if error.is::<commands::WrongUsage>() {
             return 2.into();
         }

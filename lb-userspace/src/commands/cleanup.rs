@@ -13,7 +13,7 @@ use lb_common::{
     node::{Config, Network},
 };
 
-use super::print_text;
+use super::{open_maps, print_text};
 use crate::{
     args::CleanupArgs,
     datapath::{
@@ -118,7 +118,7 @@ fn take_locks(state_dir: &Path, pins: &Pins) -> Result<(Lock, Option<PinsLock>),
 fn drain(pins: &Pins, limit: Duration) -> anyhow::Result<()> {
     const PAUSE: Duration = Duration::from_millis(200);
     attach::detach_sockets(pins)?;
-    let mut maps = KernelMaps::open(pins)?;
+    let mut maps = open_maps(pins)?;
     remove_frontends(&mut maps)?;
     let started = Instant::now();
     let mut shown = None;

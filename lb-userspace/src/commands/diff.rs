@@ -20,7 +20,7 @@ use tracing::level_filters::LevelFilter;
 use self::compare::{Change, Content, Difference, State};
 use super::{
     look::{Look, Tone},
-    open_pins, print,
+    open_maps, open_pins, print,
     table::Table,
 };
 use crate::{
@@ -50,7 +50,7 @@ pub fn run(args: &DiffArgs) -> anyhow::Result<ExitCode> {
         .with_target(false)
         .without_time()
         .init();
-    let maps = KernelMaps::open(&open_pins(&args.paths)?)?;
+    let maps = open_maps(&open_pins(&args.paths)?)?;
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

@@ -36,7 +36,7 @@ use self::{
     report::{Backend, Packet, Report},
     verdict::Verdict,
 };
-use super::{Names, PortId, open_pins, print, protocol_name, require_agents_namespace};
+use super::{Names, PortId, open_maps, open_pins, print, protocol_name, require_agents_namespace};
 use crate::{
     args::ExplainArgs,
     datapath::{
@@ -88,7 +88,7 @@ struct Target {
 
 impl Scene {
     fn read(pins: &Pins, question: Question) -> anyhow::Result<Self> {
-        let maps = KernelMaps::open(pins)?;
+        let maps = open_maps(pins)?;
         let config = maps.config()?;
         require_agents_namespace(&config)?;
         let netlink = Netlink::open().context("asking the kernel for devices")?;

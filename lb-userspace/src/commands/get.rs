@@ -22,8 +22,8 @@ use serde::Serialize;
 
 use self::{document::Document, selection::Selection};
 use super::{
-    Names, PortId, look::Tone, open_pins, print, protocol_name, require_agents_namespace,
-    status::MapRow, table::Table,
+    Names, PortId, look::Tone, open_maps, open_pins, print, protocol_name,
+    require_agents_namespace, status::MapRow, table::Table,
 };
 use crate::{
     args::{GetArgs, What},
@@ -57,7 +57,7 @@ pub fn run(args: &GetArgs) -> anyhow::Result<()> {
 /// been removed meanwhile.
 fn read(args: &GetArgs, selection: &Selection<'_>) -> anyhow::Result<Document> {
     let pins = open_pins(&args.paths)?;
-    let maps = KernelMaps::open(&pins)?;
+    let maps = open_maps(&pins)?;
     let document = match args.what {
         What::Services => get_services(selection, &maps)?,
         What::Backends => get_backends(selection, &maps, &pins)?,

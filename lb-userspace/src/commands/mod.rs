@@ -23,7 +23,8 @@ use serde::Serialize;
 use self::look::Look;
 use crate::{
     args::{Format, Paths},
-    datapath::{MapError, Maps, inspect, pins::Pins},
+    datapath::{MapError, Maps, inspect, kernel::KernelMaps, layouts, pins::Pins},
+    errors::is_forbidden,
 };
 
 /// What was asked makes no sense, though each word of it does.
@@ -52,12 +53,41 @@ fn open_pins(paths: &Paths) -> anyhow::Result<Pins> {
         .try_exists()
         .with_context(|| root.display().to_string())?
     {
+        let others = layouts::others(&pins)
+            .with_context(|| root.display().to_string())?
+            .iter()
+            .map(layouts::name)
+            .collect::<Vec<_>>();
+        if !others.is_empty() {
+            bail!(
+                "the maps below {} are of layout {}, and this klb's is {}: use one of the agent's \
+                 version",
+                paths.bpffs.display(),
+                others.join(" and "),
+                layouts::name(&pins)
+            );
+        }
         bail!(
             "nothing of klb is pinned at {}: no agent has run with this --bpffs",
             root.display()
         );
     }
     Ok(pins)
+}
+
+/// The maps that are pinned.
+fn open_maps(pins: &Pins) -> anyhow::Result<KernelMaps> {
+    KernelMaps::open(pins).map_err(|error| {
+        let is_forbidden = is_forbidden(&error);
+        let error = anyhow::Error::new(error);
+        if is_forbidden {
+            return error;
+        }
+        error.context(format!(
+            "the maps at {} are not as this klb's are: use one of the agent's version",
+            pins.root().display()
+        ))
+    })
 }
 
 /// Prints a document as asked.

@@ -15,7 +15,7 @@ use super::{
     ELSEWHERE,
     get::{DeviceRow, device_table, devices},
     look::{Look, Tone},
-    open_pins, print,
+    open_maps, open_pins, print,
     table::Table,
 };
 use crate::{
@@ -109,7 +109,7 @@ pub(super) struct MapRow {
 /// Runs `klb status`. The exit status tells whether all is well.
 pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let pins = open_pins(&args.paths)?;
-    let maps = KernelMaps::open(&pins)?;
+    let maps = open_maps(&pins)?;
     let status = gather(&pins, &maps, args)?;
     print(args.output, &status, page)?;
     Ok(if status.healthy {

@@ -24,6 +24,7 @@ mod rollout;
 mod service_manager;
 mod traffic;
 mod upgrades;
+mod wrong_input;
 
 use lb_tests::{agent::Hooks, world::World};
 
