@@ -386,7 +386,7 @@ fn status_tells_what_is_counted_now() {
 }
 
 /// Gives the Service affinity.
-fn put_affinity(world: &World) {
+pub(crate) fn put_affinity(world: &World) {
     let affinity = "spec:\n  sessionAffinity: ClientIP\n  \
                     sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}\n";
     let manifest = world.service.to_string().replace("spec:\n", affinity);

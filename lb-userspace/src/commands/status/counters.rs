@@ -37,7 +37,7 @@ impl From<&Counter> for Row {
             effect: effect_name(counter.reason.effect()),
             count: counter.count,
             per_second: None,
-            description: counter.reason.description(),
+            description: counter.reason.description().trim(),
         }
     }
 }
