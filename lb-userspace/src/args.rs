@@ -28,7 +28,7 @@ use crate::{
 
 /// Service load balancer for Kubernetes, in eBPF.
 #[derive(Debug, Parser)]
-#[command(name = "klb", version, about, propagate_version = true)]
+#[command(name = "klb", version, propagate_version = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -104,7 +104,16 @@ impl Paths {
         variable, a variable before the file, the file before the default.\n\n\
         Flags of kube-proxy, and its KubeProxyConfiguration as the file, are understood where klb \
         has the same, and refused with a sentence where leaving them out would change what comes \
-        of it: see docs/configuration.md."
+        of it: see docs/configuration.md.\n\n\
+        Exit status: 0 after SIGTERM or SIGINT, which leave the datapath as it is; 1 if something \
+        keeps the agent from its work that will not pass by itself; 2 for wrong usage.\n\n\
+        Examples:\n  \
+        # In a pod of the DaemonSet: the rest is in variables\n  \
+        klb agent\n  \
+        # On a node, with a kubeconfig\n  \
+        klb agent --node-name node-1 --kubeconfig /etc/kubernetes/klb.conf\n  \
+        # Without a cluster, from a folder of manifests\n  \
+        klb agent --node-name node-1 --manifests deploy/examples/demo --uplink eth0"
 )]
 pub struct AgentArgs {
     /// Name of this node, as in the Node object
@@ -943,6 +952,17 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples() {
+        let mut cli = Cli::command();
+        for command in cli.get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            let name = command.get_name();
+            let (_, examples) = help.split_once("Examples:\n").expect(name);
+            assert!(examples.contains(&format!("klb {name}")), "{name}");
+        }
     }
 
     #[test]

@@ -17,6 +17,8 @@ mod kube_proxy;
 #[cfg(test)]
 mod docs;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;
 
 use std::{env, ffi::OsString, path::PathBuf};

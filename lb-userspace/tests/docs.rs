@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::CommandFactory as _;
-use lb_userspace::args::Cli;
+use clap::{CommandFactory as _, ValueEnum as _};
+use lb_userspace::args::{Cli, What};
+use serde_json::Value;
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
@@ -103,5 +104,72 @@ fn commands_are_klbs() {
         for command in named.filter(|word| word.starts_with(|c: char| c.is_ascii_lowercase())) {
             assert!(known.contains(command), "{}: klb {command}", path.display());
         }
+    }
+}
+
+/// The documents that commands print, by the names of their schemas.
+fn documents() -> BTreeSet<String> {
+    let cli = Cli::command();
+    let has_json = |command: &&clap::Command| {
+        let mut outputs = command
+            .get_arguments()
+            .filter(|arg| arg.get_id() == "output");
+        outputs.any(|arg| {
+            let values = arg.get_possible_values();
+            values.iter().any(|value| value.get_name() == "json")
+        })
+    };
+    let commands = cli.get_subcommands().filter(has_json);
+    let names = commands.flat_map(|command| match command.get_name() {
+        "get" => What::value_variants()
+            .iter()
+            .map(|what| format!("get-{}", what.name()))
+            .collect(),
+        name => vec![name.to_owned()],
+    });
+    names.collect()
+}
+
+/// That they are as their schemas say is a test of the agent's level
+/// (`tests/tests/agent/schemas.rs`).
+#[test]
+fn every_document_has_a_schema_that_describes_all_of_it() {
+    let folder = root().join("docs/schemas");
+    let entries = fs::read_dir(&folder).expect("a folder");
+    let names = entries.map(|entry| {
+        let path = entry.expect("an entry").path();
+        path.file_stem().expect("a name").display().to_string()
+    });
+    assert_eq!(names.collect::<BTreeSet<_>>(), documents());
+    for name in documents() {
+        let text = fs::read_to_string(folder.join(format!("{name}.json"))).expect("a schema");
+        let schema: Value = serde_json::from_str(&text).expect("JSON");
+        assert!(
+            schema["title"]
+                .as_str()
+                .is_some_and(|title| title.starts_with("klb "))
+        );
+        assert_described(&name, &schema);
+    }
+}
+
+/// Every field has words, and every object says which of its fields are always
+/// there.
+fn assert_described(path: &str, schema: &Value) {
+    if let Some(fields) = schema["properties"].as_object() {
+        assert!(schema["required"].is_array(), "{path}");
+        for (name, field) in fields {
+            let path = format!("{path}.{name}");
+            let description = field["description"].as_str();
+            assert!(description.is_some_and(|text| !text.is_empty()), "{path}");
+            assert_described(&path, field);
+        }
+    }
+    if schema["type"] == "array" {
+        assert!(schema["items"].is_object(), "{path}");
+        assert_described(&format!("{path}[]"), &schema["items"]);
+    }
+    for (name, definition) in schema["$defs"].as_object().into_iter().flatten() {
+        assert_described(&format!("{path}#{name}"), definition);
     }
 }
