@@ -16,6 +16,7 @@
 
 pub mod agent;
 pub mod apiserver;
+pub mod browser;
 pub mod cgroup;
 pub mod fragments;
 pub mod helper;

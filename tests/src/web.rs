@@ -31,15 +31,60 @@ impl Page {
     }
 }
 
+/// What is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    pub method: &'a str,
+    pub path: &'a str,
+    pub host: &'a str,
+    /// More headers, by name.
+    pub headers: &'a [(&'a str, &'a str)],
+    /// How long the answer may take.
+    pub patience: Duration,
+}
+
+impl<'a> Question<'a> {
+    /// As a plain client asks.
+    pub const fn get(path: &'a str) -> Self {
+        Self {
+            method: "GET",
+            path,
+            host: "klb",
+            headers: &[],
+            patience: PATIENCE,
+        }
+    }
+}
+
 /// Asks for a path from a place.
 ///
 /// # Errors
 /// If nobody listens, or no answer comes.
 pub fn get(place: &Place, server: SocketAddr, path: &str) -> io::Result<Page> {
+    ask(place, server, &Question::get(path))
+}
+
+/// Asks from a place.
+///
+/// # Errors
+/// If nobody listens, or no answer comes.
+pub fn ask(place: &Place, server: SocketAddr, question: &Question<'_>) -> io::Result<Page> {
+    let Question {
+        method,
+        path,
+        host,
+        headers,
+        patience,
+    } = question;
+    let headers = headers
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\r\n"));
+    let headers: String = headers.collect();
+    let request =
+        format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Connection: close\r\n\r\n");
     let answer = place.netns().within(|| {
         let mut stream = TcpStream::connect_timeout(&server, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: klb\r\nConnection: close\r\n\r\n");
+        stream.set_read_timeout(Some(*patience))?;
         stream.write_all(request.as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;

@@ -43,6 +43,12 @@ pub(crate) const NETWORK: &[Need] = &[
     program("iptables", "iptables-save"),
 ];
 
+/// For the test of the dashboard: a browser without a screen, and a font for it.
+pub(crate) const BROWSER: &[Need] = &[
+    program("chromium-headless-shell", "chromium-headless-shell"),
+    package("fonts-dejavu-core"),
+];
+
 /// What kube-proxy programs.
 pub(crate) const BENCH: &[Need] = &[
     program("iptables", "iptables-restore"),

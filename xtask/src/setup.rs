@@ -10,6 +10,7 @@ use crate::{apt, kernels, process::step, toolchain};
 /// If something is missing and cannot be installed.
 pub(crate) fn everything() -> Result<()> {
     bench()?;
+    browser()?;
     toolchain::ready()?;
     kernels::fetch()?;
     step("Everything is set up");
@@ -22,6 +23,14 @@ pub(crate) fn everything() -> Result<()> {
 /// If something is missing and cannot be installed.
 pub(crate) fn network() -> Result<()> {
     apt::ensure(apt::NETWORK, "network namespaces")
+}
+
+/// Installs what looks at the dashboard in tests.
+///
+/// # Errors
+/// If something is missing and cannot be installed.
+pub(crate) fn browser() -> Result<()> {
+    apt::ensure(apt::BROWSER, "the test of the dashboard in a browser")
 }
 
 /// Installs what klb is measured beside.

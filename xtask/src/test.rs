@@ -195,6 +195,9 @@ fn set_up(levels: &[Level]) -> Result<()> {
         );
         setup::network()?;
     }
+    if levels.contains(&Level::Agent) {
+        setup::browser()?;
+    }
     if levels.contains(&Level::Kernels) {
         kernels::fetch()?;
     }
