@@ -29,19 +29,21 @@ use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use self::control::{Control, Pace};
 use crate::{
-    args::{AgentArgs, HookArgs, LogFormat, SocketLb, TcChoice, XdpChoice},
+    args::{AgentArgs, HookArgs, LogFormat, SocketLb, Switch, TcChoice, XdpChoice},
+    dashboard::{Dashboard, Subject},
     datapath::{
         attach::{self, Hooks, TcMode},
         cgroup,
         features::Features,
         kernel::{DeviceTable, KernelMaps, NetnsTable},
         load::{
-            load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit, require_object,
+            LoadError, load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit,
+            require_object,
         },
         pins::{Lock, Pins},
     },
     devices::{Rules, Watcher},
-    health::{self, Listen, NodeObject},
+    health::{self, Listen, NodeObject, View},
     index::Index,
     k8s::{
         api::Connection,
@@ -49,7 +51,7 @@ use crate::{
         manifests::ManifestSource,
         source::{ApiSource, Ears, Source},
     },
-    metrics::{ApiMetrics, Metrics},
+    metrics::{ApiMetrics, Metrics, ServiceTraffic},
     netns::Namespaces,
     privileges,
     record::Recorder,
@@ -97,7 +99,8 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let recorder = begin_record(args);
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
-    let (mut metrics, parts) = Metrics::new(&pins, args.traffic_metrics)?;
+    let traffic = Arc::new(ServiceTraffic::open(&pins)?);
+    let (mut metrics, parts) = Metrics::new(&pins, Arc::clone(&traffic), args.traffic_metrics)?;
     let (source, events) = open_source(args, parts.api, recorder.clone()).await?;
     metrics.tell_of(events.clone());
     events.tell_node(Reason::Starting, "");
@@ -165,6 +168,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     };
     let index = Index::new(&args.node_name, args.settings());
     let control = Control::new(index, maps, links, pace)?.run(source);
+    let dashboard = dashboard(args, &ready, &view, traffic)?;
     let probes = health::serve_probes(
         args.healthz_bind,
         ready,
@@ -174,7 +178,8 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     );
     tokio::spawn(probes);
     tokio::spawn(health::serve_checks(view, listen, events.clone()));
-    tokio::spawn(health::serve_metrics(args.metrics_bind, metrics, events));
+    let address = args.metrics_bind;
+    tokio::spawn(health::serve_metrics(address, metrics, dashboard, events));
     tokio::spawn(announce(
         [all_hooks_ready, maps_ready, pods_ready],
         set_ready,
@@ -191,6 +196,26 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     notify(NotifyState::Stopping);
     recorder.write_now();
     Ok(())
+}
+
+/// The page beside the metrics, unless it is off.
+fn dashboard(
+    args: &AgentArgs,
+    ready: &watch::Receiver<bool>,
+    view: &View,
+    traffic: Arc<ServiceTraffic>,
+) -> Result<Option<Dashboard>, LoadError> {
+    if args.dashboard == Switch::Off {
+        return Ok(None);
+    }
+    let subject = Subject {
+        node_name: &args.node_name,
+        paths: &args.paths,
+        bound: args.metrics_bind,
+        ready: ready.clone(),
+        view: view.clone(),
+    };
+    Dashboard::new(subject, traffic).map(Some)
 }
 
 /// Where Services come from, a folder or the API server; and who is told what an

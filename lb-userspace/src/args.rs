@@ -182,6 +182,10 @@ pub struct AgentArgs {
     /// does each Service port
     #[arg(long, value_enum, default_value_t = Detail::Services)]
     pub traffic_metrics: Detail,
+    /// Whether a page with the state of the node is shown beside /metrics, to those who are on the
+    /// node
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub dashboard: Switch,
 
     /// For how long changes are gathered, at most, before they are written; up to 1s
     #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = batch_delay)]
@@ -493,6 +497,12 @@ pub enum SocketLb {
     /// Of the node only; those of pods are left to TC
     Host,
     /// Of nobody
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    On,
     Off,
 }
 
@@ -983,6 +993,7 @@ mod tests {
         assert_eq!(args.metrics_bind.to_string(), "127.0.0.1:10249");
         assert_eq!(args.paths.bpffs.to_str(), Some("/sys/fs/bpf/klb"));
         assert_eq!(args.paths.state_dir.to_str(), Some("/run/klb"));
+        assert_eq!(args.dashboard, Switch::On);
         assert_eq!(args.hooks.xdp, XdpChoice::Auto);
         assert_eq!(args.hooks.socket_lb, SocketLb::All);
         assert!(args.devices.uplink.is_empty());

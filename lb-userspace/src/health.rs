@@ -1,25 +1,27 @@
-//! The agent's HTTP endpoints: probes, health checks of Services, and metrics.
+//! The agent's HTTP endpoints: probes, health checks of Services, and metrics, with
+//! the dashboard beside them.
 //!
 //! They serve whoever watches the agent; the datapath never depends on them. A
 //! port that is taken is tried again until it is free.
 
 mod checks;
-mod http;
+pub(crate) mod http;
 mod progress;
 
-use std::net::SocketAddr;
+use std::{future, net::SocketAddr, sync::Arc};
 
 use hyper::StatusCode;
 use tokio::{net::TcpListener, sync::watch, time::sleep};
 use tracing::{error, info};
 
-use self::http::{Answer, RETRY, serve};
+use self::http::{Answer, Asked, RETRY, serve};
 pub use self::{
     checks::{Checks, HealthCheck, Listen, serve_checks},
     progress::{NodeObject, Now, Progress, Reporter, View},
 };
 use crate::{
     aside::aside,
+    dashboard::Dashboard,
     k8s::events::{Events, Reason},
     metrics::{Metrics, ProbeMetrics},
 };
@@ -34,7 +36,8 @@ pub async fn serve_probes(
     events: Events,
     metrics: ProbeMetrics,
 ) {
-    let answer = move |path: &str| {
+    let answer = move |asked: Asked| {
+        let path = asked.path();
         let answer = match path {
             "/healthz" => view.progress.borrow().healthz(Now::get()),
             "/livez" => view.progress.borrow().livez(Now::get()),
@@ -43,28 +46,44 @@ pub async fn serve_probes(
             _ => Answer::not_found(),
         };
         metrics.answered(path, answer.status);
-        answer
+        future::ready(answer)
     };
     let reason = Reason::FailedToStartProxierHealthcheck;
     let listener = listen("health", address, &events, reason).await;
     serve("health", listener, answer).await;
 }
 
-/// Serves `/metrics`.
-pub async fn serve_metrics(address: SocketAddr, metrics: Metrics, events: Events) {
-    let answer = move |path: &str| {
-        if path != "/metrics" {
-            return Answer::not_found();
-        }
-        // Reads whole maps, while a probe may wait.
-        match aside(|| metrics.encode()) {
-            Ok(body) => Answer::new(StatusCode::OK, Metrics::CONTENT_TYPE, body),
-            Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+/// Serves `/metrics`, and the dashboard beside it, where there is one.
+pub async fn serve_metrics(
+    address: SocketAddr,
+    metrics: Metrics,
+    dashboard: Option<Dashboard>,
+    events: Events,
+) {
+    let (metrics, dashboard) = (Arc::new(metrics), Arc::new(dashboard));
+    let answer = move |asked: Asked| {
+        let (metrics, dashboard) = (Arc::clone(&metrics), Arc::clone(&dashboard));
+        async move {
+            if asked.path() == "/metrics" {
+                return scrape(&metrics);
+            }
+            match &*dashboard {
+                Some(dashboard) => dashboard.answer(&asked).await,
+                None => Answer::not_found(),
+            }
         }
     };
     let reason = Reason::FailedToStartMetricServer;
     let listener = listen("metrics", address, &events, reason).await;
     serve("metrics", listener, answer).await;
+}
+
+/// Reads whole maps, while a probe may wait.
+fn scrape(metrics: &Metrics) -> Answer {
+    match aside(|| metrics.encode()) {
+        Ok(body) => Answer::new(StatusCode::OK, Metrics::CONTENT_TYPE, body),
+        Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
 }
 
 async fn listen(
@@ -132,7 +151,7 @@ mod tests {
         let over = Mutex::new(over);
         let mut registry = Registry::default();
         registry.register_collector(Box::new(Slow { begun, over }));
-        let metrics = serve_metrics(scrapes, Metrics::of(registry), Events::default());
+        let metrics = serve_metrics(scrapes, Metrics::of(registry), None, Events::default());
         let view = Reporter::new(NodeObject::Optional).view();
         let probe_metrics = ProbeMetrics::register(&mut Registry::default());
         let ready = watch::channel(true).1;

@@ -5,6 +5,7 @@ pub mod args;
 mod aside;
 pub mod commands;
 pub mod config;
+pub mod dashboard;
 pub mod datapath;
 pub mod devices;
 pub mod errors;

@@ -8,7 +8,7 @@ mod kept;
 mod probes;
 mod traffic;
 
-use std::{collections::BTreeMap, fmt, time::Instant};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Instant};
 
 use prometheus_client::{
     collector::Collector,
@@ -18,13 +18,14 @@ use prometheus_client::{
 };
 use tracing::warn;
 
+use self::kept::Kept;
+pub(crate) use self::traffic::Reading;
 pub use self::{
     api::ApiMetrics,
     control::{ControlMetrics, Repairs},
     probes::ProbeMetrics,
-    traffic::Detail,
+    traffic::{Detail, ServiceTraffic},
 };
-use self::{kept::Kept, traffic::ServiceTraffic};
 use crate::{
     datapath::{
         MapError,
@@ -32,7 +33,6 @@ use crate::{
         kernel::{Counter, Counters, Fill, KernelMaps},
         load::LoadError,
         pins::Pins,
-        traffic::TrafficTable,
     },
     k8s::events::Events,
 };
@@ -47,13 +47,15 @@ impl Metrics {
     pub const CONTENT_TYPE: &'static str =
         "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-    /// Those of a pin folder, with so much detail of its Services; the parts are
-    /// for those who have something to count.
-    pub fn new(pins: &Pins, detail: Detail) -> Result<(Self, Parts), LoadError> {
+    /// Those of a pin folder, with so much detail of the traffic of its Services;
+    /// the parts are for those who have something to count.
+    pub fn new(
+        pins: &Pins,
+        traffic: Arc<ServiceTraffic>,
+        detail: Detail,
+    ) -> Result<(Self, Parts), LoadError> {
         let counters = Counters::open(pins)?;
         let maps = KernelMaps::open(pins)?;
-        let table = TrafficTable::open(pins)?;
-        let traffic = ServiceTraffic::new(KernelMaps::open(pins)?, table, detail);
         let pins = pins.clone();
         let mut registry = Registry::default();
         let parts = Parts::register(&mut registry);
@@ -65,7 +67,7 @@ impl Metrics {
             pins,
             evicting,
         }));
-        own.register_collector(Box::new(traffic));
+        own.register_collector(Box::new(traffic::Told { traffic, detail }));
         Ok((Self { registry }, parts))
     }
 

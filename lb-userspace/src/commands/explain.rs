@@ -36,7 +36,9 @@ use self::{
     report::{Backend, Packet, Report},
     verdict::Verdict,
 };
-use super::{Names, PortId, open_maps, open_pins, print, protocol_name, require_agents_namespace};
+use super::{
+    Names, PortId, WrongUsage, open_maps, open_pins, print, protocol_name, require_agents_namespace,
+};
 use crate::{
     args::ExplainArgs,
     datapath::{
@@ -58,6 +60,15 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let place = facts.place(args.at.as_deref())?;
     let report = scene.report(&pins, &facts, place)?;
     print(args.output, &report, |report, _look| report.page())
+}
+
+/// Whether there is an answer to what is asked, before anything is done for it.
+///
+/// # Errors
+///
+/// If there is no such packet.
+pub(crate) fn check(args: &ExplainArgs) -> Result<(), WrongUsage> {
+    Question::new(args).map(|_question| ())
 }
 
 /// What the question is about, and all that the maps say.

@@ -76,7 +76,7 @@ fn read(args: &GetArgs, selection: &Selection<'_>) -> anyhow::Result<Document> {
 }
 
 fn get_services(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
-    let mut services = services(maps)?;
+    let mut services = services(maps, |port| selection.has_service(port))?;
     services.retain_mut(|row| {
         row.frontends.retain(|frontend| {
             let addr = SocketAddr::new(frontend.address, frontend.port);
@@ -84,7 +84,7 @@ fn get_services(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<
             let backends = frontend.backends.iter().chain(inner);
             selection.has_vip(addr) && selection.has_any_backend(backends.map(Endpoint::socket))
         });
-        selection.has_service(&row.service) && !row.frontends.is_empty()
+        !row.frontends.is_empty()
     });
     Ok(Document::Services(ServiceList { services }))
 }
@@ -94,13 +94,14 @@ fn get_backends(
     maps: &KernelMaps,
     pins: &Pins,
 ) -> anyhow::Result<Document> {
-    let mut backends = backends(maps)?;
-    backends.retain(|row| {
-        let addr = SocketAddr::new(row.address, row.port);
-        selection.has_service(&row.service) && selection.has_backend(addr)
-    });
-    let traffic = TrafficTable::open(pins)?;
-    for row in &mut backends {
+    let mut backends = backends(maps, |port| selection.has_service(port))?;
+    backends.retain(|row| selection.has_backend(SocketAddr::new(row.address, row.port)));
+    add_traffic(&mut backends, &TrafficTable::open(pins)?)?;
+    Ok(Document::Backends(BackendList { backends }))
+}
+
+fn add_traffic(backends: &mut [BackendRow], traffic: &TrafficTable) -> Result<(), MapError> {
+    for row in backends {
         let life = BackendRef {
             id: row.id,
             generation: row.generation,
@@ -109,7 +110,31 @@ fn get_backends(
             row.traffic = Some(traffic.read(life)?.into());
         }
     }
-    Ok(Document::Backends(BackendList { backends }))
+    Ok(())
+}
+
+/// A Service port as `klb get services` has it, and its backends as `klb get
+/// backends` has them.
+#[derive(Debug, Serialize)]
+pub(crate) struct PortDetail {
+    service: ServiceRow,
+    backends: Vec<BackendRow>,
+}
+
+impl PortDetail {
+    /// `None` if there is no such port.
+    pub(crate) fn read(
+        maps: &impl Maps,
+        traffic: &TrafficTable,
+        wanted: &PortId,
+    ) -> Result<Option<Self>, MapError> {
+        let Some(service) = services(maps, |port| port == wanted)?.pop() else {
+            return Ok(None);
+        };
+        let mut backends = backends(maps, |port| port == wanted)?;
+        add_traffic(&mut backends, traffic)?;
+        Ok(Some(Self { service, backends }))
+    }
 }
 
 fn get_flows(selection: &Selection<'_>, maps: &KernelMaps) -> anyhow::Result<Document> {
@@ -268,15 +293,20 @@ impl Ranges {
     }
 }
 
-/// The Service ports and their frontends, as the kernel has them.
-fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
+/// Those Service ports that are wanted, and their frontends, as the kernel has
+/// them.
+fn services(
+    maps: &impl Maps,
+    is_wanted: impl Fn(&PortId) -> bool,
+) -> Result<Vec<ServiceRow>, MapError> {
     let names = Names::read(maps)?;
+    let mut wanted = Wanted::new(&names, is_wanted);
     let mut ranges = Ranges::default();
     let sources = maps.ranges()?;
     let mut services = BTreeMap::<u32, (ServiceEntry, Vec<FrontendRow>)>::new();
     for (key, entry) in maps.services()? {
         // What is said of an address itself is no frontend.
-        if entry.kind == FrontendKind::Address as u8 {
+        if entry.kind == FrontendKind::Address as u8 || !wanted.has(entry.service) {
             continue;
         }
         let backends = endpoints(ranges.outer(maps, key, &entry)?);
@@ -310,6 +340,34 @@ fn services(maps: &impl Maps) -> Result<Vec<ServiceRow>, MapError> {
     let mut rows: Vec<ServiceRow> = rows.collect();
     rows.sort_by(|a, b| (&a.service, a.port, &a.protocol).cmp(&(&b.service, b.port, &b.protocol)));
     Ok(rows)
+}
+
+/// Which Service ports somebody wants to see, by id: a name is compared once,
+/// however many frontends have it.
+struct Wanted<'a, F> {
+    names: &'a Names,
+    choose: F,
+    known: BTreeMap<u32, bool>,
+}
+
+impl<'a, F: Fn(&PortId) -> bool> Wanted<'a, F> {
+    const fn new(names: &'a Names, choose: F) -> Self {
+        Self {
+            names,
+            choose,
+            known: BTreeMap::new(),
+        }
+    }
+
+    fn has(&mut self, service: u32) -> bool {
+        let Self {
+            names,
+            choose,
+            known,
+        } = self;
+        let found = known.entry(service);
+        *found.or_insert_with(|| choose(&names.port(service)))
+    }
 }
 
 fn endpoints(slots: &[SlotValue]) -> BTreeSet<Endpoint> {
@@ -516,12 +574,20 @@ impl From<Totals> for Traffic {
     }
 }
 
-/// The backends in the slots of frontends, each once per Service port.
-fn backends(maps: &impl Maps) -> Result<Vec<BackendRow>, MapError> {
+/// The backends in the slots of frontends, each once per Service port that is
+/// wanted.
+fn backends(
+    maps: &impl Maps,
+    is_wanted: impl Fn(&PortId) -> bool,
+) -> Result<Vec<BackendRow>, MapError> {
     let names = Names::read(maps)?;
+    let mut wanted = Wanted::new(&names, is_wanted);
     let mut ranges = Ranges::default();
     let mut slots = BTreeMap::<u32, BTreeSet<SlotValue>>::new();
     for (key, entry) in maps.services()? {
+        if !wanted.has(entry.service) {
+            continue;
+        }
         let of_service = slots.entry(entry.service).or_default();
         of_service.extend(ranges.outer(maps, key, &entry)?);
         of_service.extend(ranges.inner(maps, key, &entry)?);
@@ -888,7 +954,7 @@ mod tests {
     #[test]
     fn services_have_the_shape_that_other_programs_rely_on() {
         let list = ServiceList {
-            services: services(&maps()).expect("read"),
+            services: services(&maps(), |_any| true).expect("read"),
         };
         let backends = json!([
             {"address": "10.244.0.5", "port": 3000},
@@ -929,7 +995,7 @@ mod tests {
     #[test]
     fn a_table_names_a_frontend_per_line() {
         let list = ServiceList {
-            services: services(&maps()).expect("read"),
+            services: services(&maps(), |_any| true).expect("read"),
         };
         let table = service_table(&list).to_string();
         let lines: Vec<&str> = table.lines().collect();
@@ -970,7 +1036,7 @@ mod tests {
 
     #[test]
     fn a_backend_is_listed_once_however_many_slots_it_has() {
-        let backends = backends(&maps()).expect("read");
+        let backends = backends(&maps(), |_any| true).expect("read");
         let rows: Vec<_> = backends
             .iter()
             .map(|row| (row.address.to_string(), row.local, row.id))
@@ -988,8 +1054,35 @@ mod tests {
     fn a_frontend_without_a_name_is_still_shown() {
         let mut maps = maps();
         maps.delete_meta(7).expect("deleted");
-        let services = services(&maps).expect("read");
+        let services = services(&maps, |_any| true).expect("read");
         assert_eq!(services[0].service.name, "unknown-7");
+    }
+
+    #[test]
+    fn only_what_is_wanted_is_read() {
+        let mut maps = maps();
+        let key = FrontendKey {
+            addr: [10, 96, 0, 2].into(),
+            port: 80,
+            protocol: flow::TCP,
+        };
+        let other = ServiceEntry {
+            service: 8,
+            first_slot: 4,
+            slot_count: 1,
+            ..ServiceEntry::default()
+        };
+        maps.put_service(key, &other).expect("written");
+        let named = |name: &'static str| move |port: &PortId| port.name == name;
+        for (name, services_found, backends_found) in
+            [("web", 1, 2), ("unknown-8", 1, 1), ("other", 0, 0)]
+        {
+            let rows = services(&maps, named(name)).expect("read");
+            assert_eq!(rows.len(), services_found, "{name}");
+            assert!(rows.iter().all(|row| row.service.name == name), "{rows:?}");
+            let rows = backends(&maps, named(name)).expect("read");
+            assert_eq!(rows.len(), backends_found, "{name}");
+        }
     }
 
     #[test]

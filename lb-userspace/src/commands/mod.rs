@@ -130,10 +130,10 @@ fn write_text(text: &str) -> anyhow::Result<bool> {
 
 /// A Service port, as people call it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-struct PortId {
-    namespace: String,
-    name: String,
-    port_name: String,
+pub(crate) struct PortId {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) port_name: String,
 }
 
 impl PortId {
@@ -179,16 +179,21 @@ impl Names {
     }
 
     fn port(&self, service: u32) -> PortId {
-        self.metas.get(&service).map_or_else(
-            // Between the writes of an agent that starts or was killed.
-            || PortId {
-                namespace: String::new(),
-                name: format!("unknown-{service}"),
-                port_name: String::new(),
-            },
-            PortId::from,
-        )
+        port_of(&self.metas, service)
     }
+}
+
+/// What a Service port is called.
+pub(crate) fn port_of(metas: &BTreeMap<u32, ServiceMeta>, service: u32) -> PortId {
+    metas.get(&service).map_or_else(
+        // Between the writes of an agent that starts or was killed.
+        || PortId {
+            namespace: String::new(),
+            name: format!("unknown-{service}"),
+            port_name: String::new(),
+        },
+        PortId::from,
+    )
 }
 
 /// What a reason means for a packet, in a word.

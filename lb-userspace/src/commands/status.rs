@@ -5,7 +5,7 @@ mod findings;
 mod noted;
 mod settings;
 
-use std::{collections::BTreeSet, process::ExitCode};
+use std::{collections::BTreeSet, io, process::ExitCode, time::Duration};
 
 use lb_common::{flow::SCTP, names};
 use serde::Serialize;
@@ -19,7 +19,7 @@ use super::{
     table::Table,
 };
 use crate::{
-    args::StatusArgs,
+    args::{Paths, StatusArgs},
     datapath::{
         Maps as _,
         features::Features,
@@ -53,7 +53,7 @@ const EVICTING: [&str; 10] = [
 
 /// Everything that `klb status` shows.
 #[derive(Debug, Serialize)]
-struct Status {
+pub(crate) struct Status {
     /// Services are served as they should be, as far as is known here.
     healthy: bool,
     /// Why not.
@@ -104,13 +104,21 @@ pub(super) struct MapRow {
     name: &'static str,
     entries: usize,
     max_entries: u32,
+    /// Whether a full map gives up its oldest entries for new ones.
+    evicts: bool,
 }
 
 /// Runs `klb status`. The exit status tells whether all is well.
 pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let pins = open_pins(&args.paths)?;
     let maps = open_maps(&pins)?;
-    let status = gather(&pins, &maps, args)?;
+    let pid = Lock::holder(&args.paths.state_dir)?;
+    let noted = Noted::read(&args.paths.state_dir, pid.as_deref());
+    let agent = Agent {
+        running: pid.is_some(),
+        pid,
+    };
+    let status = gather(&pins, &maps, (agent, noted), Features::probe(), args.over)?;
     print(args.output, &status, page)?;
     Ok(if status.healthy {
         ExitCode::SUCCESS
@@ -119,12 +127,31 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn gather(pins: &Pins, maps: &KernelMaps, args: &StatusArgs) -> anyhow::Result<Status> {
-    let over = args.over;
+impl Status {
+    /// As an agent tells it of itself. What the kernel can do is given: to find out
+    /// is to load programs, which the audit log of the node may have a line for.
+    pub(crate) fn of_agent(
+        paths: &Paths,
+        pins: &Pins,
+        maps: &KernelMaps,
+        features: Features,
+    ) -> anyhow::Result<Self> {
+        let pid = Some(std::process::id().to_string());
+        let noted = Noted::read(&paths.state_dir, pid.as_deref());
+        let agent = Agent { running: true, pid };
+        gather(pins, maps, (agent, noted), features, None)
+    }
+}
+
+fn gather(
+    pins: &Pins,
+    maps: &KernelMaps,
+    (agent, noted): (Agent, io::Result<Option<Noted>>),
+    features: Features,
+    over: Option<Duration>,
+) -> anyhow::Result<Status> {
     // Takes its time, and all else is to be of now.
     let counters = counters::read(pins, over)?;
-    let pid = Lock::holder(&args.paths.state_dir)?;
-    let noted = Noted::read(&args.paths.state_dir, pid.as_deref());
     let mut status = Status {
         healthy: true,
         problems: Vec::new(),
@@ -132,14 +159,11 @@ fn gather(pins: &Pins, maps: &KernelMaps, args: &StatusArgs) -> anyhow::Result<S
         layout: layouts::name(pins),
         draining: layouts::others(pins)?.iter().map(layouts::name).collect(),
         pins: pins.root().display().to_string(),
-        agent: Agent {
-            running: pid.is_some(),
-            pid,
-        },
+        agent,
         noted: noted.as_ref().ok().cloned().flatten(),
         kernel: Kernel {
             release: kernel_release(),
-            features: Features::probe(),
+            features,
         },
         sockets: inspect::sockets(pins),
         pods: NetnsTable::open(pins)?.read()?.len(),
@@ -187,10 +211,16 @@ fn gather(pins: &Pins, maps: &KernelMaps, args: &StatusArgs) -> anyhow::Result<S
 
 impl From<Fill> for MapRow {
     fn from(fill: Fill) -> Self {
+        let Fill {
+            map: name,
+            entries,
+            max_entries,
+        } = fill;
         Self {
-            name: fill.map,
-            entries: fill.entries,
-            max_entries: fill.max_entries,
+            name,
+            entries,
+            max_entries,
+            evicts: EVICTING.contains(&name),
         }
     }
 }
@@ -205,11 +235,6 @@ impl MapRow {
         let full = (self.percent() / BAR_STEP).min(BAR_WIDTH);
         let full = full.max(usize::from(self.entries > 0));
         format!("[{:<BAR_WIDTH$}]", "#".repeat(full))
-    }
-
-    /// Whether a full map gives up its oldest entries for new ones.
-    fn evicts(&self) -> bool {
-        EVICTING.contains(&self.name)
     }
 }
 
@@ -413,6 +438,14 @@ mod tests {
 
     use super::*;
 
+    pub(super) fn map(map: &'static str, entries: usize, max_entries: u32) -> MapRow {
+        MapRow::from(Fill {
+            map,
+            entries,
+            max_entries,
+        })
+    }
+
     pub(super) fn status() -> Status {
         Status {
             healthy: true,
@@ -444,11 +477,7 @@ mod tests {
             pods: 0,
             settings: Settings::new(&Config::default(), Vec::new()),
             devices: Vec::new(),
-            maps: vec![MapRow {
-                name: names::SERVICES4,
-                entries: 3,
-                max_entries: 100,
-            }],
+            maps: vec![map(names::SERVICES4, 3, 100)],
             counters_over_seconds: None,
             counters: Vec::new(),
             limits: Vec::new(),
@@ -493,11 +522,7 @@ mod tests {
     #[test]
     fn a_bar_shows_an_entry_and_a_free_place() {
         let bar = |entries| {
-            let map = MapRow {
-                name: names::SERVICES4,
-                entries,
-                max_entries: 1000,
-            };
+            let map = map(names::SERVICES4, entries, 1000);
             (map.bar(), map_table(&[map]).to_string())
         };
         assert_eq!(bar(0).0, "[          ]");

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    future::ready,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
@@ -13,7 +14,7 @@ use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use tracing::{info, warn};
 
 use super::{
-    http::{self, Answer, RETRY},
+    http::{self, Answer, Asked, RETRY},
     progress::{Now, View},
 };
 use crate::{
@@ -301,10 +302,10 @@ impl Server {
         view: &View,
     ) -> Self {
         let (family, view, name) = (Family::of(socket.ip()), view.clone(), service.clone());
-        let answer = move |_any_path: &str| {
+        let answer = move |_whatever: Asked| {
             let checks = view.checks.borrow();
             let weight = checks.get(&name).map_or(0, |check| check.weight(family));
-            answer(&name, weight, view.is_healthy(Now::get()))
+            ready(answer(&name, weight, view.is_healthy(Now::get())))
         };
         let task = tokio::spawn(http::serve("health check", listener, answer));
         Self { service, task }
@@ -538,7 +539,7 @@ mod tests {
         for (weight, healthy, status) in [(2, true, 200), (0, true, 503), (2, false, 503)] {
             let answer = answer(&name("s"), weight, healthy);
             assert_eq!(answer.status.as_u16(), status, "{weight} {healthy}");
-            let body: Value = serde_json::from_str(&answer.body).expect("JSON");
+            let body: Value = serde_json::from_slice(&answer.body).expect("JSON");
             let wanted = json!({
                 "service": { "namespace": "default", "name": "s" },
                 "localEndpoints": weight,

@@ -1,12 +1,19 @@
-//! As much of an HTTP server as probes need.
+//! As much of an HTTP server as probes and the dashboard need.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use http_body_util::Full;
 use hyper::{
-    Request, Response, StatusCode,
+    HeaderMap, Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
     header::{CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS},
+    http::request::Parts,
     server::conn::http1,
     service::service_fn,
 };
@@ -27,24 +34,62 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Clients that the kernel lets wait.
 const BACKLOG: u32 = 128;
 
+/// What a client asks, without the body that it may have.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    head: Parts,
+    /// The node's own address that the client has reached.
+    pub(crate) at: IpAddr,
+}
+
+impl Asked {
+    /// For tests too: `at` is as a socket tells it.
+    pub(crate) fn new(head: Parts, at: IpAddr) -> Self {
+        let at = at.to_canonical();
+        Self { head, at }
+    }
+
+    pub(crate) const fn method(&self) -> &Method {
+        &self.head.method
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.head.uri.path()
+    }
+
+    /// What stands behind the question mark; nothing if there is none.
+    pub(crate) fn query(&self) -> &str {
+        self.head.uri.query().unwrap_or_default()
+    }
+
+    /// The host in the request's first line, where proxies have it.
+    pub(crate) fn host(&self) -> Option<&str> {
+        self.head.uri.host()
+    }
+
+    pub(crate) const fn headers(&self) -> &HeaderMap {
+        &self.head.headers
+    }
+}
+
 /// What an endpoint answers.
 #[derive(Clone, Debug)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     pub status: StatusCode,
     pub headers: Vec<(HeaderName, HeaderValue)>,
-    pub body: String,
+    pub body: Bytes,
 }
 
 impl Answer {
-    pub(super) fn new(status: StatusCode, kind: &'static str, body: String) -> Self {
+    pub(crate) fn new(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Self {
         Self {
             status,
             headers: vec![(CONTENT_TYPE, HeaderValue::from_static(kind))],
-            body,
+            body: body.into(),
         }
     }
 
-    pub(super) fn text(status: StatusCode, body: &str) -> Self {
+    pub(crate) fn text(status: StatusCode, body: &str) -> Self {
         Self::new(status, "text/plain; charset=utf-8", format!("{body}\n"))
     }
 
@@ -63,17 +108,17 @@ impl Answer {
     }
 
     #[must_use]
-    pub(super) fn with(mut self, name: HeaderName, value: HeaderValue) -> Self {
+    pub(crate) fn with(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.headers.push((name, value));
         self
     }
 
-    pub(super) fn not_found() -> Self {
+    pub(crate) fn not_found() -> Self {
         Self::text(StatusCode::NOT_FOUND, "not found")
     }
 
     fn into_response(self) -> Response<Full<Bytes>> {
-        let mut response = Response::new(Full::new(Bytes::from(self.body)));
+        let mut response = Response::new(Full::new(self.body));
         *response.status_mut() = self.status;
         response.headers_mut().extend(self.headers);
         response
@@ -96,11 +141,11 @@ pub(super) fn bind_family(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Answers every request by its path, for ever. Dropping the future closes all
-/// connections.
-pub(super) async fn serve<F>(what: &'static str, listener: TcpListener, answer: F)
+/// Answers every request, for ever. Dropping the future closes all connections.
+pub(super) async fn serve<F, R>(what: &'static str, listener: TcpListener, answer: F)
 where
-    F: Fn(&str) -> Answer + Send + Sync + 'static,
+    F: Fn(Asked) -> R + Send + Sync + 'static,
+    R: Future<Output = Answer> + Send + 'static,
 {
     let answer = Arc::new(answer);
     let mut clients = JoinSet::new();
@@ -121,13 +166,19 @@ where
     }
 }
 
-async fn serve_client<F>(stream: TcpStream, answer: Arc<F>)
+async fn serve_client<F, R>(stream: TcpStream, answer: Arc<F>)
 where
-    F: Fn(&str) -> Answer + Send + Sync + 'static,
+    F: Fn(Asked) -> R + Send + Sync + 'static,
+    R: Future<Output = Answer> + Send + 'static,
 {
+    let at = match stream.local_addr() {
+        Ok(addr) => addr.ip(),
+        Err(error) => return debug!(%error, "a client went away"),
+    };
     let service = service_fn(move |request: Request<Incoming>| {
-        let answer = answer(request.uri().path());
-        async move { Ok::<_, Infallible>(answer.into_response()) }
+        let (head, _unread) = request.into_parts();
+        let answer = answer(Asked::new(head, at));
+        async move { Ok::<_, Infallible>(answer.await.into_response()) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -329,7 +329,7 @@ mod tests {
     }
 
     fn json(answer: &Answer) -> Value {
-        serde_json::from_str(&answer.body).expect("JSON")
+        serde_json::from_slice(&answer.body).expect("JSON")
     }
 
     fn failed() -> BTreeSet<NamespacedName> {

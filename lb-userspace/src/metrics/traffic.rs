@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::SocketAddr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use clap::ValueEnum;
@@ -22,6 +22,8 @@ use crate::{
     datapath::{
         MapError, Maps as _,
         kernel::{KernelMaps, Member},
+        load::LoadError,
+        pins::Pins,
         traffic::{Totals, TrafficTable},
     },
 };
@@ -37,12 +39,20 @@ pub enum Detail {
     Backends,
 }
 
-/// Reads the counters when it is asked.
-pub(super) struct ServiceTraffic {
+/// Reads what has flowed when it is asked, for all who ask in an agent.
+pub struct ServiceTraffic {
     maps: KernelMaps,
     table: TrafficTable,
-    detail: Detail,
     history: Mutex<History>,
+}
+
+/// What has flowed since the agent has started, and through whom.
+pub(crate) struct Reading {
+    /// What Service ports are called, by id.
+    pub(crate) ports: BTreeMap<u32, ServiceMeta>,
+    pub(crate) members: BTreeMap<BackendRef, Member>,
+    /// By id of the Service port.
+    pub(crate) services: BTreeMap<u32, Totals>,
 }
 
 /// What a Service's counters must keep although its backends come and go: they
@@ -80,74 +90,86 @@ impl History {
 
 /// All that one answer tells.
 struct Snapshot {
-    ports: BTreeMap<u32, ServiceMeta>,
-    members: BTreeMap<BackendRef, Member>,
+    reading: Reading,
     backends: BTreeMap<BackendRef, Totals>,
-    services: BTreeMap<u32, Totals>,
     active: BTreeMap<BackendRef, i64>,
     /// Of flows that have outlived their backends, and of backends without
     /// counters of their own.
     rest: Totals,
 }
 
-impl fmt::Debug for ServiceTraffic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServiceTraffic").finish_non_exhaustive()
-    }
-}
-
 impl ServiceTraffic {
     /// Counts of Services begin now, as those of every process that starts; those
     /// of backends are the kernel's.
-    pub(super) fn new(maps: KernelMaps, table: TrafficTable, detail: Detail) -> Self {
+    pub fn open(pins: &Pins) -> Result<Self, LoadError> {
         let this = Self {
-            maps,
-            table,
-            detail,
+            maps: KernelMaps::open(pins)?,
+            table: TrafficTable::open(pins)?,
             history: Mutex::default(),
         };
-        if let Err(error) = this.snapshot() {
+        if let Err(error) = this.read() {
             warn!(%error, "what has flowed through backends is not known");
         }
-        let mut history = this.history.lock().unwrap_or_else(PoisonError::into_inner);
-        history.services.clear();
-        drop(history);
-        this
+        this.history().services.clear();
+        Ok(this)
     }
 
-    fn snapshot(&self) -> Result<Snapshot, MapError> {
+    pub(crate) fn read(&self) -> Result<Reading, MapError> {
         let members = self.maps.members()?;
         let ports = self.maps.metas()?;
-        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut history = self.history();
         history.update(&members, |backend| self.table.read(backend))?;
         history
             .services
             .retain(|service, _| ports.contains_key(service));
+        Ok(Reading {
+            services: history.services.clone(),
+            ports,
+            members,
+        })
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, MapError> {
         let mut active = BTreeMap::new();
         for flow in self.maps.flows()? {
             *active.entry(flow.life).or_default() += 1;
         }
+        let reading = self.read()?;
+        let history = self.history();
+        let backends = history.backends.iter();
         Ok(Snapshot {
-            backends: history
-                .backends
-                .iter()
+            backends: backends
                 .map(|(&backend, (_, totals))| (backend, *totals))
                 .collect(),
-            services: history.services.clone(),
-            rest: self.table.rest()?,
-            ports,
-            members,
+            reading,
             active,
+            rest: self.table.rest()?,
         })
     }
 }
 
-impl Collector for ServiceTraffic {
+/// Tells it on `/metrics`, in some detail.
+pub(super) struct Told {
+    pub(super) traffic: Arc<ServiceTraffic>,
+    pub(super) detail: Detail,
+}
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Told").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Told {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         if self.detail == Detail::Off {
             return Ok(());
         }
-        match self.snapshot() {
+        match self.traffic.snapshot() {
             Ok(snapshot) => snapshot.encode(&mut encoder, self.detail),
             Err(error) => {
                 warn!(%error, "metrics without traffic of Services");
@@ -162,10 +184,14 @@ type Labels = Vec<(&'static str, String)>;
 
 impl Snapshot {
     fn encode(&self, encoder: &mut DescriptorEncoder<'_>, detail: Detail) -> fmt::Result {
-        let services: Vec<_> = self
-            .ports
+        let Reading {
+            ports,
+            members,
+            services,
+        } = &self.reading;
+        let services: Vec<_> = ports
             .iter()
-            .map(|(id, port)| (labels(port), self.services.get(id).copied()))
+            .map(|(id, port)| (labels(port), services.get(id).copied()))
             .map(|(labels, totals)| (labels, totals.unwrap_or_default()))
             .collect();
         encode_totals(encoder, "service", &services)?;
@@ -176,11 +202,8 @@ impl Snapshot {
             return Ok(());
         }
         let of = |backend: &BackendRef| {
-            let member = self.members.get(backend)?;
-            Some(backend_labels(
-                self.ports.get(&member.service)?,
-                member.addr,
-            ))
+            let member = members.get(backend)?;
+            Some(backend_labels(ports.get(&member.service)?, member.addr))
         };
         let backends: Vec<_> = self
             .backends
@@ -188,8 +211,7 @@ impl Snapshot {
             .filter_map(|(backend, totals)| Some((of(backend)?, *totals)))
             .collect();
         encode_totals(encoder, "backend", &backends)?;
-        let active: Vec<_> = self
-            .members
+        let active: Vec<_> = members
             .keys()
             .filter_map(|backend| {
                 let count = self.active.get(backend).copied();
@@ -200,16 +222,17 @@ impl Snapshot {
     }
 
     fn active_by_service(&self) -> Vec<(Labels, i64)> {
-        let mut counts: BTreeMap<u32, i64> = self.ports.keys().map(|id| (*id, 0)).collect();
+        let Reading { ports, members, .. } = &self.reading;
+        let mut counts: BTreeMap<u32, i64> = ports.keys().map(|id| (*id, 0)).collect();
         for (backend, count) in &self.active {
-            let member = self.members.get(backend);
+            let member = members.get(backend);
             if let Some(sum) = member.and_then(|member| counts.get_mut(&member.service)) {
                 *sum += count;
             }
         }
         let named = counts.into_iter();
         named
-            .filter_map(|(id, count)| Some((labels(self.ports.get(&id)?), count)))
+            .filter_map(|(id, count)| Some((labels(ports.get(&id)?), count)))
             .collect()
     }
 }
@@ -360,11 +383,14 @@ pub(super) mod tests {
                 protocol: TCP,
                 pad: 0,
             };
-            let snapshot = Snapshot {
+            let reading = Reading {
                 ports: BTreeMap::from([(7, port)]),
                 members: BTreeMap::from([(backend(1), member(7))]),
-                backends: BTreeMap::from([(backend(1), flows(3))]),
                 services: BTreeMap::from([(7, flows(4))]),
+            };
+            let snapshot = Snapshot {
+                reading,
+                backends: BTreeMap::from([(backend(1), flows(3))]),
                 active: BTreeMap::from([(backend(1), 2)]),
                 rest: Totals::default(),
             };

@@ -154,7 +154,7 @@ impl Findings {
     fn map(&mut self, map: &MapRow) {
         // What has ended stays in a map that evicts until its place is needed:
         // full is how such a map looks after a day of work.
-        if map.evicts() || map.percent() < NEARLY_FULL {
+        if map.evicts || map.percent() < NEARLY_FULL {
             return;
         }
         let text = format!(
@@ -211,6 +211,7 @@ mod tests {
             name,
             entries,
             max_entries: 100,
+            evicts: EVICTING.contains(&name),
         }
     }
 
