@@ -6,6 +6,8 @@ mod cleanup;
 mod commands;
 mod configuration;
 mod container;
+mod dashboard;
+mod dashboard_page;
 mod diff;
 mod doctor;
 mod drift;

@@ -12,7 +12,8 @@ use lb_tests::{
 };
 
 /// Those of `docs/privileges.md`, for `setpriv`.
-const DOCUMENTED: &str = "+bpf,+net_admin,+perfmon,+sys_admin,+sys_ptrace,+net_broadcast";
+pub(crate) const DOCUMENTED: &str =
+    "+bpf,+net_admin,+perfmon,+sys_admin,+sys_ptrace,+net_broadcast";
 /// The same as bits, in the order of `linux/capability.h`.
 const BITS: [u32; 6] = [11, 12, 19, 21, 38, 39];
 
