@@ -60,12 +60,6 @@ impl Delta {
         Self(self.0.wrapping_add(other.0))
     }
 
-    /// Whether it changes nothing: it is one of the two zeros of one's complement.
-    #[inline(always)]
-    pub const fn is_none(self) -> bool {
-        matches!(self.to_wsum(), 0 | u32::MAX)
-    }
-
     /// Folded to 32 bits, as the kernel's helpers take it.
     #[inline(always)]
     pub const fn to_wsum(self) -> u32 {
@@ -183,14 +177,6 @@ mod tests {
             let back = Delta::new().address(&b, &a).apply(there);
             prop_assert_eq!(canonical(back), canonical(checksum));
         }
-    }
-
-    #[test]
-    fn what_changes_nothing_is_told() {
-        let [http, dns] = [80, 53].map(Port::from);
-        let same = Delta::new().ports([http, dns], [http, dns]);
-        assert!(same.is_none() && Delta::new().is_none());
-        assert!(!Delta::new().ports([http, dns], [http, http]).is_none());
     }
 
     /// The header of RFC 1071's worked example gives 0xddf2 (before the

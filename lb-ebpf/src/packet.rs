@@ -578,9 +578,6 @@ impl Packet for TcContext {
             result = self.l4_csum_replace(field.offset, 0, sum, pseudo);
         }
         result.map_err(|_error| Refused)?;
-        if ports.is_none() {
-            return Ok(());
-        }
         self.l4_csum_replace(field.offset, 0, u64::from(ports.to_wsum()), mangled)
             .map_err(|_error| Refused)
     }

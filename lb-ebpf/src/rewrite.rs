@@ -1,7 +1,7 @@
 //! Putting another tuple into a packet.
 
 use lb_common::{
-    Port, Reason,
+    Reason,
     checksum::{Delta, pseudo_header},
     crc32c,
     flow::{FlowEntry, SCTP, TCP, UDP},
@@ -53,16 +53,23 @@ fn try_translate<P: Packet, F: Family>(
     flow: &FlowEntry<F::Addr>,
 ) -> Result<(), Refused> {
     let addresses = flow.address_delta(&parsed.tuple);
-    if is_plain::<F>(parsed) {
+    let has_transport = P::LEAVES_RARE_TO_TC || parsed.fragment != Fragment::Later;
+    let is_sctp = parsed.tuple.protocol == SCTP;
+    if has_transport && is_sctp {
+        translate_sctp(packet, parsed, flow.ports())?;
+    } else if has_transport {
         let (field, ports) = (checksum_field::<F>(parsed), flow.port_delta(&parsed.tuple));
         packet.fix_transport_checksum(field, addresses, ports)?;
-        return F::write_ends(packet, flow, addresses);
+        // The ports stand right behind the addresses as a rule, so that one write
+        // is enough for both: at TC each is a call of a helper, and these calls
+        // are most of what a translation costs.
+        if parsed.l4() == L3 + F::HEADER {
+            return F::write_ends(packet, flow, addresses);
+        }
+        packet.write(parsed.l4(), flow.ports())?;
     }
     if let Some(offset) = F::HEADER_CHECKSUM {
         packet.fix_header_checksum(L3 + offset, addresses)?;
-    }
-    if P::LEAVES_RARE_TO_TC || parsed.fragment != Fragment::Later {
-        translate_transport::<P, F>(packet, parsed, flow, addresses)?;
     }
     packet.write(
         L3 + F::ADDRESSES,
@@ -73,48 +80,11 @@ fn try_translate<P: Packet, F: Family>(
     )
 }
 
-/// Whether the ports stand right behind the addresses, so that one write is enough
-/// for both: at TC each write is a call of a helper, and these calls are most of
-/// what a translation costs.
-#[inline(always)]
-fn is_plain<F: Family>(parsed: &Parsed<F::Addr>) -> bool {
-    parsed.l4() == L3 + F::HEADER
-        && parsed.fragment != Fragment::Later
-        && parsed.tuple.protocol != SCTP
-}
-
-/// Ports and checksum of the transport header.
-#[inline(always)]
-fn translate_transport<P: Packet, F: Family>(
-    packet: &P,
-    parsed: &Parsed<F::Addr>,
-    flow: &FlowEntry<F::Addr>,
-    addresses: Delta,
-) -> Result<(), Refused> {
-    let ports = Pair {
-        src: flow.src_port,
-        dst: flow.dst_port,
-    };
-    if parsed.tuple.protocol == SCTP {
-        return translate_sctp(packet, parsed, ports);
-    }
-    let delta = flow.port_delta(&parsed.tuple);
-    packet.fix_transport_checksum(checksum_field::<F>(parsed), addresses, delta)?;
-    packet.write(parsed.l4(), ports)
-}
-
 /// SCTP's checksum does not cover addresses, and covers the whole packet: of one
 /// in fragments it could not be kept true.
 #[inline(always)]
-fn translate_sctp<P: Packet, A>(
-    packet: &P,
-    parsed: &Parsed<A>,
-    ports: Pair<Port>,
-) -> Result<(), Refused> {
+fn translate_sctp<P: Packet, A>(packet: &P, parsed: &Parsed<A>, new: u32) -> Result<(), Refused> {
     let old: u32 = packet.read(parsed.l4()).ok_or(Refused)?;
-    let [a, b] = ports.src.octets;
-    let [c, d] = ports.dst.octets;
-    let new = u32::from_ne_bytes([a, b, c, d]);
     if old == new {
         return Ok(());
     }
@@ -128,7 +98,7 @@ fn translate_sctp<P: Packet, A>(
         let delta = crc32c_delta(old.to_le(), new.to_le(), parsed.l4_length);
         packet.patch(at, checksum ^ delta.to_le())?;
     }
-    packet.patch(parsed.l4(), ports)
+    packet.patch(parsed.l4(), new)
 }
 
 /// Where the checksum stands in SCTP's header.
