@@ -14,6 +14,9 @@ pub trait Address: Copy + Eq + 'static {
     /// nothing to a sum.
     fn words(&self) -> [u32; 4];
 
+    /// The address as an IPv6 one: an IPv4 address is mapped (RFC 4291, 2.5.5.2).
+    fn mapped(&self) -> Addr6;
+
     /// The words mixed into one, for hashes.
     #[inline(always)]
     fn folded(&self) -> u32 {
@@ -80,6 +83,11 @@ impl Address for Addr4 {
     fn words(&self) -> [u32; 4] {
         [u32::from_ne_bytes(self.octets), 0, 0, 0]
     }
+
+    #[inline(always)]
+    fn mapped(&self) -> Addr6 {
+        Addr6::from_words([0, 0, 0xffff_u32.to_be(), u32::from_ne_bytes(self.octets)])
+    }
 }
 
 impl Address for Addr6 {
@@ -87,6 +95,11 @@ impl Address for Addr6 {
     fn words(&self) -> [u32; 4] {
         // SAFETY: both are 16 bytes, for which every value is valid.
         unsafe { transmute::<Self, [u32; 4]>(*self) }
+    }
+
+    #[inline(always)]
+    fn mapped(&self) -> Self {
+        *self
     }
 }
 

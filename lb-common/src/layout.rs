@@ -11,6 +11,7 @@ use crate::{
         SourceRange,
     },
     socket::{SocketEntry, SocketKey},
+    trace::{Ends, Event, Trace, Tracing},
     traffic::Traffic,
 };
 
@@ -74,4 +75,8 @@ layout!(EarlyKey<Addr4>, 20, align 4, [16, 4]);
 layout!(EarlyKey<Addr6>, 44, align 4, [40, 4]);
 layout!(Early, 2052, align 4, [4, 2048]);
 layout!(FragmentPorts, 4, align 2, [2, 2]);
+layout!(Trace, 392, align 8, [8, 24, 256, 96, 6, 2]);
+layout!(Ends, 36, align 4, [16, 16, 2, 2]);
+layout!(Event, 128, align 8, [8, 24, 16, 36, 36, 4, 4]);
+layout!(Tracing, 8384, align 8, [128, 8192, 40, 8, 16]);
 layout!(Traffic, 48, align 8, [4, 4, 8, 8, 8, 8, 8]);

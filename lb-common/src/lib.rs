@@ -26,6 +26,7 @@ pub mod node;
 pub mod reason;
 pub mod service;
 pub mod socket;
+pub mod trace;
 pub mod traffic;
 
 pub use addr::{Addr4, Addr6, Address, Port};

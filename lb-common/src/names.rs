@@ -65,11 +65,18 @@ pub const SCRATCH: &str = "klb_scratch";
 /// Hook and reason → packets (or calls); per CPU, written by every program.
 pub const COUNTERS: &str = "klb_count";
 
+/// What `klb trace` asks for; one entry, written by the command.
+pub const TRACE: &str = "klb_trace";
+/// What the programs tell it; a ring, written by every program.
+pub const EVENTS: &str = "klb_events";
+/// Memory of a running packet program for an event; per CPU.
+pub const TRACING: &str = "klb_tracing";
+
 /// Backend id → what flows through it; per CPU, written by every program.
 pub const TRAFFIC: &str = "klb_traffic";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 33] = [
+pub const MAPS: [&str; 36] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -101,6 +108,9 @@ pub const MAPS: [&str; 33] = [
     PORT_CURSORS,
     ANSWERS,
     SCRATCH,
+    TRACE,
+    EVENTS,
+    TRACING,
     COUNTERS,
     TRAFFIC,
 ];
@@ -170,6 +180,8 @@ pub mod size {
     pub const NETNS: usize = 4_096;
     /// Socket entries of one family; a translated socket has two.
     pub const SOCKETS: usize = 65_536;
+    /// Bytes of the ring of events.
+    pub const EVENTS: usize = 1 << 20;
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::{
     open::{open, opening},
     packet::Packet,
     parse::{Fragment, Parsed, Version, version},
-    rewrite, route,
+    rewrite, route, trace,
 };
 
 /// Which of the two hooks of a device a packet meets.
@@ -186,6 +186,7 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
     if is_carrier::<P, F>(packet, &parsed, Side::In) {
         return Some(Reason::FragmentReleased);
     }
+    trace::note::<F>(&parsed.tuple);
     // What is no business of klb's costs two lookups at most. So the flow of what
     // may open one is only looked up if it is for a frontend, and that of all
     // others first.
@@ -360,6 +361,7 @@ fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
     if is_carrier::<P, F>(packet, &parsed, Side::Out) {
         return Reason::FragmentReleased;
     }
+    trace::note::<F>(&parsed.tuple);
     let Some(now) = known::now_if_flow(&parsed.tuple) else {
         return Reason::NotService;
     };

@@ -25,7 +25,7 @@ use crate::{
     open::device,
     packet::{Packet, Refused},
     parse::{Fragment, Parsed},
-    rare, route,
+    rare, route, trace,
 };
 
 /// Seconds that a fragment waits for its first: as long as the kernel has it wait
@@ -156,6 +156,8 @@ fn send_carriers<P: Packet, F: Family>(packet: &P, key: FragmentKey<F::Addr>, si
         // A fragment without a carrier is lost, as any fragment may be.
         let _ = packet.send_carrier(side);
     }
+    // They may have come by in between, where this one was remembered.
+    trace::begin(packet);
 }
 
 /// A carrier becomes one of the fragments that wait, and comes to this hook once

@@ -19,6 +19,7 @@ use crate::{
     packet::{Packet, Refused},
     parse::{L3, read},
     rewrite::Pair,
+    trace,
 };
 
 /// Bytes of the header that all ICMP messages have.
@@ -73,6 +74,7 @@ fn translate_error<P: Packet, F: Family>(
 ) -> Result<Reason, Reason> {
     let quoted = quoted::<P, F>(packet, at + ICMP_HEADER)?;
     let answer = quoted.tuple.reversed();
+    trace::note::<F>(&answer);
     if known::now_if_flow(&answer).is_none() {
         return Err(Reason::OtherProtocol);
     }
@@ -219,7 +221,9 @@ fn amend<P: Packet>(packet: &P, offset: usize, delta: Delta) -> Result<(), Refus
 #[inline(always)]
 fn echo<P: Packet, F: Family>(packet: &P, at: usize) -> Result<Reason, Reason> {
     let outer: Pair<F::Addr> = read(packet, L3 + F::ADDRESSES)?;
-    let key = ServiceKey::new(outer.dst, Port::default(), 0);
+    let none = Port::default();
+    trace::note::<F>(&Tuple::new(outer.src, outer.dst, none, none, F::ICMP));
+    let key = ServiceKey::new(outer.dst, none, 0);
     let entry = F::service(&key).ok_or(Reason::NotService)?;
     if entry.flags & FRONTEND_ECHO == 0 || entry.slot_count == 0 {
         return Err(Reason::NotService);

@@ -50,6 +50,7 @@ mod rewrite;
 mod route;
 mod select;
 mod socket;
+mod trace;
 mod traffic;
 mod verdict;
 
@@ -59,12 +60,15 @@ use aya_ebpf::{
 };
 use lb_common::Hook;
 
-use crate::socket::{Connect, Reveal, Send};
+use crate::{
+    edge::Outcome,
+    socket::{Connect, Reveal, Send},
+};
 
 /// From the outside, before the stack.
 #[xdp]
 pub fn klb_xdp(ctx: XdpContext) -> u32 {
-    verdict::xdp(edge::enter(&ctx))
+    on_xdp(&ctx)
 }
 
 /// The same on kernels that let XDP have packets of several buffers (5.18):
@@ -72,19 +76,31 @@ pub fn klb_xdp(ctx: XdpContext) -> u32 {
 /// the first buffer.
 #[xdp(frags)]
 pub fn klb_xdp_frags(ctx: XdpContext) -> u32 {
-    verdict::xdp(edge::enter(&ctx))
+    on_xdp(&ctx)
 }
 
 /// From a client into the node.
 #[classifier]
 pub fn klb_tc_in(ctx: TcContext) -> i32 {
-    verdict::tc(Hook::TcIngress, edge::enter(&ctx))
+    on_tc(Hook::TcIngress, &ctx, edge::enter)
 }
 
 /// From the node to a client.
 #[classifier]
 pub fn klb_tc_out(ctx: TcContext) -> i32 {
-    verdict::tc(Hook::TcEgress, edge::leave(&ctx))
+    on_tc(Hook::TcEgress, &ctx, edge::leave)
+}
+
+#[inline(always)]
+fn on_xdp(ctx: &XdpContext) -> u32 {
+    trace::begin(ctx);
+    verdict::xdp(trace::end(ctx, Hook::Xdp, edge::enter(ctx)))
+}
+
+#[inline(always)]
+fn on_tc(hook: Hook, ctx: &TcContext, run: impl FnOnce(&TcContext) -> Outcome) -> i32 {
+    trace::begin(ctx);
+    verdict::tc(hook, trace::end(ctx, hook, run(ctx)))
 }
 
 #[cgroup_sock_addr(connect4)]

@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use lb_common::{
@@ -20,6 +20,7 @@ use lb_common::{
     reason::COUNTERS as COUNTER_COUNT,
     service::{Affinity, AffinityKey, ServiceEntry, ServiceKey, ServiceMeta, Slot, SourceRange},
     socket::{SocketEntry, SocketKey},
+    trace::{Event, Trace, Tracing},
     traffic::Traffic,
 };
 
@@ -151,6 +152,18 @@ pub static ANSWERS: PerCpuArray<Answers, 1> = PerCpuArray::new();
 /// Memory of the program that runs, by CPU; the packet programs.
 #[btf_map(name = "klb_scratch")]
 pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// What is to be told, in the one entry; `klb trace`.
+#[btf_map(name = "klb_trace")]
+pub static TRACE: Array<Trace, 1> = Array::new();
+
+/// What is told; all programs.
+#[btf_map(name = "klb_events")]
+pub static EVENTS: RingBuf<Event, { size::EVENTS }> = RingBuf::new();
+
+/// Memory for an event of the program that runs, by CPU; the packet programs.
+#[btf_map(name = "klb_tracing")]
+pub static TRACING: PerCpuArray<Tracing, 1> = PerCpuArray::new();
 
 /// Hook and reason → runs, by CPU; every program.
 #[btf_map(name = "klb_count")]

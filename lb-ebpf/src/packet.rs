@@ -20,7 +20,10 @@ use aya_ebpf::{
 };
 use lb_common::{checksum::Delta, flow::EDGE_XDP, node::EARLY_BYTES};
 
-use crate::edge::{Side, Way};
+use crate::{
+    edge::{Side, Way},
+    trace::Capture,
+};
 
 /// The kernel's `EINVAL`.
 const EINVAL: c_long = 22;
@@ -31,7 +34,7 @@ const EINVAL: c_long = 22;
 const BPF_F_IPV6: u64 = 1 << 7;
 
 #[unsafe(no_mangle)]
-static HAS_XDP_FRAGS: Global<u8> = Global::new(0);
+pub static HAS_XDP_FRAGS: Global<u8> = Global::new(0);
 
 /// The mark of a frame that is only there to carry another one ("klbf"). It is
 /// set for the way from a hook of a device into the same hook, and nobody else
@@ -51,7 +54,7 @@ pub struct ChecksumField {
 /// The packet could not be changed.
 pub struct Refused;
 
-pub trait Packet {
+pub trait Packet: Capture {
     /// Whether this hook runs before a checksum left to the device
     /// (`CHECKSUM_PARTIAL`) can be told from a finished one.
     const CHECKSUM_MAY_BE_UNFINISHED: bool;

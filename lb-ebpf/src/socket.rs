@@ -30,7 +30,7 @@ use crate::{
     maps::NETNS,
     open::device,
     select::{self, Window},
-    traffic,
+    trace, traffic,
 };
 
 #[unsafe(no_mangle)]
@@ -260,6 +260,14 @@ fn is_mapped(context: *mut bpf_sock_addr) -> bool {
 /// What a hook does with a call, whatever the family.
 pub trait Action {
     fn run<C: Call>(call: &C) -> Reason;
+
+    /// Tells who listens. Returns the same reason.
+    fn tell<C: Call>(call: &C, reason: Reason) -> Reason;
+
+    #[inline(always)]
+    fn run_and_tell<C: Call>(call: &C) -> Reason {
+        Self::tell(call, Self::run(call))
+    }
 }
 
 /// A process connects.
@@ -276,7 +284,7 @@ pub struct Reveal;
 /// A call of an IPv4 socket.
 #[inline(always)]
 pub fn on4<A: Action>(ctx: &SockAddrContext) -> Reason {
-    A::run(&Call4(ctx.as_ptr().cast()))
+    A::run_and_tell(&Call4(ctx.as_ptr().cast()))
 }
 
 /// A call of an IPv6 socket, with an address of either family.
@@ -284,9 +292,9 @@ pub fn on4<A: Action>(ctx: &SockAddrContext) -> Reason {
 pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
     let context = ctx.as_ptr().cast();
     if is_mapped(context) {
-        A::run(&CallMapped(context))
+        A::run_and_tell(&CallMapped(context))
     } else {
-        A::run(&Call6(context))
+        A::run_and_tell(&Call6(context))
     }
 }
 
@@ -309,6 +317,11 @@ impl Action for Connect {
             }
             reason => reason,
         }
+    }
+
+    #[inline(always)]
+    fn tell<C: Call>(call: &C, reason: Reason) -> Reason {
+        trace::call(call, reason, false)
     }
 }
 
@@ -338,6 +351,11 @@ impl Action for Send {
             return Reason::Socket;
         }
         assign::<C, true>(call)
+    }
+
+    #[inline(always)]
+    fn tell<C: Call>(call: &C, reason: Reason) -> Reason {
+        trace::call(call, reason, true)
     }
 }
 
@@ -372,6 +390,12 @@ impl Action for Reveal {
         call.set_addr(entry.addr);
         call.set_port(entry.port);
         Reason::Reply
+    }
+
+    /// Nothing that has not been told when the process named the frontend.
+    #[inline(always)]
+    fn tell<C: Call>(_call: &C, reason: Reason) -> Reason {
+        reason
     }
 }
 

@@ -33,6 +33,7 @@ pub mod program;
 pub mod proxy;
 pub mod scope;
 pub mod sweep;
+pub mod told;
 pub mod topology;
 pub mod traffic;
 pub mod wait;

@@ -228,7 +228,8 @@ fn data(map: &Map) -> &MapData {
         | Map::HashMap(data)
         | Map::LpmTrie(data)
         | Map::LruHashMap(data)
-        | Map::PerCpuArray(data) => data,
+        | Map::PerCpuArray(data)
+        | Map::RingBuf(data) => data,
         other => panic!("no program has a map such as {other:?}"),
     }
 }

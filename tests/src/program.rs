@@ -34,6 +34,7 @@ use lb_common::{
         Affinity, AffinityKey, BackendRef, FrontendKind, SLOT_LOCAL, ServiceEntry, ServiceKey,
         Slot, SourceRange,
     },
+    trace::Trace,
     traffic::Traffic,
 };
 
@@ -52,6 +53,9 @@ pub const NODE4: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
 pub const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 1);
 /// Backends that a test may have.
 const BACKENDS: u32 = 1024;
+
+/// Bytes of the ring of events.
+pub const EVENT_BYTES: u32 = 4096;
 
 /// The node's ports that masquerade may use.
 pub const MASQUERADE_PORTS: std::ops::Range<u16> = 50_000..50_010;
@@ -101,9 +105,13 @@ pub fn load() -> Ebpf {
             names::ROUTES6,
             names::EARLY,
             names::SCRATCH,
+            names::TRACE,
+            names::TRACING,
         ];
         match map {
             names::BACKENDS => Some(BACKENDS),
+            // A page, the least that a ring may have.
+            names::EVENTS => Some(EVENT_BYTES),
             map => (!fixed.contains(&map)).then_some(1024),
         }
     })
@@ -294,6 +302,8 @@ impl Datapath {
             set(self.map(names::RARE), index, 0_u32);
         }
         set_per_cpu(self.map(names::ANSWERS), 0, [0_u32; 2]);
+        self.listen_until(&Trace::default(), 0);
+        self.told();
     }
 
     fn clear_family<A: FlowAddr>(

@@ -157,6 +157,8 @@ impl Trial {
             | names::EARLY6
             | names::SOCKETS4
             | names::SOCKETS6 => Some(16),
+            // Nobody listens to a trial. A page is the least that a ring may have.
+            names::EVENTS => Some(4096),
             // All is counted in entry 0.
             names::TRAFFIC => Some(1),
             _ => None,
@@ -382,6 +384,9 @@ mod tests {
             names::PORT_CURSORS,
             names::ANSWERS,
             names::SCRATCH,
+            names::TRACE,
+            names::EVENTS,
+            names::TRACING,
             names::COUNTERS,
             names::TRAFFIC,
         ];

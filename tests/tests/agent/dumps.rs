@@ -11,7 +11,7 @@ use serde_json::Value;
 
 /// The maps that have entries here, with a field of key and of value; none
 /// where that is just a number.
-const FIELDS: [(&str, Option<&str>, Option<&str>); 16] = [
+const FIELDS: [(&str, Option<&str>, Option<&str>); 17] = [
     (names::SERVICES4, Some("addr"), Some("slot_count")),
     (names::SERVICES6, Some("addr"), Some("slot_count")),
     (names::SLOTS4, None, Some("addr")),
@@ -27,6 +27,7 @@ const FIELDS: [(&str, Option<&str>, Option<&str>); 16] = [
     (names::SOCKETS4, Some("cookie"), Some("addr")),
     (names::SOCKETS6, Some("cookie"), Some("addr")),
     (names::CONFIG, None, Some("timeouts")),
+    (names::TRACE, None, Some("until")),
     (names::COUNTERS, None, None),
 ];
 

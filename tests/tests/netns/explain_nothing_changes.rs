@@ -43,6 +43,10 @@ impl Pinned {
                 names::EARLY,
                 names::ROUTES4,
                 names::ROUTES6,
+                names::TRACING,
+                // A ring, which cannot be looked up; nothing is in it while
+                // nobody listens.
+                names::EVENTS,
             ]
             .contains(map)
         });
