@@ -4,6 +4,7 @@
 //! the configuration file too; `config.rs` sees to that.
 
 use std::{
+    fmt,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
@@ -11,14 +12,20 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{NonEmptyStringValueParser, PossibleValuesParser},
+};
 use ipnet::IpNet;
 use lb_common::{
+    Hook,
     flow::{self, State, Timeouts},
     names::{LAYOUT, size},
+    trace::TRACE_BYTES,
 };
 
 use crate::{
+    commands::trace::reason_names,
     datapath::pins::Pins,
     maglev,
     metrics::Detail,
@@ -54,6 +61,15 @@ pub enum Command {
             be run so: what it would do is found from the same tables."
     )]
     Explain(ExplainArgs),
+    /// Show what happens to packets and calls, while it happens
+    #[command(
+        long_about = "Show what happens to packets and calls, while it happens: translated, \
+            answered, refused or dropped, and why.\n\n\
+            The programs tell only while this listens, and only what is asked for: all filters are \
+            in the kernel. What they tell goes through a ring of 1 MiB; what does not fit is lost \
+            and counted, and no packet waits for it."
+    )]
+    Trace(Box<TraceArgs>),
     /// Compare what the maps should hold with what they hold
     Diff(DiffArgs),
     /// Look whether this node is fit for klb, and klb well on it
@@ -702,6 +718,150 @@ pub struct ExplainArgs {
     pub paths: Paths,
 }
 
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Each line is a packet at a hook, or a call of a process: time, hook, device or process, reason, \
+protocol, both ends as they were and, behind ⇒, as they are from there on, and the Service. A \
+packet that two hooks translate is on two lines. Reasons are those that `klb status` counts by.
+
+All filters must fit. Addresses and ports are looked for before and after translation, so one can \
+ask for a pod or for a Service's address. A call has no sender yet, so --from excludes calls. Of an \
+ICMP error the ends are those of the answer to the packet that it is about.
+
+One klb trace can listen at a time on a node; a second one says who does.
+
+Exit status: 0 also when nothing was shown; 1 if the programs cannot be asked; 2 for wrong usage.
+
+Examples:
+  # All that klb has a part in
+  klb trace
+  # What is refused or dropped, and why
+  klb trace --reason refuse,answer
+  # A client's packets to one Service, there and back
+  klb trace --service default/web --address 192.0.2.9
+  # Why klb leaves packets of a client alone: those that it passes are told where asked for
+  klb trace --address 192.0.2.9 --reason pass
+  # The next ten new flows, for a script
+  klb trace --reason new_flow --count 10 -o json | jq -r .after.dst.address
+  # Packets before and after translation, for Wireshark or tcpdump
+  klb trace --port 80 --pcap web.pcapng
+  klb trace --port 80 --pcap - | tcpdump -nr -")]
+pub struct TraceArgs {
+    /// Only what is sent from there
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub from: Option<End>,
+    /// Only what is sent to there
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    pub to: Option<End>,
+    /// Only what is from or to this address or network
+    #[arg(long, value_name = "ADDR|CIDR", value_parser = address_or_network)]
+    pub address: Option<IpNet>,
+    /// Only what is from or to this port
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
+    /// Only what is for this Service, or for one port of it
+    #[arg(long, value_name = "NAMESPACE/NAME[:PORT]")]
+    pub service: Option<ServiceEnd>,
+    /// Only what speaks this; of an ICMP error, what it is about
+    #[arg(long, value_enum)]
+    pub proto: Option<PacketProtocol>,
+    /// Only what happens for these reasons, or all that have this effect (translate, answer,
+    /// refuse, keep, pass); without this all but what goes on as it came
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        value_parser = PossibleValuesParser::new(reason_names()),
+        hide_possible_values = true
+    )]
+    pub reason: Vec<String>,
+    /// Only what happens at these hooks
+    #[arg(
+        long,
+        value_name = "HOOK",
+        value_delimiter = ',',
+        value_parser = PossibleValuesParser::new(Hook::ALL.map(Hook::name))
+    )]
+    pub hook: Vec<String>,
+    /// End after so many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// For people, or one JSON document on each line
+    #[arg(short, long, value_enum, default_value_t = TraceOutput::Text)]
+    pub output: TraceOutput,
+    /// Write the packets, before and after, to this file too (pcapng); `-` is stdout, without lines
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+    /// Bytes of each packet that are written, 2048 at most; of what XDP sees 128 before Linux 5.18
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 256,
+        value_parser = clap::value_parser!(u16).range(1..=TRACE_BYTES as i64),
+        requires = "pcap"
+    )]
+    pub snaplen: u16,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+/// How a trace is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TraceOutput {
+    Text,
+    Json,
+}
+
+/// A Service, or one of its ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceEnd {
+    pub namespace: String,
+    pub name: String,
+    /// Name or number.
+    pub port: Option<String>,
+}
+
+impl fmt::Display for ServiceEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)?;
+        match &self.port {
+            Some(port) => write!(f, ":{port}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for ServiceEnd {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const WANTED: &str = "wanted is NAMESPACE/NAME or NAMESPACE/NAME:PORT, such as \
+            default/web or default/web:http";
+        let (namespace, rest) = text.split_once('/').ok_or(WANTED)?;
+        let (name, port) = match rest.split_once(':') {
+            Some((name, port)) => (name, Some(port)),
+            None => (rest, None),
+        };
+        if [namespace, name].contains(&"") || port == Some("") || rest.contains('/') {
+            return Err(WANTED);
+        }
+        Ok(Self {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            port: port.map(ToOwned::to_owned),
+        })
+    }
+}
+
+/// A network, or an address as the network of itself.
+fn address_or_network(text: &str) -> Result<IpNet, String> {
+    let network = text.parse().map(|addr: IpAddr| addr.into());
+    let network = network.or_else(|_no_address: std::net::AddrParseError| text.parse());
+    network.map_err(|_neither| {
+        "wanted is an address or a network, such as 10.0.0.1, 10.0.0.0/8 or fd00::/64".to_owned()
+    })
+}
+
 /// What klb balances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PacketProtocol {
@@ -1058,6 +1218,33 @@ mod tests {
         assert_eq!(args.devices.uplink, ["eth*", "bond0", "ens?"]);
         let args = agent(&["--nodeport-addresses", "10.0.0.0/8,fd00::/8"]).expect("valid");
         assert_eq!(args.devices.nodeport_addresses.len(), 2);
+    }
+
+    #[test]
+    fn a_trace_is_asked_for_in_words_that_make_sense() {
+        for (flags, makes_sense) in [
+            (&["--from", "10.0.0.1", "--to", "[fd00::1]:80"][..], true),
+            (&["--address", "10.0.0.0/8"], true),
+            (&["--address", "fd00::1"], true),
+            (&["--address", "10.0.0.0/33"], false),
+            (&["--port", "0"], false),
+            (&["--service", "default/web:http"], true),
+            (&["--service", "web"], false),
+            (&["--service", "/web"], false),
+            (&["--service", "a/b/c"], false),
+            (&["--service", "default/web:"], false),
+            (&["--reason", "new_flow,refuse"], true),
+            (&["--reason", "nonsense"], false),
+            (&["--hook", "xdp,socket"], true),
+            (&["--hook", "tc"], false),
+            (&["--count", "0"], false),
+            (&["--snaplen", "64"], false),
+            (&["--snaplen", "64", "--pcap", "f"], true),
+            (&["--snaplen", "2049", "--pcap", "f"], false),
+        ] {
+            let line = ["klb", "trace"].iter().chain(flags);
+            assert_eq!(Cli::try_parse_from(line).is_ok(), makes_sense, "{flags:?}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         Command::Get(args) => well(commands::get::run(args)),
         Command::Status(args) => commands::status::run(args),
         Command::Explain(args) => well(commands::explain::run(args)),
+        Command::Trace(args) => well(commands::trace::run(args)),
         Command::Diff(args) => commands::diff::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Cleanup(args) => well(commands::cleanup::run(args)),

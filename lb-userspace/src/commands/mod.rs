@@ -9,6 +9,7 @@ pub mod get;
 mod look;
 pub mod status;
 mod table;
+pub mod trace;
 
 use std::{
     collections::BTreeMap,

@@ -17,6 +17,7 @@ pub mod load;
 pub mod memory;
 pub mod pins;
 mod sys;
+pub mod trace;
 pub mod traffic;
 pub mod trial;
 

@@ -280,7 +280,7 @@ impl Pins {
         Ok(removed)
     }
 
-    fn links_folder(&self) -> PathBuf {
+    pub(super) fn links_folder(&self) -> PathBuf {
         self.root.join("links")
     }
 
