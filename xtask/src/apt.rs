@@ -39,6 +39,7 @@ pub(crate) const NETWORK: &[Need] = &[
     program("iproute2", "ip"),
     program("ethtool", "ethtool"),
     program("bpftool", "bpftool"),
+    program("tcpdump", "tcpdump"),
     program("nftables", "nft"),
     program("iptables", "iptables-save"),
 ];

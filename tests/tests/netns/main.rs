@@ -31,6 +31,7 @@ mod sctp;
 mod sockets;
 mod strangers;
 mod takeover;
+mod trace;
 mod two_nodes;
 mod wire;
 
