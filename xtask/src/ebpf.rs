@@ -1,5 +1,7 @@
 //! The BPF objects: the one place that knows how they are built.
 
+mod lean;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -46,6 +48,7 @@ fn build_program(toolchain: &Toolchain, program: &str, object: &Path) -> Result<
     process::run(command(toolchain).args(["--bin", program]))?;
     let built = target_dir().join(TARGET).join("release").join(program);
     let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    let bytes = lean::without_dwarf(&bytes).with_context(|| built.display().to_string())?;
     // An object that is the same keeps its time, or `klb` would be built anew.
     if fs::read(object).is_ok_and(|present| present == bytes) {
         return Ok(());

@@ -98,3 +98,13 @@ fn the_page_says_what_an_entry_takes() {
     }
     assert!(PAGE.contains(&rows), "the page should say:\n{rows}");
 }
+
+/// DWARF is three quarters of what the compiler writes, and would be in every
+/// `klb` and in the memory of each that runs.
+#[test]
+fn the_object_names_lines_of_source_and_has_nothing_for_debuggers() {
+    let bytes = object();
+    let has = |section: &[u8]| bytes.windows(section.len()).any(|window| window == section);
+    assert!(has(b".BTF.ext"));
+    assert!(!has(b".debug_"));
+}
