@@ -49,6 +49,8 @@ pub enum Command {
     Get(GetArgs),
     /// Show whether all is well: agent, hooks, maps, counters
     Status(StatusArgs),
+    /// Show which Services are busy now, and with which backends
+    Top(TopArgs),
     /// Say what would happen to a packet now, and why
     #[command(
         long_about = "Say what would happen to a packet now, and why: which frontend it is for, \
@@ -336,6 +338,14 @@ fn look_interval(text: &str) -> Result<Duration, String> {
         return Err("wanted is 100ms or more".to_owned());
     }
     Ok(time)
+}
+
+/// As [`look_interval`], of which a number alone is seconds.
+fn top_interval(text: &str) -> Result<Duration, String> {
+    match text.parse::<u32>() {
+        Ok(seconds) => look_interval(&format!("{seconds}s")),
+        Err(_no_number) => look_interval(text),
+    }
 }
 
 /// A time that nobody notices.
@@ -913,6 +923,59 @@ pub struct StatusArgs {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
+On a terminal this is a live view; its last line names the keys, and ? says what the columns mean. \
+Where stdout is none, the counters are read twice, and what they grew by is printed once.
+
+A connection that is translated at a socket is counted when it begins, and its packets meet no \
+program: what is said of packets, bytes and flows is of those that packet hooks translate.
+
+Examples:
+  # What is busy now, live
+  klb top
+  # One namespace, by bytes, looked at every five seconds
+  klb top -n shop --sort bytes --interval 5
+  # Who gets how much of a Service, once
+  klb top --once --service web:http
+  # For a script: Services that are refused by a backend now
+  klb top -o json | jq -r '.services[] | select(any(.backends[]; .flows.reset > 0)) | .name'")]
+pub struct TopArgs {
+    /// How often to look, in seconds or as in 500ms; 100ms or more
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = top_interval)]
+    pub interval: Duration,
+    /// What comes first
+    #[arg(long, value_enum, default_value_t = Sort::Connections)]
+    pub sort: Sort,
+    /// Only Services of this namespace
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// Only Services of this name, or one of their ports
+    #[arg(long, value_name = "NAME[:PORT]")]
+    pub service: Option<String>,
+    /// Look for one interval, print, and end
+    #[arg(long)]
+    pub once: bool,
+    /// For people or for programs; JSON is printed once
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(flatten)]
+    pub paths: Paths,
+}
+
+/// By what rows are sorted, the largest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sort {
+    /// Begun in a second
+    Connections,
+    /// In a second, both ways
+    Packets,
+    /// In a second, both ways
+    Bytes,
+    /// That packets are translated by now
+    Flows,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
 Nothing is printed if the maps hold what they should. The settings have to be those of the \
 agent, by flags or by the variables of the environment that it has, too.
 
@@ -1197,6 +1260,21 @@ mod tests {
         for (text, milliseconds) in [("0ms", 0), ("1s", 1000)] {
             let args = agent(&["--batch-delay", text]).expect("valid");
             assert_eq!(args.batch_delay, Duration::from_millis(milliseconds));
+        }
+    }
+
+    #[test]
+    fn a_number_alone_is_an_interval_in_seconds() {
+        for (text, expected) in [
+            ("2", Some(2000)),
+            ("2s", Some(2000)),
+            ("500ms", Some(500)),
+            ("0", None),
+            ("50ms", None),
+            ("-1", None),
+        ] {
+            let interval = top_interval(text).ok();
+            assert_eq!(interval, expected.map(Duration::from_millis), "{text}");
         }
     }
 

@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         Command::Agent(args) => well(agent::run(args)),
         Command::Get(args) => well(commands::get::run(args)),
         Command::Status(args) => commands::status::run(args),
+        Command::Top(args) => commands::top::run(args),
         Command::Explain(args) => well(commands::explain::run(args)),
         Command::Trace(args) => well(commands::trace::run(args)),
         Command::Diff(args) => commands::diff::run(args),

@@ -21,7 +21,9 @@ use crate::{
     manifests::{Folder, NODE},
     netns::tool,
     process::{Output, Place, Process},
-    program, scope,
+    program,
+    pty::Terminal,
+    scope,
     topology::{Cluster, POD_DEVICES, SecondNode, UPLINK},
     wait,
 };
@@ -317,6 +319,15 @@ impl Agent {
         let paths = self.paths();
         let paths = paths.iter().map(String::as_str);
         self.spawn_klb(&arguments.iter().copied().chain(paths).collect::<Vec<_>>())
+    }
+
+    /// As [`Self::klb`], on a terminal of so many rows and columns.
+    pub fn klb_on_terminal(&self, arguments: &[&str], rows: u16, columns: u16) -> Terminal {
+        let mut command = self.place.command(&self.program);
+        command.args(arguments).args(self.paths());
+        // Whatever the tests' own is.
+        command.env("TERM", "xterm-256color").env_remove("NO_COLOR");
+        Terminal::start(command, rows, columns)
     }
 
     fn spawn_klb(&self, arguments: &[&str]) -> Process {

@@ -31,6 +31,7 @@ pub mod private;
 pub mod process;
 pub mod program;
 pub mod proxy;
+pub mod pty;
 pub mod scope;
 pub mod sweep;
 pub mod told;

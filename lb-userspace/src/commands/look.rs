@@ -42,6 +42,10 @@ impl Look {
         }
     }
 
+    pub(super) const fn has_colours(self) -> bool {
+        self.colours
+    }
+
     /// What is bad in red, what is fine in green.
     pub(super) fn paint(self, tone: Option<Tone>, text: &str) -> String {
         let code = match tone {

@@ -9,6 +9,7 @@ pub mod get;
 mod look;
 pub mod status;
 mod table;
+pub mod top;
 pub mod trace;
 
 use std::{
@@ -146,8 +147,11 @@ impl PortId {
         }
     }
 
-    fn is_in(&self, namespace: Option<&str>) -> bool {
-        namespace.is_none_or(|wanted| self.namespace == wanted)
+    /// By namespace and name, as far as they are given; the name may be that of
+    /// one port: `web:http`.
+    fn is(&self, namespace: Option<&str>, service: Option<&str>) -> bool {
+        let is_named = |wanted: &str| self.name == wanted || self.service() == wanted;
+        namespace.is_none_or(|wanted| self.namespace == wanted) && service.is_none_or(is_named)
     }
 }
 

@@ -1,6 +1,6 @@
 //! `klb status`: whether all is well, on one page.
 
-mod counters;
+pub(super) mod counters;
 mod findings;
 mod noted;
 mod settings;

@@ -24,7 +24,7 @@ use crate::{
         kernel::{KernelMaps, Member},
         load::LoadError,
         pins::Pins,
-        traffic::{Totals, TrafficTable},
+        traffic::{History, Totals, TrafficTable},
     },
 };
 
@@ -55,39 +55,6 @@ pub(crate) struct Reading {
     pub(crate) services: BTreeMap<u32, Totals>,
 }
 
-/// What a Service's counters must keep although its backends come and go: they
-/// never count back.
-#[derive(Debug, Default)]
-struct History {
-    services: BTreeMap<u32, Totals>,
-    /// What was read of each backend, and whose it was.
-    backends: BTreeMap<BackendRef, (u32, Totals)>,
-}
-
-impl History {
-    /// Takes in what the backends' counters say now. `members` says whose they
-    /// are; of one that has gone the last count is taken, and then it is
-    /// forgotten.
-    fn update<E>(
-        &mut self,
-        members: &BTreeMap<BackendRef, Member>,
-        read: impl Fn(BackendRef) -> Result<Totals, E>,
-    ) -> Result<(), E> {
-        for (&backend, member) in members {
-            let known = (member.service, Totals::default());
-            self.backends.entry(backend).or_insert(known);
-        }
-        for (&backend, (service, last)) in &mut self.backends {
-            let now = read(backend)?;
-            *self.services.entry(*service).or_default() += now - *last;
-            *last = now;
-        }
-        self.backends
-            .retain(|backend, _| members.contains_key(backend));
-        Ok(())
-    }
-}
-
 /// All that one answer tells.
 struct Snapshot {
     reading: Reading,
@@ -110,7 +77,7 @@ impl ServiceTraffic {
         if let Err(error) = this.read() {
             warn!(%error, "what has flowed through backends is not known");
         }
-        this.history().services.clear();
+        this.history().retain_services(|_| false);
         Ok(this)
     }
 
@@ -119,11 +86,9 @@ impl ServiceTraffic {
         let ports = self.maps.metas()?;
         let mut history = self.history();
         history.update(&members, |backend| self.table.read(backend))?;
-        history
-            .services
-            .retain(|service, _| ports.contains_key(service));
+        history.retain_services(|service| ports.contains_key(&service));
         Ok(Reading {
-            services: history.services.clone(),
+            services: history.services().clone(),
             ports,
             members,
         })
@@ -140,11 +105,8 @@ impl ServiceTraffic {
         }
         let reading = self.read()?;
         let history = self.history();
-        let backends = history.backends.iter();
         Ok(Snapshot {
-            backends: backends
-                .map(|(&backend, (_, totals))| (backend, *totals))
-                .collect(),
+            backends: history.backends().collect(),
             reading,
             active,
             rest: self.table.rest()?,
@@ -347,27 +309,6 @@ pub(super) mod tests {
             packets_out: 0,
             bytes_out: 0,
         }
-    }
-
-    #[test]
-    fn a_service_never_counts_back_when_backends_go() {
-        let mut history = History::default();
-        let mut update = |members: &[u32], counts: &[(u32, u64)]| {
-            let members = members.iter().map(|id| (backend(*id), member(7)));
-            let counts: BTreeMap<_, _> = counts.iter().copied().collect();
-            let read = |backend: BackendRef| {
-                Ok::<_, ()>(flows(counts.get(&backend.id).copied().unwrap_or(0)))
-            };
-            history.update(&members.collect(), read).expect("readable");
-            history.services[&7].flows
-        };
-        assert_eq!(update(&[1, 2], &[(1, 10), (2, 5)]), 15);
-        assert_eq!(update(&[1, 2], &[(1, 12), (2, 5)]), 17);
-        // It has gone, and what came before it went is counted.
-        assert_eq!(update(&[2], &[(1, 13), (2, 5)]), 18);
-        assert_eq!(update(&[2], &[(1, 13), (2, 6)]), 19);
-        // One that comes anew counts from nothing.
-        assert_eq!(update(&[2, 3], &[(2, 6), (3, 1)]), 20);
     }
 
     #[derive(Debug)]

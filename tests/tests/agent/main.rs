@@ -26,6 +26,7 @@ mod restarts;
 mod rollout;
 mod schemas;
 mod service_manager;
+mod top;
 mod traffic;
 mod upgrades;
 mod wrong_input;

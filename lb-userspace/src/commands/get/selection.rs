@@ -48,8 +48,7 @@ impl<'a> Selection<'a> {
 
     /// By namespace and name; the name may be that of one port: `web:http`.
     pub(super) fn has_service(&self, port: &PortId) -> bool {
-        let is_named = |wanted: &str| port.name == wanted || port.service() == wanted;
-        port.is_in(self.0.namespace.as_deref()) && self.name().is_none_or(is_named)
+        port.is(self.0.namespace.as_deref(), self.name())
     }
 
     /// By the name of what is no Service's.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_common::reason::Effect;
+use lb_common::{Reason, reason::Effect};
 use serde::Serialize;
 
 use crate::{
@@ -18,15 +18,15 @@ use crate::{
 };
 
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Row {
-    pub(super) hook: &'static str,
-    pub(super) reason: &'static str,
-    pub(super) effect: &'static str,
-    pub(super) count: u64,
+pub(in crate::commands) struct Row {
+    pub(in crate::commands) hook: &'static str,
+    pub(in crate::commands) reason: &'static str,
+    pub(in crate::commands) effect: &'static str,
+    pub(in crate::commands) count: u64,
     /// While the command looked, if it was told to look for a while.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) per_second: Option<f64>,
-    pub(super) description: &'static str,
+    pub(in crate::commands) per_second: Option<f64>,
+    pub(in crate::commands) description: &'static str,
 }
 
 impl From<&Counter> for Row {
@@ -61,7 +61,11 @@ fn rows(counters: &[Counter]) -> impl Iterator<Item = Row> {
 }
 
 /// What is counted now comes first, and of that what is refused.
-fn growing(first: &[Counter], second: &[Counter], time: Duration) -> Vec<Row> {
+pub(in crate::commands) fn growing(
+    first: &[Counter],
+    second: &[Counter],
+    time: Duration,
+) -> Vec<Row> {
     let before = |row: &Row| {
         let mut same =
             rows(first).filter(|other| (other.hook, other.reason) == (row.hook, row.reason));
@@ -77,7 +81,7 @@ fn growing(first: &[Counter], second: &[Counter], time: Duration) -> Vec<Row> {
 }
 
 /// As many digits as mean something.
-fn per_second(count: u64, time: Duration) -> f64 {
+pub(in crate::commands) fn per_second(count: u64, time: Duration) -> f64 {
     #[expect(
         clippy::cast_precision_loss,
         reason = "nobody counts 2^53 packets in a while"
@@ -90,6 +94,13 @@ fn per_second(count: u64, time: Duration) -> f64 {
 }
 
 impl Row {
+    /// Whether a packet ended here, or a call.
+    pub(in crate::commands) fn is_refusal(&self) -> bool {
+        const REFUSE: &str = effect_name(Effect::Refuse);
+        const ANSWER: &str = effect_name(Effect::Answer);
+        [REFUSE, ANSWER].contains(&self.effect) && self.reason != Reason::Echo.name()
+    }
+
     /// A flow without a backend is answered, and has ended all the same.
     fn urgency(&self) -> u8 {
         const REFUSE: &str = effect_name(Effect::Refuse);
@@ -114,7 +125,7 @@ impl Row {
 }
 
 /// Something that happens is never shown as 0.
-fn shown(rate: f64) -> String {
+pub(in crate::commands) fn shown(rate: f64) -> String {
     match rate {
         0.0 => "0".to_owned(),
         0.0..0.1 => "<0.1".to_owned(),
@@ -175,7 +186,7 @@ fn growing_table(rows: &[Row]) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::{Hook, Reason};
+    use lb_common::Hook;
 
     use super::*;
 
