@@ -2,7 +2,7 @@
 //! the schema does not describe, with an agent, after it was stopped, and after
 //! it was killed.
 
-use std::{fs, path::Path, time::Duration};
+use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use lb_common::names;
 use lb_tests::{
@@ -13,6 +13,7 @@ use lb_tests::{
     wait,
     world::{Frontend, SERVICE_FILE, World},
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// For what takes no time as a rule.
@@ -44,13 +45,17 @@ fn close(schema: &mut Value) {
 
 fn assert_valid(name: &str, said: &Said) -> Value {
     let document: Value = said.json();
+    assert_described(name, &document);
+    document
+}
+
+fn assert_described(name: &str, document: &Value) {
     let schema = jsonschema::validator_for(&strict(name)).expect("a schema");
     let complaints: Vec<_> = schema
-        .iter_errors(&document)
+        .iter_errors(document)
         .map(|error| format!("{}: {error}", error.instance_path()))
         .collect();
-    assert!(complaints.is_empty(), "{name}: {complaints:#?}");
-    document
+    assert!(complaints.is_empty(), "{name}: {complaints:#?}: {document}");
 }
 
 /// Flows, sockets, clients and all else that there is something to tell of.
@@ -113,6 +118,33 @@ fn assert_all(world: &World) {
     let manifests = world.agent.manifests.path().display().to_string();
     let diff = ["diff", "--node-name", NODE, "--manifests", &manifests];
     assert_valid("diff", &klb(&diff));
+    let top = assert_valid("top", &klb(&["top", "--interval=1s"]));
+    assert_ne!(top["services"], serde_json::json!([]));
+}
+
+/// Lines of packets and of calls.
+fn assert_trace(world: &World) {
+    let line = ["trace", "-o", "json", "--reason", "translate,answer,pass"];
+    let mut trace = world.agent.start_klb(&line);
+    trace.wait_for_stderr("sign that it listens", TIME, |line| {
+        line.contains("listening")
+    });
+    use_it(world);
+    trace.signal(Signal::SIGINT);
+    assert!(trace.wait(TIME).success(), "{trace:?}");
+    let lines = trace.stdout().lines();
+    let events: Vec<Value> = lines
+        .iter()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    for event in &events {
+        assert_described("trace", event);
+    }
+    let hooks: BTreeSet<_> = events.iter().map(|event| event["hook"].as_str()).collect();
+    assert!(
+        hooks.contains(&Some("socket")) && hooks.len() > 2,
+        "{hooks:?}"
+    );
 }
 
 #[test]
@@ -122,6 +154,7 @@ fn json_is_as_its_schema_says() {
     world.agent.start();
     use_it(&world);
     assert_all(&world);
+    assert_trace(&world);
     for stop in [Agent::terminate, Agent::kill] {
         stop(&mut world.agent);
         assert_all(&world);
