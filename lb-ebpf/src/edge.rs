@@ -196,7 +196,7 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         if service.is_none() {
             let is_server = known::is_server(&parsed.tuple);
             is_direct = is_server && direct::is_second::<F>(&parsed, packet.edge());
-            if !is_direct && !(is_server && direct::is_known::<F>(&parsed)) {
+            if !(is_direct || is_server && direct::is_known::<F>(&parsed)) {
                 return Some(without_frontend::<P, F>(packet, &parsed));
             }
         }

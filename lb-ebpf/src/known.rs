@@ -74,9 +74,8 @@ fn entry<A: Address>(addr: &A, port: Port) -> Option<*mut Known> {
 /// the verifier would have to walk.
 #[inline(always)]
 fn is_recent(noted: u32, now: u32) -> bool {
-    let [a, b, c, d, e, f, g] = config::timeouts().map(i64::from);
-    let sum = a.wrapping_add(b).wrapping_add(c).wrapping_add(d);
-    let sum = sum.wrapping_add(e).wrapping_add(f).wrapping_add(g);
+    let timeouts = config::timeouts().iter().copied().map(i64::from);
+    let sum = timeouts.fold(0, i64::wrapping_add);
     // Signed: another CPU's time may be later than this one's.
     i64::from(now.wrapping_sub(noted).cast_signed()) <= sum
 }

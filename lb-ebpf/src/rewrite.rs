@@ -2,7 +2,7 @@
 
 use lb_common::{
     Reason,
-    checksum::{Delta, pseudo_header},
+    checksum::pseudo_header,
     crc32c,
     flow::{FlowEntry, SCTP, TCP, UDP},
 };

@@ -117,12 +117,8 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
 
     let in_place = [hooks_ready, maps_ready.clone()];
     let others = hooks.others().to_vec();
-    tokio::spawn(layouts::follow(
-        others,
-        in_place,
-        in_charge,
-        args.layout_drain,
-    ));
+    let others = layouts::follow(others, in_place, in_charge, args.layout_drain);
+    tokio::spawn(others);
     let edge = edge::follow(
         hooks,
         DeviceTable::open(&pins)?,

@@ -62,7 +62,7 @@ mod tests {
         for name in names {
             let data = SectionData::Data(name.as_bytes().into());
             add_table(&mut builder, name, SHT_PROGBITS, data);
-            let section = builder.sections.iter().last().map(|section| section.id());
+            let section = builder.sections.iter().last().map(Section::id);
             let symbol = builder.symbols.add();
             symbol.name = (*name).into();
             symbol.set_st_info(STB_GLOBAL, 0);
