@@ -406,7 +406,7 @@ fn what_cannot_be_explained_is_said_in_a_sentence() {
         (
             &["--from", "192.0.2.9", "--layout", "v0"],
             1,
-            "no agent has run",
+            "are of layout v1",
         ),
     ] {
         let said = world.agent.klb(&[&["explain"], arguments, &to].concat());
