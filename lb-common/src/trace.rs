@@ -11,8 +11,8 @@ use crate::{
 /// each; a power of two.
 pub const TRACE_BYTES: usize = 2048;
 
-/// Bytes of a frame that XDP gives before Linux 5.18, which brought a helper for
-/// it; a multiple of 8.
+/// Bytes of a frame that XDP gives at most before Linux 5.18, which brought a helper
+/// for it; in words of 8 bytes, so up to 7 at the end of a shorter one are left out.
 pub const OLD_XDP_BYTES: usize = 128;
 
 /// How many Service ports can be asked for.

@@ -802,7 +802,7 @@ pub struct TraceArgs {
     /// Write the packets, before and after, to this file too (pcapng); `-` is stdout, without lines
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
-    /// Bytes of each packet that are written, 2048 at most; of what XDP sees 128 before Linux 5.18
+    /// Bytes of each packet that are written, 2048 at most; of what XDP sees 128 before Linux 5.18, in words of 8
     #[arg(
         long,
         value_name = "BYTES",
