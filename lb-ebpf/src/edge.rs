@@ -187,9 +187,9 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         return Some(Reason::FragmentReleased);
     }
     trace::note::<F>(&parsed.tuple);
-    // What is no business of klb's costs two lookups at most. So the flow of what
+    // What is no business of klb's costs one lookup at most. So the flow of what
     // may open one is only looked up if it is for a frontend, and that of all
-    // others first.
+    // others only between ends that have flows.
     let (mut service, mut is_direct) = (None, false);
     if parsed.may_open() {
         service = service_of::<F>(&parsed);
