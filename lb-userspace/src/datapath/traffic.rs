@@ -173,16 +173,16 @@ impl History {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::net::SocketAddr;
 
     use super::*;
 
-    const fn backend(id: u32) -> BackendRef {
+    pub(crate) const fn backend(id: u32) -> BackendRef {
         BackendRef { id, generation: 1 }
     }
 
-    fn member(service: u32) -> Member {
+    pub(crate) fn member(service: u32) -> Member {
         Member {
             service,
             addr: SocketAddr::from(([10, 244, 0, 5], 3000)),

@@ -289,17 +289,7 @@ pub(super) mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
-
-    const fn backend(id: u32) -> BackendRef {
-        BackendRef { id, generation: 1 }
-    }
-
-    fn member(service: u32) -> Member {
-        Member {
-            service,
-            addr: SocketAddr::from(([10, 244, 0, 5], 3000)),
-        }
-    }
+    use crate::datapath::traffic::tests::{backend, member};
 
     const fn flows(flows: u64) -> Totals {
         Totals {

@@ -87,7 +87,9 @@ impl Findings {
                 noted.ago(unheard.since),
                 unheard.error
             );
-            let silence = record.written.saturating_add(noted.age_seconds) - unheard.since;
+            // A clock may have been set back meanwhile.
+            let now = record.written.saturating_add(noted.age_seconds);
+            let silence = now.saturating_sub(unheard.since);
             let matters = OF_SERVICES.contains(&unheard.what.as_str());
             if matters && silence >= SILENCE {
                 self.problem(text);
@@ -98,11 +100,11 @@ impl Findings {
         let skipped = &record.skipped;
         if skipped.count > 0 {
             self.warn(format!(
-                "{} no sense to klb and are skipped; what they described before stays",
+                "{} skipped; what they described before stays",
                 counted(
                     skipped.count,
-                    "object or manifest makes",
-                    "objects or manifests make"
+                    "object or manifest makes no sense to klb and is",
+                    "objects or manifests make no sense to klb and are"
                 )
             ));
         }
@@ -332,7 +334,27 @@ mod tests {
                     ..ready.clone()
                 },
                 None,
-                Some("2 objects or manifests make no sense"),
+                Some("2 objects or manifests make no sense to klb and are skipped"),
+            ),
+            (
+                Record {
+                    skipped: Few {
+                        count: 1,
+                        some: Vec::new(),
+                    },
+                    ..ready.clone()
+                },
+                None,
+                Some("1 object or manifest makes no sense to klb and is skipped"),
+            ),
+            // The clock was set back since.
+            (
+                Record {
+                    unheard: vec![unheard("Service", 20_000)],
+                    ..ready.clone()
+                },
+                None,
+                Some("nothing is heard of Service since 0s"),
             ),
             (
                 Record {
