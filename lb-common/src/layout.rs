@@ -3,6 +3,7 @@
 
 use crate::{
     addr::{Addr4, Addr6, Port},
+    credit::Credit,
     flow::{FlowEntry, Tuple},
     known::Known,
     node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, Network, Route},
@@ -56,6 +57,7 @@ layout!(FlowEntry<Addr4>, 44, align 4, [4, 4, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4, 4
 layout!(FlowEntry<Addr6>, 68, align 4, [16, 16, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4, 4]);
 
 layout!(Known, 8, align 4, [4, 4]);
+layout!(Credit, 8, align 4, [4, 4]);
 
 layout!(SocketKey<Addr4>, 16, align 4, [8, 4, 2, 1, 1]);
 layout!(SocketKey<Addr6>, 28, align 4, [8, 16, 2, 1, 1]);

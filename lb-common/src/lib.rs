@@ -18,6 +18,7 @@
 pub mod addr;
 pub mod checksum;
 pub mod crc32c;
+pub mod credit;
 pub mod flow;
 pub mod known;
 mod layout;
@@ -30,4 +31,5 @@ pub mod trace;
 pub mod traffic;
 
 pub use addr::{Addr4, Addr6, Address, Port};
+pub use credit::Credit;
 pub use reason::{Hook, Reason};

@@ -43,7 +43,10 @@ pub const RARE: &str = "klb_rare";
 /// By a hash of an address and port: when a packet of a flow was last seen to and
 /// from there; written by the packet programs.
 pub const KNOWN: &str = "klb_known";
-/// Memory for such a frame; per CPU.
+/// How many connections may yet be opened among the confirmed; per CPU, written by
+/// the packet programs.
+pub const CREDIT: &str = "klb_credit";
+/// Memory for an early frame; per CPU.
 pub const EARLY: &str = "klb_early";
 /// Settings; one entry, written by the agent.
 pub const CONFIG: &str = "klb_config";
@@ -76,7 +79,7 @@ pub const TRACING: &str = "klb_tracing";
 pub const TRAFFIC: &str = "klb_traffic";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 36] = [
+pub const MAPS: [&str; 37] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
@@ -89,6 +92,7 @@ pub const MAPS: [&str; 36] = [
     FLOWS6,
     YOUNG4,
     YOUNG6,
+    CREDIT,
     KNOWN,
     AFFINITY4,
     AFFINITY6,

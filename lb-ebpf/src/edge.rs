@@ -294,7 +294,7 @@ fn begin<P: Packet, F: Family>(packet: &P) -> Reason {
         return rewrite::translate::<P, F>(packet, &work.parsed, &work.entry, reason);
     }
     // Of two flows the second one is in `work`; or it has been opened elsewhere.
-    let Some(flow) = flow::find_young::<F>(&work.parsed.tuple) else {
+    let Some(flow) = flow::find::<F>(&work.parsed) else {
         return Reason::FlowTableFull;
     };
     let reason = if reason == Reason::Forward && is_half_done(&flow) {

@@ -3,8 +3,10 @@
 //!
 //! Two tables hold flows. Connections that both sides have confirmed stand in
 //! one of their own, so that whoever forges senders pushes out what has not
-//! been confirmed, and never an established connection. Datagrams, of which
-//! nothing can be confirmed, are in the young table for all their life.
+//! been confirmed, and never an established connection. As long as clients do
+//! answer, connections stand there from their beginning ([`lb_common::credit`]);
+//! only others have to move. Datagrams, of which nothing can be confirmed, are in
+//! the young table for all their life.
 //!
 //! Entries are changed in place by whichever CPU has the packet. Each field is
 //! written by one store, and every change is one that may be lost or repeated:
@@ -23,7 +25,7 @@ use lb_common::{
 };
 
 use crate::{
-    config,
+    config, credit,
     family::{Family, is_alive},
     known,
     parse::{Fragment, Parsed},
@@ -172,7 +174,9 @@ impl<F: Family> Flow<F> {
         {
             return;
         }
-        known::note(&parsed.tuple, entry.direction, now);
+        if now != entry.last_seen {
+            self.note_ends(&parsed.tuple, now);
+        }
         // SAFETY: see the head of this file.
         unsafe {
             (*self.entry).seen = seen;
@@ -185,13 +189,26 @@ impl<F: Family> Flow<F> {
         if !parsed.is_connection() {
             return;
         }
-        if !self.young {
-            if entry.flags & FLOW_ALSO_YOUNG != 0 {
-                leave_young(&parsed.tuple, self);
-            }
-        } else if is_confirmed(seen, entry.seen_peer) {
-            confirm(&parsed.tuple, self);
+        if !is_confirmed(seen, entry.seen_peer) {
+            return;
         }
+        if self.young {
+            confirm(&parsed.tuple, self);
+        } else if entry.flags & FLOW_ALSO_YOUNG != 0 {
+            leave_young(&parsed.tuple, self);
+        } else if entry.direction <= REPLY && !is_confirmed(entry.seen, entry.seen_peer) {
+            credit::give();
+        }
+    }
+
+    /// Has packets of both directions known as those of a flow; once a second is
+    /// enough.
+    #[inline(always)]
+    fn note_ends(&self, tuple: &Tuple<F::Addr>, now: u32) {
+        let entry = self.entry();
+        known::note(tuple, entry.direction, now);
+        let peer_key = entry.peer_key(tuple.protocol);
+        known::note(&peer_key, entry.direction ^ 1, now);
     }
 }
 
@@ -199,7 +216,7 @@ impl<F: Family> Flow<F> {
 /// from the backend.
 #[inline(never)]
 pub fn take_port<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) -> Reason {
-    if let Some(peer) = find_young::<F>(&flow.entry().peer_key(tuple.protocol)) {
+    if let Some(peer) = find_by::<F>(&flow.entry().peer_key(tuple.protocol), true) {
         // SAFETY: see the head of this file.
         unsafe { (*peer.entry).flags |= FLOW_PORT_TAKEN };
     }
@@ -215,7 +232,6 @@ pub fn take_port<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) -> Reason {
 fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let entry = flow.entry();
     let peer_key = entry.peer_key(tuple.protocol);
-    known::note(&peer_key, entry.direction ^ 1, entry.last_seen);
     let peer = if flow.young {
         find_young::<F>(&peer_key)
     } else {
@@ -237,11 +253,7 @@ fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
         // A full table shows when a flow is opened.
         None => {
             let peer = entry.mirrored(tuple);
-            let _ = if flow.young {
-                F::young().insert(&peer_key, &peer, u64::from(BPF_NOEXIST))
-            } else {
-                F::flows().insert(&peer_key, &peer, u64::from(BPF_NOEXIST))
-            };
+            let _ = insert::<F>(flow.young, &peer_key, &peer, BPF_NOEXIST);
         }
     }
 }
@@ -270,6 +282,9 @@ fn confirm<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let is_there = F::flows().insert(&peer_key, peer.get(), u64::from(BPF_ANY));
     if is_there.is_ok() {
         let _ = F::flows().insert(tuple, flow.get(), u64::from(BPF_ANY));
+        if flow.entry().direction <= REPLY {
+            credit::give();
+        }
     }
 }
 
@@ -317,10 +332,55 @@ pub fn remove_pair<F: Family>(tuple: &Tuple<F::Addr>) {
     let peer_key = flow.entry().peer_key(tuple.protocol);
     let peer = find_by::<F>(&peer_key, true);
     // Whoever is faster in removing either does what we want.
-    if peer.is_some_and(|peer| peer.entry().mirrors(tuple)) {
-        remove_entry::<F>(&peer_key);
+    if let Some(peer) = peer
+        && peer.entry().mirrors(tuple)
+    {
+        remove_found(&peer_key, &peer);
     }
-    remove_entry::<F>(tuple);
+    remove_found(tuple, &flow);
+}
+
+/// Removes an entry from where it was found. To look into the other table takes
+/// half as long again.
+#[inline(always)]
+fn remove_found<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
+    if flow.young || flow.entry().flags & FLOW_ALSO_YOUNG != 0 {
+        let _ = F::young().remove(tuple);
+    }
+    if !flow.young {
+        let _ = F::flows().remove(tuple);
+    }
+}
+
+/// Writes an entry into one of the tables, the young one or that of confirmed
+/// connections.
+#[inline(always)]
+pub fn insert<F: Family>(
+    young: bool,
+    key: &Tuple<F::Addr>,
+    entry: &FlowEntry<F::Addr>,
+    flags: u32,
+) -> Result<(), i32> {
+    if young {
+        F::young().insert(key, entry, u64::from(flags))
+    } else {
+        F::flows().insert(key, entry, u64::from(flags))
+    }
+}
+
+/// As [`insert`], in place of what either table has.
+#[inline(always)]
+pub fn replace<F: Family>(
+    young: bool,
+    key: &Tuple<F::Addr>,
+    entry: &FlowEntry<F::Addr>,
+) -> Result<(), i32> {
+    let _ = if young {
+        F::flows().remove(key)
+    } else {
+        F::young().remove(key)
+    };
+    insert::<F>(young, key, entry, BPF_ANY)
 }
 
 #[inline(always)]

@@ -32,6 +32,7 @@
 mod answer;
 mod clock;
 mod config;
+mod credit;
 mod direct;
 mod edge;
 mod family;

@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    Addr4, Addr6,
+    Addr4, Addr6, Credit,
     flow::{FlowEntry, Tuple},
     known::{KNOWN_BITS, Known},
     names::size,
@@ -76,6 +76,11 @@ pub static FLOWS6: Flows<Addr6> = Flows::new();
 pub static YOUNG4: Young<Addr4> = Young::new();
 #[btf_map(name = "klb_young6")]
 pub static YOUNG6: Young<Addr6> = Young::new();
+
+/// How many connections may yet be opened among the confirmed, by CPU; the packet
+/// programs.
+#[btf_map(name = "klb_credit")]
+pub static CREDIT: PerCpuArray<Credit, 1> = PerCpuArray::new();
 
 /// By a hash of an address and port → when a packet of a flow was last seen to and
 /// from there; the packet programs.

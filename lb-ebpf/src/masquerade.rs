@@ -2,7 +2,6 @@
 //! where its packets leave they get an address and port of the node, and the
 //! answers, where they come in, the client's.
 
-use aya_ebpf::bindings::BPF_ANY;
 use lb_common::{
     Address as _, Port, Reason,
     flow::{FLOW_MASQUERADED, MASQUERADE, Tuple},
@@ -68,9 +67,8 @@ pub fn open<P: Packet, F: Family>(packet: &P, work: &mut Opening<F::Addr>) -> Re
 /// with the first flow that it belonged to.
 #[inline(always)]
 fn link_client<F: Family>(work: &Opening<F::Addr>) -> Reason {
-    let _ = F::flows().remove(&work.key);
     known::note(&work.key, MASQUERADE, work.now);
-    let inserted = F::young().insert(&work.key, &work.entry, u64::from(BPF_ANY));
+    let inserted = flow::replace::<F>(work.young, &work.key, &work.entry);
     if inserted.is_err() {
         flow::remove_entry::<F>(&work.peer_key);
         return Reason::FlowTableFull;

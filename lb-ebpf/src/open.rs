@@ -2,7 +2,7 @@
 
 use core::ptr;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibLookup};
+use aya_ebpf::bindings::{BPF_NOEXIST, bpf_fib_lookup as FibLookup};
 use lb_common::{
     Address, Port, Reason,
     flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple, UDP},
@@ -14,7 +14,7 @@ use lb_common::{
 };
 
 use crate::{
-    config, direct,
+    config, credit, direct,
     family::Family,
     flow::{self, is_in_use},
     known,
@@ -45,6 +45,9 @@ pub struct Opening<A> {
     pub service: ServiceEntry,
     /// Another connection to the backend has the client's port.
     pub is_port_taken: bool,
+    /// Whether the flow begins among the young; else it may stand among the
+    /// confirmed from the beginning ([`lb_common::credit`]).
+    pub young: bool,
     /// The backend.
     pub slot: Slot<A>,
     /// Seconds of the monotonic clock.
@@ -150,6 +153,7 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
     } else {
         select::kept::<F>(&affinity, window, timeout, work.now)
     };
+    work.young = !(work.parsed.is_connection() && credit::take(work.now));
     let hash = select::hash(&work.parsed.tuple);
     let is_direct = work.service.service == direct::NO_SERVICE;
     for attempt in 0..ATTEMPTS {
@@ -222,7 +226,7 @@ fn try_open<P: Packet, F: Family>(port: Port, work: &mut Opening<F::Addr>) -> Re
         work.entry.flags &= !FLOW_MASQUERADED;
     }
     known::note(&work.key, FORWARD, work.now);
-    match F::young().insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)) {
+    match flow::insert::<F>(work.young, &work.key, &work.entry, BPF_NOEXIST) {
         Ok(()) => {}
         // The next packet of the same flow was faster on another CPU.
         Err(error) if error == -EEXIST => return Reason::Forward,
@@ -280,22 +284,25 @@ pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
     work.peer_key = work.entry.peer_key(work.key.protocol);
     work.peer = work.entry.mirrored(&work.key);
     known::note(&work.peer_key, work.peer.direction, work.now);
-    match F::young().insert(&work.peer_key, &work.peer, u64::from(BPF_NOEXIST)) {
-        // One that is confirmed counts before it, so nobody has seen it yet.
-        Ok(()) if !is_confirmed::<F>(&work.peer_key) => Reason::NewFlow,
-        Ok(()) => {
-            let _ = F::young().remove(&work.peer_key);
-            replace_peer::<F>(work)
-        }
+    if is_in_other_table::<F>(work.young, &work.peer_key) {
+        return replace_peer::<F>(work);
+    }
+    match flow::insert::<F>(work.young, &work.peer_key, &work.peer, BPF_NOEXIST) {
+        Ok(()) => Reason::NewFlow,
         Err(error) if error == -EEXIST => replace_peer::<F>(work),
         Err(_) => Reason::FlowTableFull,
     }
 }
 
-/// Whether there is, or was, a confirmed connection with this tuple.
+/// Whether a flow with this tuple is, or was, in the other table than the young
+/// one, or than that of the confirmed.
 #[inline(always)]
-fn is_confirmed<F: Family>(tuple: &Tuple<F::Addr>) -> bool {
-    tuple.protocol != UDP && flow::find_confirmed::<F>(tuple).is_some()
+fn is_in_other_table<F: Family>(young: bool, tuple: &Tuple<F::Addr>) -> bool {
+    if young {
+        tuple.protocol != UDP && flow::find_confirmed::<F>(tuple).is_some()
+    } else {
+        flow::find_young::<F>(tuple).is_some()
+    }
 }
 
 /// Writes the entry of the other direction where one is or was.
@@ -305,8 +312,7 @@ fn replace_peer<F: Family>(work: &Opening<F::Addr>) -> Reason {
         return Reason::TupleConflict;
     }
     // What is there has ended.
-    let _ = F::flows().remove(&work.peer_key);
-    match F::young().insert(&work.peer_key, &work.peer, u64::from(BPF_ANY)) {
+    match flow::replace::<F>(work.young, &work.peer_key, &work.peer) {
         Ok(()) => Reason::NewFlow,
         Err(_) => Reason::FlowTableFull,
     }

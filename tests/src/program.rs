@@ -24,7 +24,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use lb_common::{
-    Addr4, Addr6, Hook, Port, Reason,
+    Addr4, Addr6, Credit, Hook, Port, Reason,
     flow::{FlowEntry, State, Tuple},
     known::{self, Known},
     names,
@@ -100,6 +100,7 @@ pub fn load() -> Ebpf {
             names::PORT_CURSORS,
             names::ANSWERS,
             names::RARE,
+            names::CREDIT,
             names::KNOWN,
             names::ROUTES4,
             names::ROUTES6,
@@ -263,6 +264,16 @@ impl Datapath {
         this
     }
 
+    /// How many connections each CPU may open among the confirmed: these, and none
+    /// because time goes by.
+    pub fn set_credit(&mut self, left: u32) {
+        let credit = Credit {
+            left,
+            given: u32::MAX,
+        };
+        set_per_cpu(self.map(names::CREDIT), 0, credit);
+    }
+
     /// Removes every flow of a family.
     pub fn clear_flows(&mut self, family: Family) {
         for (v4, v6) in FLOW_TABLES {
@@ -302,6 +313,7 @@ impl Datapath {
             set(self.map(names::RARE), index, 0_u32);
         }
         set_per_cpu(self.map(names::ANSWERS), 0, [0_u32; 2]);
+        self.set_credit(Credit::MOST);
         self.listen_until(&Trace::default(), 0);
         self.told();
     }

@@ -368,6 +368,7 @@ mod tests {
             names::FLOWS6,
             names::YOUNG4,
             names::YOUNG6,
+            names::CREDIT,
             names::AFFINITY4,
             names::AFFINITY6,
             names::FRAGMENTS4,

@@ -38,6 +38,7 @@ impl Pinned {
             ![
                 names::COUNTERS,
                 names::TRAFFIC,
+                names::CREDIT,
                 names::SCRATCH,
                 names::ANSWERS,
                 names::EARLY,

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use lb_common::{
-    Hook, Reason,
+    Credit, Hook, Reason,
     flow::{FORWARD, REPLY, State},
 };
 use lb_tests::{
@@ -24,39 +24,65 @@ struct Connection {
 
 impl Connection {
     fn opening(world: World) -> Self {
+        Self::opening_with(Credit::MOST, world)
+    }
+
+    /// Among the young, if there is no credit.
+    fn opening_with(credit: u32, world: World) -> Self {
         let mut datapath = world.serve_one();
-        let syn = world.first(world.frontend).bytes();
-        assert_eq!(datapath.run(Hook::TcIngress, &syn).reason, Reason::NewFlow);
-        Self { world, datapath }
+        datapath.set_credit(credit);
+        let mut connection = Self { world, datapath };
+        connection.client_opens();
+        connection
     }
 
     /// The handshake is over, and nothing has been sent.
     fn accepted(world: World) -> Self {
-        let mut connection = Self::opening(world);
-        let answer = world.answer(world.backend).bytes();
-        assert_eq!(
-            connection.datapath.run(Hook::TcEgress, &answer).reason,
-            Reason::Reply
-        );
+        Self::accepted_with(Credit::MOST, world)
+    }
+
+    fn accepted_with(credit: u32, world: World) -> Self {
+        let mut connection = Self::opening_with(credit, world);
+        connection.backend_answers();
         connection.client_sends(flags::ACK);
         connection
     }
 
     fn established(world: World) -> Self {
-        let mut connection = Self::accepted(world);
+        Self::established_with(Credit::MOST, world)
+    }
+
+    fn established_with(credit: u32, world: World) -> Self {
+        let mut connection = Self::accepted_with(credit, world);
         connection.backend_sends(flags::ACK);
         connection.assert_state(State::Established);
         connection
     }
 
     fn closed(world: World) -> Self {
-        let mut connection = Self::established(world);
+        Self::closed_with(Credit::MOST, world)
+    }
+
+    fn closed_with(credit: u32, world: World) -> Self {
+        let mut connection = Self::established_with(credit, world);
         connection.client_sends(flags::FIN | flags::ACK);
         connection.assert_state(State::HalfClosed);
         connection.backend_sends(flags::FIN | flags::ACK);
         connection.client_sends(flags::ACK);
         connection.assert_state(State::Closed);
         connection
+    }
+
+    fn client_opens(&mut self) {
+        let syn = self.world.first(self.world.frontend).bytes();
+        let entered = self.datapath.run(Hook::TcIngress, &syn);
+        assert_eq!(entered.reason, Reason::NewFlow);
+    }
+
+    fn backend_answers(&mut self) {
+        let answer = self.world.answer(self.world.backend).bytes();
+        let left = self.datapath.run(Hook::TcEgress, &answer);
+        assert_eq!(left.reason, Reason::Reply);
     }
 
     fn client_sends(&mut self, flags: u8) {
@@ -128,7 +154,7 @@ impl Connection {
 fn a_confirmed_connection_stays_among_the_young_until_its_next_news() {
     for world in tcp_worlds() {
         for news in [flags::ACK, flags::FIN | flags::ACK] {
-            let mut connection = Connection::accepted(world);
+            let mut connection = Connection::accepted_with(0, world);
             let counts = |datapath: &Datapath| (datapath.young_count(), datapath.flow_count());
             assert_eq!(counts(&connection.datapath), (2, 2));
             if news == flags::ACK {
@@ -143,7 +169,57 @@ fn a_confirmed_connection_stays_among_the_young_until_its_next_news() {
 #[test]
 fn both_entries_go_through_the_states_together() {
     for world in tcp_worlds() {
-        Connection::closed(world);
+        for credit in [0, 1] {
+            Connection::closed_with(credit, world);
+        }
+    }
+}
+
+/// What is not among the young need not be moved from there. All is on one CPU
+/// here, which begins with credit for one.
+#[test]
+fn a_connection_that_is_answered_is_credit_for_the_next() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::accepted_with(1, world);
+        for port in 2000..2010 {
+            assert_eq!(connection.datapath.young_count(), 0, "{port}");
+            connection.world.client.set_port(port);
+            connection.client_opens();
+            connection.backend_answers();
+            connection.client_sends(flags::ACK);
+        }
+        assert_eq!(connection.datapath.flow_count(), 2 * 11);
+    }
+}
+
+#[test]
+fn a_connection_without_credit_earns_some_for_the_next() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::accepted_with(0, world);
+        assert_eq!(connection.datapath.young_count(), 2);
+        connection.world.client.set_port(2000);
+        connection.client_opens();
+        assert_eq!(connection.datapath.young_count(), 2);
+    }
+}
+
+/// The other may be in either table, and has the same tuple back from the backend.
+#[test]
+fn a_connection_gets_another_port_where_one_in_the_other_table_has_its_own() {
+    for world in tcp_worlds() {
+        for credit in [[0, 1], [1, 0]] {
+            let mut connection = Connection::opening_with(credit[0], world);
+            let datapath = &mut connection.datapath;
+            let backends = [local(world.backend)];
+            datapath.serve(world.protocol, world.other_frontend, &backends);
+            datapath.set_credit(credit[1]);
+            let syn = world.first(world.other_frontend).bytes();
+            let seen = packet::read(&datapath.run(Hook::TcIngress, &syn).frame);
+            assert_eq!(seen.dst, world.backend);
+            assert_ne!(seen.src.port(), world.client.port());
+            connection.backend_answers();
+            connection.client_sends(flags::ACK);
+        }
     }
 }
 
@@ -388,9 +464,8 @@ fn a_connection_may_be_silent_from_its_handshake_on() {
 #[test]
 fn a_guessed_acknowledgment_confirms_nothing() {
     for world in tcp_worlds() {
-        let mut connection = Connection::opening(world);
-        let answer = world.answer(world.backend).bytes();
-        connection.datapath.run(Hook::TcEgress, &answer);
+        let mut connection = Connection::opening_with(0, world);
+        connection.backend_answers();
         for guess in [0, 5000, 5002] {
             let ack = Packet::tcp(world.client, world.frontend, flags::ACK).numbers(1001, guess);
             connection.datapath.run(Hook::TcIngress, &ack.bytes());
@@ -482,6 +557,7 @@ fn tcp_stays_with_a_backend_that_has_gone() {
 fn a_flood_of_syns_does_not_wash_out_established_connections() {
     for world in tcp_worlds() {
         let mut connection = Connection::established(world);
+        assert_eq!(connection.datapath.young_count(), 0);
         let datapath = &mut connection.datapath;
         for n in 0..2500_u16 {
             let forged = SocketAddr::new(world.stranger.ip(), 1024 + n);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use lb_common::{
-    Hook,
+    Credit, Hook,
     flow::{SCTP, UDP},
     node::{CONFIG_BYPASS, Config, DEVICE_XDP, Device},
     service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind},
@@ -170,6 +170,22 @@ fn strangers(world: &World, observer: &mut Observer) {
     other_port.set_port(81);
     let what = format!("{}, another port of a ClusterIP", name(world));
     observer.enters(&what, &world.first(other_port));
+}
+
+/// A connection that begins among the young.
+fn without_credit(world: &World, observer: &mut Observer) {
+    let mut client = world.client;
+    client.set_port(client.port() + 100);
+    let syn = Packet::first(world.protocol, client, world.frontend);
+    let answer = Packet::tcp(world.backend, client, flags::SYN | flags::ACK).numbers(5000, 1001);
+    observer.datapath.set_credit(0);
+    observer.enters("TCP, new flow, no credit", &syn);
+    observer.leaves("TCP, first answer, no credit", &answer);
+    observer.enters(
+        "TCP, confirmed, no credit",
+        &tcp(client, world.frontend, flags::ACK),
+    );
+    observer.datapath.set_credit(Credit::MOST);
 }
 
 /// From the first packet to one in a later second.
@@ -457,6 +473,7 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
                 pings(&world, observer);
             }
             if world.is_tcp() {
+                without_credit(&world, observer);
                 policies(&world, observer);
             }
         }
