@@ -175,7 +175,7 @@ impl<F: Family> Flow<F> {
             return;
         }
         if now != entry.last_seen {
-            self.note_ends(&parsed.tuple, now);
+            note_ends(&parsed.tuple, self, now);
         }
         // SAFETY: see the head of this file.
         unsafe {
@@ -200,16 +200,6 @@ impl<F: Family> Flow<F> {
             credit::give();
         }
     }
-
-    /// Has packets of both directions known as those of a flow; once a second is
-    /// enough.
-    #[inline(always)]
-    fn note_ends(&self, tuple: &Tuple<F::Addr>, now: u32) {
-        let entry = self.entry();
-        known::note(tuple, entry.direction, now);
-        let peer_key = entry.peer_key(tuple.protocol);
-        known::note(&peer_key, entry.direction ^ 1, now);
-    }
 }
 
 /// Has the client's next SYN open a new flow, with another port; given an entry
@@ -223,11 +213,21 @@ pub fn take_port<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) -> Reason {
     Reason::PortTaken
 }
 
-/// Brings the other direction up to date, and back if the LRU dropped it: one
-/// direction without the other would be a connection that hangs.
+/// Has packets of both directions known as those of a flow; once a second is
+/// enough.
 ///
 /// Not inlined, nor are those below: they run seldom, and the 512 bytes of
 /// stack do not hold two more tuples in every caller.
+#[inline(never)]
+fn note_ends<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>, now: u32) {
+    let entry = flow.entry();
+    known::note(tuple, entry.direction, now);
+    let peer_key = entry.peer_key(tuple.protocol);
+    known::note(&peer_key, entry.direction ^ 1, now);
+}
+
+/// Brings the other direction up to date, and back if the LRU dropped it: one
+/// direction without the other would be a connection that hangs.
 #[inline(never)]
 fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let entry = flow.entry();

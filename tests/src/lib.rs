@@ -33,6 +33,7 @@ pub mod program;
 pub mod proxy;
 pub mod pty;
 pub mod scope;
+pub mod stack;
 pub mod sweep;
 pub mod told;
 pub mod topology;

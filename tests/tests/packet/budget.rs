@@ -6,7 +6,10 @@ use std::{collections::BTreeSet, fmt::Write as _};
 
 use aya_obj::Object;
 use lb_common::names;
-use lb_tests::program::{costs, load, object};
+use lb_tests::{
+    program::{costs, load, object},
+    stack,
+};
 
 const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
 
@@ -45,6 +48,18 @@ fn programs_stay_within_their_budget() {
         }
     }
     assert!(over.is_empty(), "over budget: {}", over.join("; "));
+}
+
+/// The verifier's limit (`MAX_BPF_STACK`).
+const STACK: usize = 512;
+
+#[test]
+fn calls_fit_the_stack_as_every_kernel_counts_it() {
+    let chains = stack::deepest(&object());
+    let depths = chains.values().map(|chain| chain.iter().sum());
+    let deepest: usize = depths.max().expect("programs");
+    // It is near the limit, so to count too little would show.
+    assert!((STACK * 3 / 4..=STACK).contains(&deepest), "{chains:?}");
 }
 
 #[test]
