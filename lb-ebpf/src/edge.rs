@@ -108,9 +108,7 @@ fn fragment_at<P: Packet, F: Family>(packet: &P, reason: Reason, side: Side) -> 
 fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
     let reason = opaque::reason(reason);
     let mut outcome = Outcome::of(counted(reason));
-    if let Some(route) = route::look_up::<P, F>(packet)
-        && route::count_hop::<P, F>(packet)
-    {
+    if let Some(route) = route::look_up::<P, F>(packet) {
         let to_pod = route::is_last_hook(packet, route);
         // No egress hook comes behind XDP, nor on the way into a pod, so its
         // work is done here.
@@ -121,7 +119,7 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
         {
             return Outcome::of(reason);
         }
-        outcome.way = route::send(packet, route, to_pod);
+        outcome.way = route::send::<P, F>(packet, route, to_pod);
     }
     outcome
 }
@@ -294,7 +292,7 @@ fn begin<P: Packet, F: Family>(packet: &P) -> Reason {
         return rewrite::translate::<P, F>(packet, &work.parsed, &work.entry, reason);
     }
     // Of two flows the second one is in `work`; or it has been opened elsewhere.
-    let Some(flow) = flow::find::<F>(&work.parsed) else {
+    let Some(flow) = flow::find_by::<F>(&work.parsed.tuple, true) else {
         return Reason::FlowTableFull;
     };
     let reason = if reason == Reason::Forward && is_half_done(&flow) {

@@ -6,7 +6,7 @@ use lb_common::{
     Addr4, Addr6, Address, Reason,
     checksum::{Delta, pseudo_header},
     flow::FlowEntry,
-    node::{Config, Device, Netns, Network},
+    node::{Config, Device, Netns, Network, Route},
     service::{BackendRef, ServiceEntry, ServiceKey, Slot, SourceRange},
 };
 
@@ -63,9 +63,13 @@ pub trait Family {
         addresses: Delta,
     ) -> Result<(), Refused>;
 
-    /// Takes one off the packet's time to live. Refused if that was the last: a
-    /// router has to say so, not klb.
-    fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused>;
+    /// How many routers the packet may yet meet, if it can be read.
+    fn hops<P: Packet>(packet: &P) -> Option<u8>;
+
+    /// What a router does to a packet that it passes on: takes one off its time to
+    /// live, which has one to take, and writes the Ethernet addresses of the next
+    /// hop.
+    fn forward<P: Packet>(packet: &P, route: &Route<Self::Addr>) -> Result<(), Refused>;
 
     /// What the pseudo header adds to the checksum of an ICMP message of
     /// `length` bytes.
@@ -156,6 +160,9 @@ const LIFE: usize = L3 + 8;
 /// Where its header's checksum stands.
 const CHECKSUM: usize = L3 + 10;
 
+/// Where an IPv6 packet's next header and hop limit stand.
+const HOPS: usize = L3 + 6;
+
 /// An IPv4 packet's time to live and protocol, as they stand beside each other.
 #[inline(always)]
 fn life<P: Packet>(packet: &P) -> Result<u16, Refused> {
@@ -167,6 +174,18 @@ fn life<P: Packet>(packet: &P) -> Result<u16, Refused> {
 const fn life_and_checksum(life: u16, checksum: u16) -> u32 {
     let ([a, b], [c, d]) = (life.to_ne_bytes(), checksum.to_ne_bytes());
     u32::from_ne_bytes([a, b, c, d])
+}
+
+/// An IPv4 frame up to the addresses.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy)]
+struct Start4 {
+    macs: [u32; 3],
+    /// `EtherType`, and what stands before the time to live.
+    kind: u16,
+    before: [u32; 2],
+    life: u16,
+    checksum: u16,
 }
 
 impl Family for V4 {
@@ -232,16 +251,21 @@ impl Family for V4 {
         packet.write(L3 + Self::ADDRESSES, [src, dst, to.ports()])
     }
     #[inline(always)]
-    fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused> {
-        let old = life(packet)?;
-        let [ttl, protocol] = old.to_ne_bytes();
-        if ttl <= 1 {
-            return Err(Refused);
-        }
-        let new = u16::from_ne_bytes([ttl.wrapping_sub(1), protocol]);
-        let checksum: u16 = packet.read(CHECKSUM).ok_or(Refused)?;
-        let delta = Delta::new().word(old.into(), new.into());
-        packet.write(LIFE, life_and_checksum(new, delta.apply(checksum)))
+    fn hops<P: Packet>(packet: &P) -> Option<u8> {
+        packet.read(LIFE)
+    }
+    /// In one write, with what stands between the two: at TC each is a call of a
+    /// helper, which takes longer than to copy these bytes.
+    #[inline(always)]
+    fn forward<P: Packet>(packet: &P, route: &Route<Addr4>) -> Result<(), Refused> {
+        let mut start: Start4 = packet.read(0).ok_or(Refused)?;
+        let [ttl, protocol] = start.life.to_ne_bytes();
+        let life = u16::from_ne_bytes([ttl.wrapping_sub(1), protocol]);
+        let delta = Delta::new().word(start.life.into(), life.into());
+        start.checksum = delta.apply(start.checksum);
+        start.life = life;
+        start.macs = route.macs;
+        packet.write(0, start)
     }
     #[inline(always)]
     fn pseudo_sum(_addresses: &Pair<Addr4>, _length: u16) -> u64 {
@@ -368,17 +392,17 @@ impl Family for V6 {
         let words = [s0, s1, s2, s3, d0, d1, d2, d3, to.ports()];
         packet.write(L3 + Self::ADDRESSES, words)
     }
-    /// No checksum in the packet covers the hop limit, but a device's sum of the
-    /// whole packet (`CHECKSUM_COMPLETE`) does.
     #[inline(always)]
-    fn count_hop<P: Packet>(packet: &P) -> Result<(), Refused> {
-        /// Next header and hop limit.
-        const AT: usize = L3 + 6;
-        let [next, hops] = packet.read::<u16>(AT).ok_or(Refused)?.to_ne_bytes();
-        if hops <= 1 {
-            return Err(Refused);
-        }
-        packet.patch(AT, [next, hops.wrapping_sub(1)])
+    fn hops<P: Packet>(packet: &P) -> Option<u8> {
+        packet.read(HOPS + 1)
+    }
+    /// No checksum in the packet covers the hop limit, but a device's sum of the
+    /// whole packet (`CHECKSUM_COMPLETE`) does: so it is a write of its own.
+    #[inline(always)]
+    fn forward<P: Packet>(packet: &P, route: &Route<Addr6>) -> Result<(), Refused> {
+        let [next, hops] = packet.read::<u16>(HOPS).ok_or(Refused)?.to_ne_bytes();
+        packet.patch(HOPS, [next, hops.wrapping_sub(1)])?;
+        packet.write(0, route.macs)
     }
     #[inline(always)]
     fn pseudo_sum(addresses: &Pair<Addr6>, length: u16) -> u64 {

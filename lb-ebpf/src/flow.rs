@@ -174,9 +174,7 @@ impl<F: Family> Flow<F> {
         {
             return;
         }
-        if now != entry.last_seen {
-            note_ends(&parsed.tuple, self, now);
-        }
+        note_ends(&parsed.tuple, self, now);
         // SAFETY: see the head of this file.
         unsafe {
             (*self.entry).seen = seen;
@@ -186,18 +184,12 @@ impl<F: Family> Flow<F> {
             (*self.entry).edge = edge;
         }
         tell_peer(&parsed.tuple, self);
-        if !parsed.is_connection() {
-            return;
-        }
-        if !is_confirmed(seen, entry.seen_peer) {
-            return;
-        }
-        if self.young {
-            confirm(&parsed.tuple, self);
-        } else if entry.flags & FLOW_ALSO_YOUNG != 0 {
-            leave_young(&parsed.tuple, self);
-        } else if entry.direction <= REPLY && !is_confirmed(entry.seen, entry.seen_peer) {
-            credit::give();
+        if parsed.is_connection() {
+            settle(
+                &parsed.tuple,
+                self,
+                is_confirmed(entry.seen, entry.seen_peer),
+            );
         }
     }
 }
@@ -221,6 +213,9 @@ pub fn take_port<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) -> Reason {
 #[inline(never)]
 fn note_ends<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>, now: u32) {
     let entry = flow.entry();
+    if entry.last_seen == now {
+        return;
+    }
     known::note(tuple, entry.direction, now);
     let peer_key = entry.peer_key(tuple.protocol);
     known::note(&peer_key, entry.direction ^ 1, now);
@@ -258,6 +253,32 @@ fn tell_peer<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     }
 }
 
+/// What follows from the news of a connection: it may be confirmed now, or may have
+/// been for a while.
+#[inline(never)]
+fn settle<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>, was_confirmed: bool) {
+    let entry = flow.entry();
+    if !is_confirmed(entry.seen, entry.seen_peer) {
+        return;
+    }
+    if flow.young {
+        confirm(tuple, flow);
+    } else if entry.flags & FLOW_ALSO_YOUNG != 0 {
+        leave_young(tuple, flow);
+    } else if !was_confirmed {
+        earn(&entry);
+    }
+}
+
+/// A connection that is confirmed is credit for another one; of two flows of one
+/// connection the first counts.
+#[inline(always)]
+fn earn<A>(entry: &FlowEntry<A>) {
+    if entry.direction <= REPLY {
+        credit::give();
+    }
+}
+
 /// Puts both entries of a connection into the table of confirmed ones.
 ///
 /// They stay among the young for now: another CPU may have missed them there
@@ -282,9 +303,7 @@ fn confirm<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let is_there = F::flows().insert(&peer_key, peer.get(), u64::from(BPF_ANY));
     if is_there.is_ok() {
         let _ = F::flows().insert(tuple, flow.get(), u64::from(BPF_ANY));
-        if flow.entry().direction <= REPLY {
-            credit::give();
-        }
+        earn(flow.get());
     }
 }
 

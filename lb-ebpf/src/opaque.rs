@@ -24,6 +24,12 @@ pub fn zero() -> u32 {
     unsafe { (&raw const ZERO).read_volatile() }
 }
 
+/// The same error, or 0.
+#[inline(always)]
+pub fn error(result: Result<(), i32>) -> i32 {
+    result.err().unwrap_or(0) ^ zero().cast_signed()
+}
+
 /// The same reason.
 #[inline(always)]
 pub fn reason(reason: Reason) -> Reason {

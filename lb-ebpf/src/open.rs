@@ -19,7 +19,7 @@ use crate::{
     flow::{self, is_in_use},
     known,
     maps::{DEVICES, SCRATCH, Scratch},
-    masquerade,
+    masquerade, opaque,
     packet::Packet,
     parse::Parsed,
     select::{self, Window},
@@ -284,13 +284,15 @@ pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
     work.peer_key = work.entry.peer_key(work.key.protocol);
     work.peer = work.entry.mirrored(&work.key);
     known::note(&work.peer_key, work.peer.direction, work.now);
-    if is_in_other_table::<F>(work.young, &work.peer_key) {
-        return replace_peer::<F>(work);
-    }
-    match flow::insert::<F>(work.young, &work.peer_key, &work.peer, BPF_NOEXIST) {
-        Ok(()) => Reason::NewFlow,
-        Err(error) if error == -EEXIST => replace_peer::<F>(work),
-        Err(_) => Reason::FlowTableFull,
+    let inserted = if is_in_other_table::<F>(work.young, &work.peer_key) {
+        Err(-EEXIST)
+    } else {
+        flow::insert::<F>(work.young, &work.peer_key, &work.peer, BPF_NOEXIST)
+    };
+    match opaque::error(inserted) {
+        0 => Reason::NewFlow,
+        error if error == -EEXIST => replace_peer::<F>(work),
+        _ => Reason::FlowTableFull,
     }
 }
 

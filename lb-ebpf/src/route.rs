@@ -95,8 +95,9 @@ fn ask<P: Packet, F: Family>(
 /// else that is done for a packet of a flow.
 #[inline(never)]
 pub fn look_up<P: Packet, F: Family>(packet: &P) -> Option<&'static Route<F::Addr>> {
-    // The tag of a VLAN would stay with the frame on its way.
-    if packet.is_tagged() {
+    // The tag of a VLAN would stay with the frame on its way, and of a last hop the
+    // stack has to tell the sender.
+    if packet.is_tagged() || F::hops(packet)? <= 1 {
         return None;
     }
     let ends: Pair<F::Addr> = packet.read(L3 + F::ADDRESSES)?;
@@ -176,14 +177,6 @@ fn learn<P: Packet, F: Family>(
     true
 }
 
-/// Takes one off the time to live of a packet that is to go past the stack, which
-/// would do so. Whether there was one to take: else the stack has to tell the
-/// sender.
-#[inline(always)]
-pub fn count_hop<P: Packet, F: Family>(packet: &P) -> bool {
-    F::count_hop(packet).is_ok()
-}
-
 /// Whether the packet can come out of the other end of the device, which is a
 /// pod's: there the kernel has it without another turn in a queue, but no egress
 /// hook of the device sees it.
@@ -194,9 +187,11 @@ pub fn is_last_hook<P: Packet, A>(packet: &P, route: &Route<A>) -> bool {
 
 /// Sends a packet on its way, out of the other end of the device if `to_pod`;
 /// [`Way::On`] if it cannot.
-#[inline(always)]
-pub fn send<P: Packet, A>(packet: &P, route: &Route<A>, to_pod: bool) -> Way {
-    if packet.write(0, route.macs).is_err() {
+///
+/// Not inlined: the verifier has less to walk.
+#[inline(never)]
+pub fn send<P: Packet, F: Family>(packet: &P, route: &Route<F::Addr>, to_pod: bool) -> Way {
+    if F::forward(packet, route).is_err() {
         return Way::On;
     }
     if to_pod {

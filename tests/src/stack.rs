@@ -65,10 +65,7 @@ impl<'a> Functions<'a> {
     fn deepest(&self, start: usize) -> Vec<usize> {
         let end = self.starts.range(start + 1..).next();
         let own = start..end.copied().unwrap_or(self.code.len());
-        let calls: BTreeSet<_> = own
-            .clone()
-            .filter_map(|at| called(self.code, at))
-            .collect();
+        let calls: BTreeSet<_> = own.clone().filter_map(|at| called(self.code, at)).collect();
         let frame = frame(&self.code[own]).next_multiple_of(STEP);
         let chains = calls.into_iter().map(|callee| self.deepest(callee));
         let deepest = chains.max_by_key(|chain| chain.iter().sum::<usize>());
