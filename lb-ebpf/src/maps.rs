@@ -4,7 +4,7 @@
 //! Sizes are defaults; the agent's loader sets those that its flags name.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
@@ -30,8 +30,12 @@ use crate::answer::Answers;
 /// and no program ever waits for an allocation.
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
+/// The agent stores into them at a start, which is a call of the kernel for some
+/// thousand entries. (Before Linux 5.5 there is no such flag.)
+const MAPPED: usize = BPF_F_MMAPABLE as usize;
+
 pub type Services<A> = HashMap<ServiceKey<A>, ServiceEntry, { size::SERVICES }, ON_DEMAND>;
-pub type Slots<A> = Array<Slot<A>, { size::SLOTS }>;
+pub type Slots<A> = Array<Slot<A>, { size::SLOTS }, MAPPED>;
 pub type Flows<A> = LruHashMap<Tuple<A>, FlowEntry<A>, { size::FLOWS }>;
 pub type Young<A> = LruHashMap<Tuple<A>, FlowEntry<A>, { size::YOUNG }>;
 pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, { size::AFFINITY }>;
@@ -57,7 +61,7 @@ pub static SLOTS6: Slots<Addr6> = Slots::new();
 
 /// Backend id → generation, odd while it lives; the agent.
 #[btf_map(name = "klb_backend")]
-pub static BACKENDS: Array<u32, { size::BACKENDS }> = Array::new();
+pub static BACKENDS: Array<u32, { size::BACKENDS }, MAPPED> = Array::new();
 
 /// Service id → names; the agent, and no program reads it.
 #[btf_map(name = "klb_meta")]

@@ -23,6 +23,31 @@ impl Protocol {
     }
 }
 
+/// Manifests of so many Services, each with two endpoints that nobody has.
+///
+/// # Panics
+/// If there are more than addresses for them.
+pub fn many(services: u16) -> String {
+    let mut text = String::new();
+    for number in 0..services {
+        let [high, low] = number.to_be_bytes();
+        write!(
+            text,
+            "apiVersion: v1\nkind: Service\n\
+             metadata:\n  name: many-{number}\n  namespace: default\n\
+             spec:\n  clusterIP: 10.97.{high}.{low}\n  clusterIPs: [10.97.{high}.{low}]\n  \
+             ports:\n  - port: 80\n---\n\
+             apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+             metadata:\n  name: many-{number}\n  namespace: default\n  labels:\n    \
+             kubernetes.io/service-name: many-{number}\n\
+             addressType: IPv4\nports:\n- port: 8080\nendpoints:\n\
+             - addresses: [10.200.{high}.{low}]\n- addresses: [10.201.{high}.{low}]\n---\n"
+        )
+        .expect("a string grows");
+    }
+    text
+}
+
 /// A port of a Service.
 #[derive(Clone, Debug)]
 pub struct Port {

@@ -235,7 +235,12 @@ impl<V: Pod> Table<V> {
     }
 
     fn put_gathered(&self) -> Result<(), MapError> {
-        put_many(&self.fd, self.name, &self.gathered)
+        let (keys, values) = (self.gathered.keys(), self.gathered.values());
+        // An older klb made its arrays otherwise, and they stay.
+        match sys::store_many(&self.fd, keys, values) {
+            Ok(()) => Ok(()),
+            Err(_) => put_many(&self.fd, self.name, &self.gathered),
+        }
     }
 }
 

@@ -1,19 +1,22 @@
 //! The calls of bpf(2) that aya 0.14 does not offer: what a link is attached
 //! to, replacing a link's program whatever its kind (aya does it for XDP and TC
-//! only), and reading many entries of a map at once.
+//! only), and reading and writing many entries of a map at once.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, c_void},
     io,
     mem::size_of,
+    num::NonZeroUsize,
     os::{
         fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
+    ptr::NonNull,
 };
 
 use aya::Pod;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 // Numbers of `enum bpf_cmd` in the kernel's `linux/bpf.h`.
 const MAP_DELETE_ELEM: libc::c_int = 3;
@@ -262,6 +265,74 @@ pub(super) fn write_many<K: Pod, V: Pod>(
     };
     // SAFETY: both slices have `count` elements of the map, and outlive the call.
     unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) }.map(drop)
+}
+
+/// Writes these entries of an array by storing them, as one that was made so
+/// (`BPF_F_MMAPABLE`) allows. Each is there before any call that follows.
+///
+/// # Errors
+///
+/// If the array was not made so; nothing is written then. `V` is as in
+/// [`read_all`], and the array has all these entries.
+pub(super) fn store_many<V: Pod>(map: impl AsFd, keys: &[u32], values: &[V]) -> io::Result<()> {
+    /// What the kernel's entries of arrays are aligned to.
+    const ALIGNMENT: usize = 8;
+    let (Some(first), Some(last)) = (keys.iter().min(), keys.iter().max()) else {
+        return Ok(());
+    };
+    let entry = size_of::<V>().next_multiple_of(ALIGNMENT);
+    let window = Window::open(map, *first as usize * entry, (*last as usize + 1) * entry)?;
+    for (key, value) in keys.iter().zip(values) {
+        window.store(*key as usize * entry, value);
+    }
+    Ok(())
+}
+
+/// Some bytes of an array, in our memory.
+struct Window {
+    memory: NonNull<c_void>,
+    length: NonZeroUsize,
+    /// Of its first byte in the array.
+    offset: usize,
+}
+
+impl Window {
+    /// Those from `start` on that are before `end`, and the rest of their pages.
+    fn open(map: impl AsFd, start: usize, end: usize) -> io::Result<Self> {
+        /// A multiple of every machine's.
+        const PAGE: usize = 1 << 16;
+        let offset = start / PAGE * PAGE;
+        let length = NonZeroUsize::new(end - offset).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let at = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: new memory, at an address of the kernel's choice.
+        let memory = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, map, at) }?;
+        Ok(Self {
+            memory,
+            length,
+            offset,
+        })
+    }
+
+    /// Stores a value at an offset in the array.
+    ///
+    /// # Panics
+    ///
+    /// If the window does not reach there.
+    fn store<V: Pod>(&self, at: usize, value: &V) {
+        let at = at - self.offset;
+        assert!(at + size_of::<V>() <= self.length.get());
+        // SAFETY: within the memory, which nobody else in this process knows; what
+        // programs read of it meanwhile they read word by word.
+        unsafe { self.memory.byte_add(at).cast::<V>().write_unaligned(*value) };
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: nothing points there any more. It fails for other arguments only.
+        let _ = unsafe { munmap(self.memory, self.length.get()) };
+    }
 }
 
 /// Reads all entries of a hash map or an array.

@@ -1,10 +1,14 @@
 //! `klb diff`: what should be in the maps against what is.
 
-use lb_common::names;
+use std::{fs, path::Path, process::Command};
+
+use lb_common::{Addr4, Addr6, names, service::Slot};
 use lb_tests::{
     agent::{Hooks, Said, spoil},
-    manifests::NODE,
-    world::{PODS, World},
+    manifests::{NODE, many},
+    topology::Family,
+    traffic::Protocol,
+    world::{Frontend, PODS, World},
 };
 use serde_json::Value;
 
@@ -74,4 +78,37 @@ fn trouble_has_an_exit_status_of_its_own() {
     let said = diff(&world, &[]);
     assert_eq!(said.status.code(), Some(2), "nothing is pinned: {said:?}");
     assert!(said.stderr.contains("nothing of klb is pinned"), "{said:?}");
+}
+
+/// Pins an array as it was before the agent stored into it.
+fn make_array(pin: &Path, value: usize, entries: &str) {
+    let name = pin.file_name().expect("a name");
+    let made = Command::new("bpftool")
+        .args(["map", "create"])
+        .arg(pin)
+        .args(["type", "array", "key", "4", "value", &value.to_string()])
+        .args(["entries", entries, "name"])
+        .arg(name)
+        .output()
+        .expect("bpftool");
+    assert!(made.status.success(), "{made:?}");
+}
+
+#[test]
+fn many_services_are_written_at_once_into_the_arrays_of_any_klb() {
+    for is_old in [false, true] {
+        let mut world = crate::stopped_world(Hooks::TC);
+        world.agent.manifests.put("many.yaml", &many(100));
+        if is_old {
+            let pins = world.agent.pins();
+            fs::create_dir_all(&pins).expect("a folder of pins");
+            make_array(&pins.join(names::SLOTS4), size_of::<Slot<Addr4>>(), "4096");
+            make_array(&pins.join(names::SLOTS6), size_of::<Slot<Addr6>>(), "4096");
+            make_array(&pins.join(names::BACKENDS), size_of::<u32>(), "1024");
+        }
+        world.agent.start();
+        assert_equal(&diff(&world, &[]));
+        let request = world.request(Frontend::NodePort, Family::V4, Protocol::Tcp);
+        world.cluster.outside.ask(&request).expect("an answer");
+    }
 }
