@@ -9,6 +9,7 @@ mod backoff;
 mod control;
 mod edge;
 mod failures;
+mod heap;
 mod layouts;
 mod namespaces;
 mod orphans;
@@ -65,6 +66,7 @@ use crate::{
 /// Whatever keeps the agent from its work and will not pass by itself. What may
 /// pass is logged and tried again.
 pub fn run(args: &AgentArgs) -> anyhow::Result<()> {
+    heap::be_frugal();
     start_log(args.log_format);
     for note in &args.notes {
         warn!("{note}");

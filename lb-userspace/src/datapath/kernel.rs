@@ -464,16 +464,17 @@ where
         let total = ranges
             .keys()
             .fold(0_u32, |sum, (_, n)| sum.saturating_add(*n));
-        let all: collections::HashMap<u32, Slot<A>> = if total > FEW {
-            self.slots.read_all()?.into_iter().collect()
+        // An array is read in the order of its indices.
+        let all = if total > FEW {
+            self.slots.read_all()?
         } else {
-            collections::HashMap::new()
+            Vec::new()
         };
         for ((first, count), service) in ranges {
             for index in first..first.saturating_add(count) {
-                let slot = match all.get(&index) {
-                    Some(slot) => *slot,
-                    None => self.slots.get(index)?,
+                let slot = match all.get(index as usize) {
+                    Some((at, slot)) if *at == index => *slot,
+                    _ => self.slots.get(index)?,
                 };
                 if slot.backend.id != 0 {
                     let addr = socket_addr(slot.addr, slot.port);

@@ -10,6 +10,7 @@ use std::{
 use lb_common::names;
 use lb_tests::{
     agent::{Hooks, spoil},
+    manifests::many,
     openmetrics::{self, Samples},
     topology::Family,
     traffic::Protocol,
@@ -184,4 +185,30 @@ fn logs_have_a_line_for_each_change_and_none_for_packets() {
     assert_eq!(new.len(), 1, "{new:#?}");
     assert_eq!(new[0]["fields"]["message"], "written", "{new:?}");
     assert_eq!(new[0]["fields"]["service"], "default/echo", "{new:?}");
+}
+
+/// Bytes of memory that the agent has, as the kernel counts them.
+fn resident(world: &mut World) -> u64 {
+    let status = format!("/proc/{}/status", world.agent.process().id());
+    let status = fs::read_to_string(status).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    1024 * number.expect("a size").parse::<u64>().expect("a number")
+}
+
+/// An answer is megabytes here, and is made by whichever thread is free.
+#[test]
+fn answers_leave_no_memory_behind() {
+    let mut world = crate::stopped_world(Hooks::SOCKET);
+    let flags = &mut world.agent.flags;
+    flags.retain(|flag| !flag.starts_with("--map-"));
+    world.agent.manifests.put("many.yaml", &many(4000));
+    world.agent.start();
+    page(&world);
+    let before = resident(&mut world);
+    for _ in 0..8 {
+        page(&world);
+    }
+    let more = resident(&mut world).saturating_sub(before);
+    assert!(more < 8 << 20, "{more} of {before} bytes");
 }
