@@ -1,7 +1,10 @@
 //! `klb doctor`: before klb is there, with it, and after its agent has died.
 
+use aya::programs::{Xdp, XdpMode};
+use lb_common::names;
 use lb_tests::{
     agent::{Hooks, Said},
+    program,
     topology::{POD_DEVICES, UPLINK},
     world::World,
 };
@@ -109,4 +112,22 @@ fn offloads_are_looked_at_where_they_matter() {
     world.agent.start();
     let told = findings(&world, &[]);
     assert!(!has(&told, "take no frames"), "nobody sends any: {told:?}");
+}
+
+/// Of two programs for XDP a device runs one.
+#[test]
+fn a_program_of_somebody_else_is_found_at_an_uplink() {
+    let world = crate::stopped_world(Hooks::ALL);
+    let node = world.cluster.node.place.netns();
+    let said = doctor(&world, &["--preflight", "-o", "json"]);
+    assert!(!said.stdout.contains("somebody else"), "{said:?}");
+    let mut object = program::load();
+    let program = object.program_mut(names::XDP).expect("in the object");
+    let program: &mut Xdp = program.try_into().expect("a program for XDP");
+    program.load().expect("accepted");
+    node.within(|| program.attach(UPLINK, XdpMode::Driver))
+        .expect("attached");
+    let said = doctor(&world, &["--preflight", "-o", "json"]);
+    assert_level(&said, "XDP", "warn");
+    assert!(check(&said, "XDP").1.contains(UPLINK), "{said:?}");
 }
