@@ -779,17 +779,18 @@ impl SocketRow {
         }
     }
 
-    /// As a flow's.
-    fn order(&self) -> (&PortId, u64, SocketAddr, SocketAddr, &str) {
+    /// As a flow's. Cookies come last: each CPU has a stock of its own, so they tell
+    /// nothing of who was first.
+    fn order(&self) -> (&PortId, SocketAddr, SocketAddr, &str, u64) {
         let Self {
             service, cookie, ..
         } = self;
         (
             service,
-            *cookie,
             self.frontend,
             self.backend,
             &self.protocol,
+            *cookie,
         )
     }
 }
