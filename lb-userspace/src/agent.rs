@@ -13,6 +13,7 @@ mod heap;
 mod layouts;
 mod namespaces;
 mod orphans;
+mod refusals;
 mod settings;
 
 use std::{io, path::PathBuf, sync::Arc};
@@ -36,7 +37,7 @@ use crate::{
         attach::{self, Hooks, TcMode},
         cgroup,
         features::Features,
-        kernel::{DeviceTable, KernelMaps, NetnsTable},
+        kernel::{Counters, DeviceTable, KernelMaps, NetnsTable},
         load::{
             LoadError, load_maps, load_programs, load_xdp, prepare_pins, raise_memlock_limit,
             require_object,
@@ -101,6 +102,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
     let recorder = begin_record(args);
     reserve_ports(args);
     let (hooks, maps) = start_datapath(args, &pins)?;
+    tokio::spawn(refusals::follow(Counters::open(&pins)?, recorder.clone()));
     let traffic = Arc::new(ServiceTraffic::open(&pins)?);
     let (mut metrics, parts) = Metrics::new(&pins, Arc::clone(&traffic), args.traffic_metrics)?;
     let (source, events) = open_source(args, parts.api, recorder.clone()).await?;

@@ -18,6 +18,7 @@ use tokio::{sync::watch, time::sleep};
 use tracing::warn;
 
 use crate::{
+    datapath::kernel::Counter,
     k8s::{convert::ObjectError, document::DocumentError},
     model::{NamespacedName, ObjectRef},
 };
@@ -48,6 +49,40 @@ pub struct Record {
     pub unheard: Vec<Unheard>,
     /// What cannot be understood; the last ones.
     pub skipped: Few<Fault>,
+    /// What had been refused at some times of the last minute and at the last one
+    /// before it, in order, without those at which nothing was new.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<Refused>,
+}
+
+/// For how long it is remembered what had been refused, in seconds.
+pub const MINUTE: u64 = 60;
+
+/// What had been refused until then, since klb is in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Refused {
+    pub at: u64,
+    pub counts: Vec<Refusals>,
+}
+
+/// How many packets, or calls, a hook refused for a reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Refusals {
+    pub hook: String,
+    pub reason: String,
+    pub count: u64,
+}
+
+impl From<&Counter> for Refusals {
+    fn from(counter: &Counter) -> Self {
+        Self {
+            hook: counter.hook.name().to_owned(),
+            reason: counter.reason.name().to_owned(),
+            count: counter.count,
+        }
+    }
 }
 
 /// Some of many.
@@ -229,6 +264,7 @@ struct Known {
     objects: BTreeMap<ObjectRef, Vec<Fault>>,
     /// Of manifests.
     files: Vec<Fault>,
+    refused: Vec<Refused>,
 }
 
 impl Recorder {
@@ -295,6 +331,21 @@ impl Recorder {
             unheard.error = error;
             is_new
         });
+    }
+
+    /// What the counters say now.
+    pub fn counted(&self, counters: &[Counter]) {
+        let refusals = counters.iter().filter(|counter| counter.is_refusal());
+        let refused = Refused {
+            at: now(),
+            counts: refusals
+                .filter(|counter| counter.count > 0)
+                .map(Refusals::from)
+                .collect(),
+        };
+        self.0
+            .known
+            .send_if_modified(|known| add(&mut known.refused, refused));
     }
 
     /// It is heard of again, or still.
@@ -367,8 +418,21 @@ impl Recorder {
                 count: faults.len(),
                 some: faults.into_iter().take(SHOWN).cloned().collect(),
             },
+            refused: known.refused.clone(),
         }
     }
+}
+
+/// Adds what had been refused at a later time, if it is more; whether it is. What
+/// no minute needs any more is forgotten.
+fn add(known: &mut Vec<Refused>, new: Refused) -> bool {
+    if known.last().is_some_and(|last| last.counts == new.counts) {
+        return false;
+    }
+    let past = known.iter().rposition(|old| old.at + MINUTE <= new.at);
+    known.drain(..past.unwrap_or(0));
+    known.push(new);
+    true
 }
 
 /// Puts faults in the place of others; whether that is news. What was known
@@ -438,6 +502,29 @@ mod tests {
         Record::remove(folder.path()).expect("nothing there");
         let mut left = fs::read_dir(folder.path()).expect("listed");
         assert!(left.next().is_none());
+    }
+
+    #[test]
+    fn of_what_was_refused_a_minute_and_the_time_before_it_is_remembered() {
+        let refused = |at, count| Refused {
+            at,
+            counts: vec![Refusals {
+                count,
+                ..Refusals::default()
+            }],
+        };
+        let mut known = Vec::new();
+        for (at, count, is_news) in [
+            (100, 1, true),
+            (110, 1, false),
+            (120, 2, true),
+            (130, 3, true),
+            (190, 3, false),
+            (200, 4, true),
+        ] {
+            assert_eq!(add(&mut known, refused(at, count)), is_news, "{at}");
+        }
+        assert_eq!(known, [refused(130, 3), refused(200, 4)]);
     }
 
     #[test]

@@ -10,7 +10,11 @@ use std::{collections::BTreeSet, io, process::ExitCode, time::Duration};
 use lb_common::{flow::SCTP, names};
 use serde::Serialize;
 
-use self::{findings::Findings, noted::Noted, settings::Settings};
+use self::{
+    findings::Findings,
+    noted::{Lately, Noted},
+    settings::Settings,
+};
 use super::{
     ELSEWHERE,
     get::{DeviceRow, device_table, devices},
@@ -80,6 +84,8 @@ pub(crate) struct Status {
     counters_over_seconds: Option<u64>,
     /// Those above zero.
     counters: Vec<counters::Row>,
+    /// What was refused in the last minute; `null` if no agent has counted.
+    lately: Option<Lately>,
     /// What does not work here, or works otherwise than one may think.
     limits: Vec<String>,
     /// What is to be looked at, and keeps no Service from being served.
@@ -171,10 +177,15 @@ fn gather(
         devices: Vec::new(),
         maps: maps.fill()?.into_iter().map(MapRow::from).collect(),
         counters_over_seconds: over.map(|over| over.as_secs()),
+        lately: None,
         counters,
         limits: Vec::new(),
         warnings: Vec::new(),
     };
+    if status.agent.running {
+        let noted = status.noted.as_ref();
+        status.lately = noted.and_then(|noted| noted.lately(&status.counters));
+    }
     let uses_sctp = maps.metas()?.values().any(|meta| meta.protocol == SCTP);
     let config = maps.config()?;
     let is_elsewhere = inspect::is_elsewhere(&config)?;
@@ -304,6 +315,10 @@ fn page(status: &Status, look: Look) -> String {
         || "not known: no agent has noted anything".to_owned(),
         |noted| noted.summary(status.agent.running),
     );
+    let refused = match &status.lately {
+        Some(lately) => lately.summary(),
+        None => "not known without an agent; --over 5s tells what is refused now".to_owned(),
+    };
     let sockets = match status.sockets.len() {
         0 => "off".to_owned(),
         _ => status.sockets.join(" "),
@@ -319,6 +334,7 @@ fn page(status: &Status, look: Look) -> String {
         ),
         ("agent", agent),
         ("sync", sync),
+        ("refused", refused),
         (
             "kernel",
             format!(
@@ -480,6 +496,7 @@ mod tests {
             maps: vec![map(names::SERVICES4, 3, 100)],
             counters_over_seconds: None,
             counters: Vec::new(),
+            lately: None,
             limits: Vec::new(),
             warnings: Vec::new(),
         }

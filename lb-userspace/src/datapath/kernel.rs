@@ -22,7 +22,7 @@ use lb_common::{
     flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP},
     names,
     node::{Config, Device, FragmentKey, FragmentPorts, Netns, Network},
-    reason::counter_index,
+    reason::{Effect, counter_index},
     service::{
         Affinity, AffinityKey, BackendRef, SLOT_LOCAL, ServiceEntry, ServiceKey, ServiceMeta, Slot,
         SourceRange, is_living,
@@ -674,6 +674,15 @@ pub struct Counter {
     pub reason: Reason,
     /// Packets, or calls; summed over all CPUs.
     pub count: u64,
+}
+
+impl Counter {
+    /// Whether a packet ended here, or a call. A flow without a backend is answered,
+    /// and has ended all the same.
+    pub fn is_refusal(&self) -> bool {
+        let ends = matches!(self.reason.effect(), Effect::Refuse | Effect::Answer);
+        ends && self.reason != Reason::Echo
+    }
 }
 
 /// Every map of one pin folder.

@@ -206,6 +206,47 @@ fn status_names_what_is_not_followed() {
     assert_eq!(status.noted.expect("noted").skipped.count, 0);
 }
 
+/// The agent counts what is refused, so that a minute can be told without waiting
+/// for one.
+#[test]
+fn status_tells_what_was_refused_lately() {
+    let mut world = crate::world(Hooks::TC);
+    let lately = |world: &World| -> serde_json::Value {
+        world
+            .agent
+            .klb(&["status", "-o", "json"])
+            .json::<serde_json::Value>()["lately"]
+            .clone()
+    };
+    let before = lately(&world);
+    assert_eq!(before["refused"], serde_json::json!([]), "{before}");
+    let said = world.agent.klb(&["status"]);
+    assert!(said.stdout.contains("\nrefused   nothing in the last "));
+
+    world.put_endpoints(&[]);
+    world.agent.await_services("no endpoint", |services| {
+        let mut frontends = services.iter().flat_map(|service| &service.frontends);
+        frontends.all(|frontend| frontend.backends.is_empty())
+    });
+    let request = world.request(Frontend::NodePort, Family::V4, Protocol::Tcp);
+    let outcome = world.cluster.outside.ask(&request);
+    outcome.expect_err("nobody is there to answer");
+    let after = lately(&world);
+    let [refused] = &after["refused"].as_array().expect("a list")[..] else {
+        panic!("{after}");
+    };
+    assert_eq!(refused["hook"], "tc-ingress", "{after}");
+    assert_eq!(refused["reason"], "no_backend", "{after}");
+
+    world.agent.kill();
+    assert!(lately(&world).is_null());
+    let said = world.agent.klb(&["status"]);
+    assert!(
+        said.stdout
+            .contains("\nrefused   not known without an agent")
+    );
+}
+
 #[test]
 fn json_is_one_document() {
     let world = crate::world(Hooks::ALL);

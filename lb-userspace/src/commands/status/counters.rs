@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_common::{Reason, reason::Effect};
+use lb_common::reason::Effect;
 use serde::Serialize;
 
 use crate::{
@@ -27,6 +27,9 @@ pub(in crate::commands) struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(in crate::commands) per_second: Option<f64>,
     pub(in crate::commands) description: &'static str,
+    /// See [`Counter::is_refusal`].
+    #[serde(skip)]
+    pub(in crate::commands) is_refusal: bool,
 }
 
 impl From<&Counter> for Row {
@@ -38,6 +41,7 @@ impl From<&Counter> for Row {
             count: counter.count,
             per_second: None,
             description: counter.reason.description().trim(),
+            is_refusal: counter.is_refusal(),
         }
     }
 }
@@ -94,13 +98,6 @@ pub(in crate::commands) fn per_second(count: u64, time: Duration) -> f64 {
 }
 
 impl Row {
-    /// Whether a packet ended here, or a call.
-    pub(in crate::commands) fn is_refusal(&self) -> bool {
-        const REFUSE: &str = effect_name(Effect::Refuse);
-        const ANSWER: &str = effect_name(Effect::Answer);
-        [REFUSE, ANSWER].contains(&self.effect) && self.reason != Reason::Echo.name()
-    }
-
     /// A flow without a backend is answered, and has ended all the same.
     fn urgency(&self) -> u8 {
         const REFUSE: &str = effect_name(Effect::Refuse);
@@ -186,7 +183,7 @@ fn growing_table(rows: &[Row]) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::Hook;
+    use lb_common::{Hook, Reason};
 
     use super::*;
 

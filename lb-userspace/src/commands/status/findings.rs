@@ -403,6 +403,7 @@ mod tests {
             count: 4,
             per_second,
             description: "",
+            is_refusal: true,
         };
         let mut status = status();
         status.counters = vec![

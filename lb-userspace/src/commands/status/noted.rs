@@ -1,14 +1,16 @@
 //! What the agent noted of itself: how far the maps are, and what it could make
 //! nothing of.
 
-use std::{io, path::Path};
+use std::{io, mem, path::Path};
 
 use serde::Serialize;
 
 use crate::{
     commands::{get::seconds, table::Table},
-    record::{Failing, Fault, Few, Record, now},
+    record::{Failing, Fault, Few, MINUTE, Record, Refusals, Refused, now},
 };
+
+use super::counters::Row;
 
 /// What an agent noted last.
 #[derive(Clone, Debug, Serialize)]
@@ -17,6 +19,16 @@ pub(super) struct Noted {
     pub(super) age_seconds: u64,
     #[serde(flatten)]
     pub(super) record: Record,
+    #[serde(skip)]
+    refused: Vec<Refused>,
+}
+
+/// What was refused lately.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Lately {
+    /// In so many seconds: a minute, if the agent has counted for so long.
+    over_seconds: u64,
+    refused: Vec<Refusals>,
 }
 
 impl Noted {
@@ -28,11 +40,34 @@ impl Noted {
         Ok(record.map(|record| Self::at(record, now())))
     }
 
-    pub(super) fn at(record: Record, now: u64) -> Self {
+    pub(super) fn at(mut record: Record, now: u64) -> Self {
         Self {
             age_seconds: now.saturating_sub(record.written),
+            refused: mem::take(&mut record.refused),
             record,
         }
+    }
+
+    /// What the counters have more than a minute ago.
+    pub(super) fn lately(&self, counters: &[Row]) -> Option<Lately> {
+        let now = self.record.written + self.age_seconds;
+        let past = self.refused.iter().rfind(|old| old.at + MINUTE <= now);
+        let past = past.or(self.refused.first())?;
+        let before = |row: &Row| {
+            let mut counts = past.counts.iter();
+            let same = counts.find(|old| (&*old.hook, &*old.reason) == (row.hook, row.reason));
+            same.map_or(0, |old| old.count)
+        };
+        let refused = counters.iter().filter(|row| row.is_refusal);
+        let refused = refused.map(|row| Refusals {
+            hook: row.hook.to_owned(),
+            reason: row.reason.to_owned(),
+            count: row.count.saturating_sub(before(row)),
+        });
+        Some(Lately {
+            over_seconds: now.saturating_sub(past.at).min(MINUTE),
+            refused: refused.filter(|refusals| refusals.count > 0).collect(),
+        })
     }
 
     /// How long ago something was, at the time of the look.
@@ -113,6 +148,29 @@ impl Noted {
     }
 }
 
+impl Lately {
+    /// In a line.
+    pub(super) fn summary(&self) -> String {
+        let Self {
+            over_seconds,
+            refused,
+        } = self;
+        if refused.is_empty() {
+            return format!("nothing in the last {over_seconds}s");
+        }
+        let parts = refused.iter().map(|refusals| {
+            let Refusals {
+                hook,
+                reason,
+                count,
+            } = refusals;
+            format!("{count} {reason} at {hook}")
+        });
+        let parts: Vec<_> = parts.collect();
+        format!("in the last {over_seconds}s: {}", parts.join(", "))
+    }
+}
+
 /// Of a manifest: its file, and which document of it.
 fn place(fault: &Fault) -> String {
     match (&fault.file, fault.document) {
@@ -180,6 +238,56 @@ mod tests {
         assert_eq!(
             noted(unwell).summary(true),
             "last written 40s ago, 2 Services not as they should be, nothing heard of Service"
+        );
+    }
+
+    #[test]
+    fn of_what_was_refused_a_minute_counts() {
+        let row = |reason, count, is_refusal| Row {
+            hook: "xdp",
+            reason,
+            effect: "",
+            count,
+            per_second: None,
+            description: "",
+            is_refusal,
+        };
+        let rows = [
+            row("no_backend", 9, true),
+            row("bad_slot", 4, true),
+            row("new_flow", 7, false),
+        ];
+        let refused = |at, count| Refused {
+            at,
+            counts: vec![Refusals {
+                hook: "xdp".to_owned(),
+                reason: "no_backend".to_owned(),
+                count,
+            }],
+        };
+        let said = |refused: Vec<Refused>, rows: &[Row]| {
+            let lately = noted(Record {
+                refused,
+                ..Record::default()
+            })
+            .lately(rows);
+            lately.map(|lately| lately.summary())
+        };
+        assert_eq!(said(Vec::new(), &rows), None);
+        // The look is at 1,000,030.
+        let long = vec![
+            refused(999_000, 1),
+            refused(999_960, 5),
+            refused(999_990, 8),
+        ];
+        assert_eq!(
+            said(long, &rows).as_deref(),
+            Some("in the last 60s: 4 no_backend at xdp, 4 bad_slot at xdp")
+        );
+        let short = vec![refused(1_000_010, 9)];
+        assert_eq!(
+            said(short, &rows[..1]).as_deref(),
+            Some("nothing in the last 20s")
         );
     }
 

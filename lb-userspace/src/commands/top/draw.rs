@@ -680,6 +680,7 @@ pub(super) mod tests {
                 count: 99,
                 per_second: Some(3.5),
                 description: "The Service has no backend.",
+                is_refusal: true,
             }],
         }
     }

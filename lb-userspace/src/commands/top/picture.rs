@@ -220,7 +220,7 @@ fn backends_by_service(
 fn refusals(before: &Reading, now: &Reading, time: Duration) -> Vec<counters::Row> {
     const REFUSE: &str = effect_name(Effect::Refuse);
     let mut rows = counters::growing(&before.counters, &now.counters, time);
-    rows.retain(|row| row.is_refusal() && row.per_second.is_some_and(|rate| rate > 0.0));
+    rows.retain(|row| row.is_refusal && row.per_second.is_some_and(|rate| rate > 0.0));
     rows.sort_by(|a, b| {
         let by_effect = (a.effect != REFUSE).cmp(&(b.effect != REFUSE));
         let rate = |row: &counters::Row| row.per_second.unwrap_or_default();
