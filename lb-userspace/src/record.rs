@@ -333,15 +333,12 @@ impl Recorder {
         });
     }
 
-    /// What the counters say now.
+    /// What the counters of refusals say now.
     pub fn counted(&self, counters: &[Counter]) {
-        let refusals = counters.iter().filter(|counter| counter.is_refusal());
+        let refusals = counters.iter().filter(|counter| counter.count > 0);
         let refused = Refused {
             at: now(),
-            counts: refusals
-                .filter(|counter| counter.count > 0)
-                .map(Refusals::from)
-                .collect(),
+            counts: refusals.map(Refusals::from).collect(),
         };
         self.0
             .known

@@ -25,7 +25,7 @@ pub(super) fn follow(counters: Counters, recorder: Recorder) -> impl Future<Outp
 
 /// Whether they could be read; if not, that is said unless it was.
 fn note(counters: &Counters, recorder: &Recorder, was_known: bool) -> bool {
-    match counters.read() {
+    match counters.read_refusals() {
         Ok(counters) => recorder.counted(&counters),
         Err(error) if was_known => {
             warn!(%error, "klb status will not know what was refused");

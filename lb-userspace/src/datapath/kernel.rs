@@ -680,9 +680,13 @@ impl Counter {
     /// Whether a packet ended here, or a call. A flow without a backend is answered,
     /// and has ended all the same.
     pub fn is_refusal(&self) -> bool {
-        let ends = matches!(self.reason.effect(), Effect::Refuse | Effect::Answer);
-        ends && self.reason != Reason::Echo
+        is_refusal(self.reason)
     }
+}
+
+fn is_refusal(reason: Reason) -> bool {
+    let ends = matches!(reason.effect(), Effect::Refuse | Effect::Answer);
+    ends && reason != Reason::Echo
 }
 
 /// Every map of one pin folder.
@@ -961,9 +965,22 @@ impl Counters {
 
     /// Every hook and reason, those never counted included.
     pub fn read(&self) -> Result<Vec<Counter>, MapError> {
+        self.read_those(|_| true)
+    }
+
+    /// Every hook and those reasons for which a packet ends, or a call.
+    pub fn read_refusals(&self) -> Result<Vec<Counter>, MapError> {
+        self.read_those(is_refusal)
+    }
+
+    fn read_those(&self, is_one: impl Fn(Reason) -> bool) -> Result<Vec<Counter>, MapError> {
+        let reasons: Vec<_> = Reason::ALL
+            .iter()
+            .filter(|reason| is_one(**reason))
+            .collect();
         let pairs = Hook::ALL
             .into_iter()
-            .flat_map(|hook| Reason::ALL.iter().map(move |reason| (hook, *reason)));
+            .flat_map(|hook| reasons.iter().map(move |reason| (hook, **reason)));
         let counters = pairs.map(|(hook, reason)| {
             let values = self.counters.get(&counter_index(hook, reason), 0);
             let values = values.map_err(|error| map_error("read", names::COUNTERS, error))?;
