@@ -115,7 +115,7 @@ fn past_the_stack<P: Packet, F: Family>(packet: &P, reason: Reason) -> Outcome {
         if (P::LEAVES_RARE_TO_TC || to_pod)
             && is_translated_again(reason)
             && let reason @ (Reason::RewriteFailed | Reason::PortTaken) =
-                opaque::reason(go_out::<P, F>(packet))
+                opaque::reason(go_out::<P, F, true>(packet))
         {
             return Outcome::of(reason);
         }
@@ -167,7 +167,7 @@ pub fn leave<P: Packet>(packet: &P) -> Outcome {
 
 #[inline(always)]
 fn leave_family<P: Packet, F: Family>(packet: &P) -> Reason {
-    match go_out::<P, F>(packet) {
+    match go_out::<P, F, false>(packet) {
         Reason::OtherProtocol => icmp::handle::<P, F>(packet, Side::Out),
         reason => fragment_at::<P, F>(packet, reason, Side::Out),
     }
@@ -349,9 +349,10 @@ fn unmasquerade<P: Packet, F: Family>(
     follow::<P, F>(packet, parsed, flow, now)
 }
 
-/// A packet that may be a reply, or is to be masqueraded.
+/// A packet that may be a reply, or is to be masqueraded. `KNOWN` if [`go_on`] has
+/// found it to be of a flow: then its ends are not asked once more.
 #[inline(never)]
-fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
+fn go_out<P: Packet, F: Family, const KNOWN: bool>(packet: &P) -> Reason {
     let parsed = match F::parse(packet) {
         Ok(parsed) => parsed,
         Err(reason) => return reason,
@@ -360,7 +361,11 @@ fn go_out<P: Packet, F: Family>(packet: &P) -> Reason {
         return Reason::FragmentReleased;
     }
     trace::note::<F>(&parsed.tuple);
-    let Some(now) = known::now_if_flow(&parsed.tuple) else {
+    let now = if KNOWN {
+        clock::seconds()
+    } else if let Some(now) = known::now_if_flow(&parsed.tuple) {
+        now
+    } else {
         return Reason::NotService;
     };
     let Some(flow) = flow::find::<F>(&parsed) else {
