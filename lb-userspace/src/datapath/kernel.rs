@@ -1152,6 +1152,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::errors::Chain;
 
     fn addr(text: &str) -> Addr4 {
         Addr4::from_ip(text.parse().expect("address")).expect("IPv4")
@@ -1251,7 +1252,14 @@ mod tests {
             let call = "bpf_map_update_elem";
             aya::maps::MapError::SyscallError(aya::sys::SyscallError { call, io_error })
         };
-        assert!(map_error("write", names::META, error(libc::E2BIG)).is_full());
+        let full = map_error("write", names::META, error(libc::E2BIG));
+        assert!(full.is_full());
+        let text = Chain(&full).to_string();
+        assert!(
+            text.starts_with("write klb_meta: the map is full: "),
+            "{text}"
+        );
+        assert_eq!(text.matches("os error").count(), 1, "{text}");
         assert!(!map_error("write", names::META, error(libc::EPERM)).is_full());
     }
 }

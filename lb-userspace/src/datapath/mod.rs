@@ -85,7 +85,7 @@ pub struct SlotValue {
 
 /// A map operation that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{operation} {map}: {source}")]
+#[error("{operation} {map}: {}{source}", self.in_words())]
 pub struct MapError {
     /// `read`, `write` or `delete`.
     pub operation: &'static str,
@@ -102,6 +102,15 @@ impl MapError {
             self.source.raw_os_error(),
             Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM)
         )
+    }
+
+    /// What goes before the kernel's words for it, where they mean another thing:
+    /// it calls a full map a list of arguments that is too long.
+    fn in_words(&self) -> &'static str {
+        match self.source.raw_os_error() {
+            Some(libc::E2BIG | libc::ENOSPC) => "the map is full: ",
+            _ => "",
+        }
     }
 }
 
