@@ -22,7 +22,7 @@ pub const FLOWS6: &str = "klb_flow6";
 /// Socket and remote address → translation; written by the socket programs.
 pub const SOCKETS4: &str = "klb_sock4";
 pub const SOCKETS6: &str = "klb_sock6";
-/// Flows that no answer has confirmed yet; as [`FLOWS4`].
+/// Datagrams, and connections that began without credit; as [`FLOWS4`].
 pub const YOUNG4: &str = "klb_young4";
 pub const YOUNG6: &str = "klb_young6";
 /// Client and Service port → backend; written by all programs.

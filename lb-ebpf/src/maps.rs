@@ -74,8 +74,8 @@ pub static FLOWS4: Flows<Addr4> = Flows::new();
 #[btf_map(name = "klb_flow6")]
 pub static FLOWS6: Flows<Addr6> = Flows::new();
 
-/// As the two before, for flows that no answer has confirmed yet: whoever
-/// forges senders pushes out such flows only.
+/// As the two before, for datagrams, and for connections that begin without
+/// credit: whoever forges senders pushes out such flows only.
 #[btf_map(name = "klb_young4")]
 pub static YOUNG4: Young<Addr4> = Young::new();
 #[btf_map(name = "klb_young6")]

@@ -27,9 +27,9 @@ use crate::{
 const LOOKUP: i32 = 1;
 
 /// Operation codes (`linux/bpf_common.h`, `linux/bpf.h`).
-const CALL: u8 = 0x85;
+pub(crate) const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
-const MOVE: u8 = 0xbf;
+pub(crate) const MOVE: u8 = 0xbf;
 const MOVE_NUMBER: u8 = 0xb7;
 const LOAD_NUMBER: u8 = 0x18;
 const ATOMIC_ADD: u8 = 0xdb;
@@ -37,7 +37,7 @@ const ATOMIC_ADD: u8 = 0xdb;
 /// What the source register of a [`LOAD_NUMBER`] or a [`CALL`] means.
 const MAP: u8 = 1;
 const MAP_VALUE: u8 = 2;
-const SUBPROGRAM: u8 = 1;
+pub(crate) const SUBPROGRAM: u8 = 1;
 
 /// Commands of bpf(2), and kinds of maps and programs.
 const MAP_CREATE: i32 = 0;

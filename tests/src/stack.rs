@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use aya_obj::{Object, generated::bpf_insn};
 
+use crate::lookups::{CALL, MOVE, SUBPROGRAM};
+
 /// What the stack of a function is rounded up to (`check_max_stack_depth` in the
 /// kernel's `kernel/bpf/verifier.c`).
 const STEP: usize = 32;
@@ -19,10 +21,7 @@ const CLASS: u8 = 0x07;
 const LOAD_FROM: u8 = 0x01;
 const STORE_NUMBER: u8 = 0x02;
 const STORE: u8 = 0x03;
-const MOVE: u8 = 0xbf;
 const ADD_NUMBER: u8 = 0x07;
-const CALL: u8 = 0x85;
-const SUBPROGRAM: u8 = 1;
 
 /// The stack of each function of the deepest chain of calls, in bytes, by program.
 ///
