@@ -3,7 +3,7 @@
 
 use lb_common::{
     Address as _, Port, Reason,
-    flow::{FLOW_MASQUERADED, is_for_ingress},
+    flow::{FLOW_MASQUERADED, MASQUERADE, is_for_ingress},
     node::CONFIG_BYPASS,
     reason::Effect,
     service::{FRONTEND_REFUSE, ServiceEntry, ServiceKey},
@@ -185,11 +185,12 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         return Some(Reason::FragmentReleased);
     }
     trace::note::<F>(&parsed.tuple);
-    // What is no business of klb's costs one lookup at most. So the flow of what
-    // may open one is only looked up if it is for a frontend, and that of all
-    // others only between ends that have flows.
+    // What is no business of klb's costs one lookup at most. So the flow of a SYN is
+    // only looked up if it is for a frontend, and that of all others only between
+    // ends that have flows.
     let (mut service, mut is_direct) = (None, false);
-    if parsed.may_open() {
+    let opens_connection = parsed.may_open() && parsed.is_connection();
+    if opens_connection {
         service = service_of::<F>(&parsed);
         if service.is_none() {
             let is_server = known::is_server(&parsed.tuple);
@@ -200,27 +201,22 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         }
     }
     let now = if service.is_some() || is_direct {
-        clock::seconds()
-    } else if let Some(now) = known::now_if_flow(&parsed.tuple) {
-        now
+        Some(clock::seconds())
     } else {
-        return Some(Reason::NoFlow);
+        known::now_if_flow(&parsed.tuple)
     };
-    let mut is_port_taken = false;
-    if let Some(flow) = flow::find::<F>(&parsed) {
-        if !is_for_ingress(flow.entry().direction) {
-            // It is translated where it goes out. What has expired is
-            // translated nowhere.
-            return Some(Reason::TransitReply);
+    let mut is_port_taken = is_direct;
+    if let Some(now) = now
+        && let Some(reason) = as_of_flow::<P, F>(packet, &parsed, now, &mut is_port_taken)
+    {
+        return Some(reason);
+    }
+    // Most datagrams are of a flow, and need no frontend.
+    if parsed.may_open() && !parsed.is_connection() {
+        service = service_of::<F>(&parsed);
+        if service.is_none() {
+            return Some(without_frontend::<P, F>(packet, &parsed));
         }
-        if direct::is_elsewhere(&flow, packet.edge()) {
-            return Some(Reason::NotService);
-        }
-        if !flow.is_over(&parsed, now) {
-            return Some(follow::<P, F>(packet, &parsed, &flow, now));
-        }
-        is_port_taken = flow.is_port_taken();
-        flow::remove::<F>(&parsed.tuple);
     }
     if service.is_none() && !is_direct {
         return Some(Reason::NoFlow);
@@ -234,9 +230,47 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
     if is_direct {
         direct::note(&parsed.tuple);
     }
-    work.start(packet, &parsed, service, now);
-    work.is_port_taken = is_port_taken || is_direct;
+    work.start(packet, &parsed, service, now.unwrap_or_else(clock::seconds));
+    work.is_port_taken = is_port_taken;
     None
+}
+
+/// What becomes of a packet that is of a flow which goes on. If the flow is over it
+/// is removed, and it is told whether its client needs another port.
+#[inline(always)]
+fn as_of_flow<P: Packet, F: Family>(
+    packet: &P,
+    parsed: &Parsed<F::Addr>,
+    now: u32,
+    is_port_taken: &mut bool,
+) -> Option<Reason> {
+    let flow = flow::find::<F>(parsed)?;
+    let direction = flow.entry().direction;
+    let is_here = is_for_ingress(direction);
+    if is_here {
+        if direct::is_elsewhere(&flow, packet.edge()) {
+            return Some(Reason::NotService);
+        }
+        if flow.is_over(parsed, now) {
+            *is_port_taken |= flow.is_port_taken();
+            flow::remove::<F>(&parsed.tuple);
+            return None;
+        }
+    } else if direction == MASQUERADE && !parsed.is_connection() {
+        // A client's datagram to the backend's own address: of this flow, and
+        // translated on its way, or of none. Where it goes out it is masqueraded.
+        return None;
+    }
+    if must_leave_to_tc::<P, F>(packet, parsed) {
+        return Some(Reason::UnfinishedChecksum);
+    }
+    Some(if is_here {
+        follow::<P, F>(packet, parsed, &flow, now)
+    } else {
+        // It is translated where it goes out; what has expired is translated
+        // nowhere.
+        Reason::TransitReply
+    })
 }
 
 /// Whether the packet is there for another that waits. Those that wait for it are
@@ -263,9 +297,6 @@ fn follow<P: Packet, F: Family>(
     flow: &Flow<F>,
     now: u32,
 ) -> Reason {
-    if must_leave_to_tc::<P, F>(packet, parsed) {
-        return Reason::UnfinishedChecksum;
-    }
     flow.advance(parsed, now, packet.edge());
     let reason = if is_half_done(flow) {
         Reason::Masqueraded
@@ -315,13 +346,6 @@ fn without_frontend<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) 
     let Some(config) = config::get() else {
         return Reason::NotService;
     };
-    let port = parsed.tuple.dst_port.get();
-    if !parsed.is_connection() && port.wrapping_sub(config.first_port) < config.port_count {
-        // The answer of a backend to an address of this node.
-        if let Some(flow) = flow::find_young::<F>(&parsed.tuple) {
-            return unmasquerade::<P, F>(packet, parsed, &flow);
-        }
-    }
     if parsed.tuple.dst.is_in(F::cluster_network(config)) {
         let key = ServiceKey::new(parsed.tuple.dst, Port::default(), 0);
         let refused = F::service(&key).is_some_and(|entry| entry.flags & FRONTEND_REFUSE != 0);
@@ -333,20 +357,6 @@ fn without_frontend<P: Packet, F: Family>(packet: &P, parsed: &Parsed<F::Addr>) 
         return Reason::NotService;
     }
     flow::meet_stranger::<F>(&parsed.tuple, packet.edge())
-}
-
-/// A datagram to one of the node's ports that masquerade uses.
-#[inline(always)]
-fn unmasquerade<P: Packet, F: Family>(
-    packet: &P,
-    parsed: &Parsed<F::Addr>,
-    flow: &Flow<F>,
-) -> Reason {
-    let now = clock::seconds();
-    if !is_for_ingress(flow.entry().direction) || flow.is_over(parsed, now) {
-        return Reason::TransitReply;
-    }
-    follow::<P, F>(packet, parsed, flow, now)
 }
 
 /// A packet that may be a reply, or is to be masqueraded. `KNOWN` if [`go_on`] has

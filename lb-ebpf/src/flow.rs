@@ -17,11 +17,12 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
-    Reason,
+    Port, Reason,
     flow::{
         EDGE_XDP, FLOW_ALSO_YOUNG, FLOW_MASQUERADED, FLOW_PORT_TAKEN, FORWARD, FlowEntry,
-        MASQUERADE, REPLY, Tuple, is_confirmed, is_from_client, seen,
+        MASQUERADE, REPLY, Tuple, UDP, is_confirmed, is_from_client, seen,
     },
+    service::ServiceKey,
 };
 
 use crate::{
@@ -104,7 +105,8 @@ impl<F: Family> Flow<F> {
     }
 
     /// Whether the packet is none of this flow: it has been silent too long,
-    /// its ports begin a new connection, or (UDP) its backend has gone.
+    /// its ports begin a new connection, or (UDP) its backend has gone, or its
+    /// frontend, for which it is looked once in a second.
     #[inline(always)]
     pub fn is_over(&self, parsed: &Parsed<F::Addr>, now: u32) -> bool {
         let protocol = parsed.tuple.protocol;
@@ -112,7 +114,10 @@ impl<F: Family> Flow<F> {
             return true;
         }
         if !parsed.is_connection() {
-            return self.entry().direction == FORWARD && !is_alive(self.entry().backend);
+            let (entry, to) = (self.entry(), &parsed.tuple);
+            return entry.direction == FORWARD
+                && (!is_alive(entry.backend)
+                    || entry.last_seen != now && !is_frontend::<F>(&to.dst, to.dst_port));
         }
         if !is_from_client(self.entry().direction) {
             // A backend that answers another SYN than the one that opened this
@@ -161,6 +166,11 @@ impl<F: Family> Flow<F> {
         } else if parsed.is_syn_ack() {
             syn_ack = parsed.signals.seq.wrapping_add(1);
         }
+        // Where the client has acknowledged the backend's SYN all else confirms
+        // nothing more.
+        if (seen | entry.seen_peer) & seen::ACKED != 0 {
+            seen &= !seen::DATA | entry.seen;
+        }
         // TC and XDP may share a flow: fragments go through TC. What XDP has
         // translated TC sees too, so XDP is what is to be remembered.
         if entry.direction != FORWARD || entry.edge == edge | EDGE_XDP {
@@ -171,6 +181,15 @@ impl<F: Family> Flow<F> {
             && isn == entry.isn
             && syn_ack == entry.syn_ack
             && edge == entry.edge
+        {
+            return;
+        }
+        // A backend's datagrams are no news of a frontend that has gone: the
+        // client's next one is to look.
+        if !parsed.is_connection()
+            && entry.direction == REPLY
+            && entry.last_seen != now
+            && !is_frontend::<F>(&self.get().src, entry.src_port)
         {
             return;
         }
@@ -192,6 +211,12 @@ impl<F: Family> Flow<F> {
             );
         }
     }
+}
+
+/// Whether datagrams may be sent to such a frontend.
+#[inline(never)]
+fn is_frontend<F: Family>(addr: &F::Addr, port: Port) -> bool {
+    F::service(&ServiceKey::new(*addr, port, UDP)).is_some()
 }
 
 /// Has the client's next SYN open a new flow, with another port; given an entry

@@ -301,7 +301,11 @@ pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
 impl Action for Connect {
     #[inline(always)]
     fn run<C: Call>(call: &C) -> Reason {
-        match assign::<C, false>(call) {
+        let reason = match frontend::<C>(call) {
+            Ok(service) => assign::<C, false>(call, service),
+            Err(reason) => reason,
+        };
+        match reason {
             // Nothing is sent by this. `ping`, and those who sort addresses by
             // how they are reached, connect a UDP socket to any port to learn
             // their own address. A datagram itself is refused, where it leaves
@@ -341,6 +345,11 @@ impl Action for Send {
             call.set_port(call.peer_port());
             return Reason::Socket;
         }
+        // A server's answers, which are to no frontend, need no more than this.
+        let service = match frontend::<C>(call) {
+            Ok(service) => service,
+            Err(reason) => return reason,
+        };
         // SAFETY: the copy is made at once.
         let known = unsafe { C::Family::sockets().get(&call.key(SOCKET_FORWARD)).copied() };
         if let Some(entry) = known
@@ -350,7 +359,7 @@ impl Action for Send {
             call.set_port(entry.port);
             return Reason::Socket;
         }
-        assign::<C, true>(call)
+        assign::<C, true>(call, service)
     }
 
     #[inline(always)]
@@ -399,11 +408,11 @@ impl Action for Reveal {
     }
 }
 
-/// Gives the socket a backend, and notes what it is to be shown; for a datagram
-/// also which backend it has got.
+/// Gives the socket a backend of the frontend, and notes what it is to be shown; for
+/// a datagram also which backend it has got.
 #[inline(always)]
-fn assign<C: Call, const DATAGRAM: bool>(call: &C) -> Reason {
-    match try_assign::<C, DATAGRAM>(call) {
+fn assign<C: Call, const DATAGRAM: bool>(call: &C, service: &ServiceEntry) -> Reason {
+    match try_assign::<C, DATAGRAM>(call, service) {
         Ok(slot) => {
             call.set_addr(slot.addr);
             call.set_port(slot.port);
@@ -418,8 +427,8 @@ fn assign<C: Call, const DATAGRAM: bool>(call: &C) -> Reason {
 #[inline(always)]
 fn try_assign<C: Call, const DATAGRAM: bool>(
     call: &C,
+    service: &ServiceEntry,
 ) -> Result<&'static Slot<<C::Family as Family>::Addr>, Reason> {
-    let service = frontend::<C>(call)?;
     let caller = Caller::<C::Family>::of(call)?;
     let slot = choose::<C::Family>(service, &caller)?;
     let forward = call.key(SOCKET_FORWARD);

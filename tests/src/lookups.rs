@@ -1,4 +1,4 @@
-//! How many lookups a packet or a `connect()` costs: the programs of the object,
+//! How many lookups a packet or a call of a socket costs: the programs of the object,
 //! with every lookup in a map counted.
 //!
 //! Each call of `bpf_map_lookup_elem` is replaced by a call of a subprogram
@@ -54,6 +54,10 @@ const CGROUP_SOCK_ADDR: u32 = 18;
 /// Ways to be attached.
 const INET4_CONNECT: u32 = 10;
 const INET6_CONNECT: u32 = 11;
+const UDP4_SENDMSG: u32 = 14;
+const UDP6_SENDMSG: u32 = 15;
+const UDP4_RECVMSG: u32 = 19;
+const UDP6_RECVMSG: u32 = 20;
 
 /// More than there are maps.
 const COUNTERS: usize = 64;
@@ -116,12 +120,16 @@ pub struct Counting {
 pub type Counts<'a> = BTreeMap<&'a str, u64>;
 
 /// Name, type and how it is to be attached.
-const PROGRAMS: [(&str, u32, u32); 5] = [
+const PROGRAMS: [(&str, u32, u32); 9] = [
     (names::XDP, XDP, 0),
     (names::TC_INGRESS, SCHED_CLS, 0),
     (names::TC_EGRESS, SCHED_CLS, 0),
     (names::CONNECT4, CGROUP_SOCK_ADDR, INET4_CONNECT),
     (names::CONNECT6, CGROUP_SOCK_ADDR, INET6_CONNECT),
+    (names::SENDMSG4, CGROUP_SOCK_ADDR, UDP4_SENDMSG),
+    (names::SENDMSG6, CGROUP_SOCK_ADDR, UDP6_SENDMSG),
+    (names::RECVMSG4, CGROUP_SOCK_ADDR, UDP4_RECVMSG),
+    (names::RECVMSG6, CGROUP_SOCK_ADDR, UDP6_RECVMSG),
 ];
 
 impl Counting {
@@ -173,12 +181,12 @@ impl Counting {
         (result, counts.filter(|(_, count)| *count > 0).collect())
     }
 
-    /// Lets processes of a group connect by these programs, as long as the group
+    /// Has sockets of a group's processes meet these programs, as long as the group
     /// is there.
     ///
     /// # Panics
     /// If the kernel refuses.
-    pub fn attach_connect(&self, group: &Cgroup) {
+    pub fn attach_sockets(&self, group: &Cgroup) {
         #[repr(C)]
         struct Attributes {
             target: u32,

@@ -423,7 +423,14 @@ fn connections_go_past_the_stack() {
                     }
                 }
                 let request = world.request(frontend, family, Protocol::Udp);
-                client.ask(&request.size(1300)).expect("an answer");
+                let request = request.size(1300);
+                client.ask(&request).expect("an answer");
+                let before = forwarded(&world.cluster.node);
+                client.ask(&request).expect("an answer");
+                let passed = forwarded(&world.cluster.node) - before;
+                // Of XDP the request.
+                let most = u64::from(hooks == Hooks::XDP && frontend == Frontend::NodePort);
+                assert_eq!(passed, most, "{hooks:?} {frontend:?} {family}: UDP");
             }
         }
     }

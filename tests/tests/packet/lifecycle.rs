@@ -525,19 +525,34 @@ fn a_direct_datagram_from_a_used_port_ends_the_flow() {
     }
 }
 
+/// It is looked for the frontend once in a second, whoever sends first in it: what
+/// only the backend sends does not keep such a flow alive.
 #[test]
 fn a_datagram_for_a_frontend_that_has_gone_is_left_alone() {
     for world in udp_worlds() {
-        let mut datapath = world.serve_one();
-        let first = world.first(world.frontend);
-        datapath.run(Hook::TcIngress, &first.bytes());
-        datapath.stop_serving(world.protocol, world.frontend);
-        untouched(
-            &mut datapath,
-            Hook::TcIngress,
-            &first.bytes(),
-            Reason::NotService,
-        );
+        for answers_first in [false, true] {
+            let mut datapath = world.serve_one();
+            let first = world.first(world.frontend);
+            datapath.run(Hook::TcIngress, &first.bytes());
+            datapath.stop_serving(world.protocol, world.frontend);
+            datapath.age_flows(1);
+            if answers_first {
+                translated(
+                    &mut datapath,
+                    Hook::TcEgress,
+                    &world.answer(world.backend),
+                    Reason::Reply,
+                    (world.frontend, world.client),
+                );
+            }
+            untouched(
+                &mut datapath,
+                Hook::TcIngress,
+                &first.bytes(),
+                Reason::NotService,
+            );
+            assert_eq!(datapath.flow_count(), 0);
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    mem,
+    mem::{self, MaybeUninit},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -21,7 +21,7 @@ use lb_tests::{
     lookups::Counting,
     packet::{Packet, chunk, flags},
     private::{in_private_namespace, ip},
-    program::{Backend, Datapath, MASQUERADE_PORTS, NODE4, NODE6},
+    program::{Backend, Datapath},
     scope::Scope,
 };
 use socket2::{Domain, Socket, Type};
@@ -88,12 +88,18 @@ impl Observer {
         self.note(what, Hook::TcEgress, &packet.bytes())
     }
 
-    /// A socket of this process is connected, which must be in a group with the
+    /// A call of a socket of this process, which must be in a group with the
     /// programs. Whether that leads anywhere does not matter.
+    fn calls<T>(&mut self, what: &str, call: impl FnOnce() -> T) -> T {
+        let (result, counts) = self.counting.count(call);
+        self.table
+            .insert((what.to_owned(), "socket"), in_words(&counts));
+        result
+    }
+
     fn connects(&mut self, what: &str, socket: &Socket, to: SocketAddr) {
-        let (_, counts) = self.counting.count(|| socket.connect(&to.into()));
         let what = format!("connect(), {what}");
-        self.table.insert((what, "socket"), in_words(&counts));
+        drop(self.calls(&what, || socket.connect(&to.into())));
     }
 
     fn note(&mut self, what: &str, hook: Hook, frame: &[u8]) -> Vec<u8> {
@@ -158,13 +164,6 @@ fn strangers(world: &World, observer: &mut Observer) {
         let packet = Packet::udp(client, stranger);
         observer.enters("no service: UDP", &packet);
         observer.leaves("no service: UDP", &packet);
-        let node = if client.is_ipv4() {
-            NODE4.into()
-        } else {
-            NODE6.into()
-        };
-        let port = SocketAddr::new(node, MASQUERADE_PORTS.start);
-        observer.enters("UDP to a port of masquerade", &Packet::udp(client, port));
     }
     let mut other_port = world.frontend;
     other_port.set_port(81);
@@ -432,10 +431,10 @@ fn masqueraded(world: &World, observer: &mut Observer) {
     observer.enters("TCP, answer to the node", &back(source, flags::ACK, 5001));
 }
 
-/// Sockets of processes. Datagrams: nothing is sent when they connect.
-fn connections(world: &World, observer: &mut Observer) {
+/// Sockets of processes, for datagrams.
+fn sockets(world: &World, observer: &mut Observer) {
     let group = Cgroup::new(Scope::test().name());
-    observer.counting.attach_connect(&group);
+    observer.counting.attach_sockets(&group);
     let _inside = group.enter();
     let domain = Domain::for_address(world.client);
     let socket = || Socket::new(domain, Type::DGRAM, None).expect("a socket");
@@ -454,6 +453,18 @@ fn connections(world: &World, observer: &mut Observer) {
     let bound = socket();
     bound.bind(&any.into()).expect("a port");
     observer.connects("no service, with a port of its own", &bound, world.stranger);
+    let (client, server) = (socket(), socket());
+    for what in ["a Service", "a Service, again"] {
+        let send = || client.send_to(b"?", &world.frontend.into());
+        drop(observer.calls(&format!("sendto(), {what}"), send));
+    }
+    server.bind(&loopback.into()).expect("a port");
+    let send = || client.send_to(b"?", &loopback.into());
+    observer.calls("sendto(), no service", send).expect("sent");
+    let receive = || server.recv_from(&mut [MaybeUninit::uninit()]);
+    observer
+        .calls("recvfrom(), no service", receive)
+        .expect("received");
 }
 
 /// Everything, in one family.
@@ -478,7 +489,7 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
             }
         }
         if world.protocol == UDP {
-            connections(&world, observer);
+            sockets(&world, observer);
         }
         if world.is_tcp() {
             let remote = World {
@@ -497,6 +508,7 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
 #[test]
 fn packets_cost_the_lookups_that_the_page_says() {
     in_private_namespace(|| {
+        ip("link set lo up");
         let mut observer = Observer::new();
         let mut tables = [true, false].map(|is_v4| observe(&mut observer, is_v4));
         make_a_router();
