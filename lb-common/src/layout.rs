@@ -7,6 +7,7 @@ use crate::{
     flow::{FlowEntry, Tuple},
     known::Known,
     node::{Config, Device, Early, EarlyKey, FragmentKey, FragmentPorts, Netns, Network, Route},
+    served::Served,
     service::{
         Affinity, AffinityKey, BackendRef, Name, ServiceEntry, ServiceKey, ServiceMeta, Slot,
         SourceRange,
@@ -58,6 +59,7 @@ layout!(FlowEntry<Addr6>, 68, align 4, [16, 16, 2, 2, 1, 1, 1, 1, 4, 8, 4, 4, 4,
 
 layout!(Known, 8, align 4, [4, 4]);
 layout!(Credit, 8, align 4, [4, 4]);
+layout!(Served, 8192, align 1, [8192]);
 
 layout!(SocketKey<Addr4>, 16, align 4, [8, 4, 2, 1, 1]);
 layout!(SocketKey<Addr6>, 28, align 4, [8, 16, 2, 1, 1]);

@@ -43,6 +43,8 @@ pub const RARE: &str = "klb_rare";
 /// By a hash of an address and port: when a packet of a flow was last seen to and
 /// from there; written by the packet programs.
 pub const KNOWN: &str = "klb_known";
+/// A bit for each port at which anything is served; one entry, written by the agent.
+pub const SERVED: &str = "klb_served";
 /// How many connections may yet be opened among the confirmed; per CPU, written by
 /// the packet programs.
 pub const CREDIT: &str = "klb_credit";
@@ -79,13 +81,14 @@ pub const TRACING: &str = "klb_tracing";
 pub const TRAFFIC: &str = "klb_traffic";
 
 /// Every map, in the order of a readable listing.
-pub const MAPS: [&str; 37] = [
+pub const MAPS: [&str; 38] = [
     SERVICES4,
     SERVICES6,
     SLOTS4,
     SLOTS6,
     BACKENDS,
     META,
+    SERVED,
     RANGES4,
     RANGES6,
     FLOWS4,

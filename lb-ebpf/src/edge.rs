@@ -17,7 +17,9 @@ use crate::{
     open::{open, opening},
     packet::Packet,
     parse::{Fragment, Parsed, Version, version},
-    rewrite, route, trace,
+    rewrite, route,
+    served::is_served,
+    trace,
 };
 
 /// Which of the two hooks of a device a packet meets.
@@ -400,7 +402,7 @@ fn go_out<P: Packet, F: Family, const KNOWN: bool>(packet: &P) -> Reason {
 #[inline(always)]
 fn service_of<F: Family>(parsed: &Parsed<F::Addr>) -> Option<&'static ServiceEntry> {
     let tuple = &parsed.tuple;
-    if F::is_loopback(&tuple.dst) {
+    if !is_served(tuple.dst_port) || F::is_loopback(&tuple.dst) {
         return None;
     }
     F::service(&ServiceKey::new(tuple.dst, tuple.dst_port, tuple.protocol))

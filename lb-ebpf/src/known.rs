@@ -7,7 +7,7 @@ use lb_common::{
     known::{Known, place},
 };
 
-use crate::{clock, config, maps::KNOWN};
+use crate::{clock, config, maps::KNOWN, served::is_served};
 
 /// Notes that there is a flow with this key, whose entry has this direction. To be
 /// called before the entry is written, and whenever its time is: seldom, so it is
@@ -60,8 +60,12 @@ pub fn may_be_answer<A: Address>(key: &Tuple<A>) -> bool {
 
 #[inline(always)]
 fn last<A: Address>(addr: &A, port: Port) -> Known {
+    const NEVER: Known = Known { to: 0, from: 0 };
+    if !is_served(port) {
+        return NEVER;
+    }
     // SAFETY: each of its numbers is one load.
-    entry(addr, port).map_or(Known { to: 0, from: 0 }, |entry| unsafe { *entry })
+    entry(addr, port).map_or(NEVER, |entry| unsafe { *entry })
 }
 
 #[inline(always)]

@@ -50,6 +50,7 @@ mod rare;
 mod rewrite;
 mod route;
 mod select;
+mod served;
 mod socket;
 mod trace;
 mod traffic;

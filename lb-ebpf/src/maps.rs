@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    Addr4, Addr6, Credit,
+    Addr4, Addr6, Credit, Served,
     flow::{FlowEntry, Tuple},
     known::{KNOWN_BITS, Known},
     names::size,
@@ -85,6 +85,10 @@ pub static YOUNG6: Young<Addr6> = Young::new();
 /// programs.
 #[btf_map(name = "klb_credit")]
 pub static CREDIT: PerCpuArray<Credit, 1> = PerCpuArray::new();
+
+/// A bit for each port at which anything is served, in the one entry; the agent.
+#[btf_map(name = "klb_served")]
+pub static SERVED: Array<Served, 1> = Array::new();
 
 /// By a hash of an address and port → when a packet of a flow was last seen to and
 /// from there; the packet programs.

@@ -30,6 +30,7 @@ use crate::{
     maps::NETNS,
     open::device,
     select::{self, Window},
+    served::is_served,
     trace, traffic,
 };
 
@@ -391,6 +392,10 @@ fn is_connected_to<C: Call>(call: &C) -> bool {
 impl Action for Reveal {
     #[inline(always)]
     fn run<C: Call>(call: &C) -> Reason {
+        // Mostly it is a server that asks, for its client.
+        if !is_served(call.port()) {
+            return Reason::NotService;
+        }
         // SAFETY: the copy is made at once.
         let entry = unsafe { C::Family::sockets().get(&call.key(SOCKET_REVERSE)).copied() };
         let Some(entry) = entry else {
@@ -475,10 +480,12 @@ fn forget_other<C: Call>(
 /// The frontend that the address in the call is.
 #[inline(always)]
 fn frontend<C: Call>(call: &C) -> Result<&'static ServiceEntry, Reason> {
-    let addr = call.addr();
-    let exact = ServiceKey::new(addr, call.port(), call.protocol());
-    if let Some(service) = C::Family::service(&exact) {
-        return Ok(service);
+    let (addr, port) = (call.addr(), call.port());
+    if is_served(port) {
+        let exact = ServiceKey::new(addr, port, call.protocol());
+        if let Some(service) = C::Family::service(&exact) {
+            return Ok(service);
+        }
     }
     let config = config::get().ok_or(Reason::NotService)?;
     if addr.is_in(C::Family::cluster_network(config)) {

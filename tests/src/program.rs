@@ -24,7 +24,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use lb_common::{
-    Addr4, Addr6, Credit, Hook, Port, Reason,
+    Addr4, Addr6, Credit, Hook, Port, Reason, Served,
     flow::{FlowEntry, State, Tuple},
     known::{self, Known},
     names,
@@ -101,6 +101,7 @@ pub fn load() -> Ebpf {
             names::ANSWERS,
             names::RARE,
             names::CREDIT,
+            names::SERVED,
             names::KNOWN,
             names::ROUTES4,
             names::ROUTES6,
@@ -286,6 +287,7 @@ impl Datapath {
 
     /// Empties every map of what a program or a test may find in it.
     fn clear(&mut self) {
+        set(self.map(names::SERVED), 0, Served::NONE);
         self.clear_family::<Addr4>([
             names::SERVICES4,
             names::FLOWS4,
@@ -425,6 +427,7 @@ impl Datapath {
         };
         self.next_service += 1;
         let port = Port::from(frontend.port());
+        self.note_served(port);
         match frontend.ip() {
             IpAddr::V4(addr) => put(
                 self.map(names::SERVICES4),
@@ -438,6 +441,16 @@ impl Datapath {
             ),
         }
         references
+    }
+
+    /// Has a frontend or backend with this port looked for.
+    fn note_served(&mut self, port: Port) {
+        let map = self.map(names::SERVED);
+        let array: Array<_, Served> = map.try_into().expect("an array");
+        let mut served = array.get(&0, 0).expect("the one entry");
+        if served.add(port) {
+            set(self.map(names::SERVED), 0, served);
+        }
     }
 
     /// Changes the entry of a frontend.
@@ -520,6 +533,7 @@ impl Datapath {
         self.next_slot += 1;
         self.set_generation(reference.id, reference.generation);
         let port = Port::from(backend.addr.port());
+        self.note_served(port);
         let flags = if backend.local { SLOT_LOCAL } else { 0 };
         match backend.addr.ip() {
             IpAddr::V4(addr) => set(

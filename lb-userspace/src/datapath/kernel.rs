@@ -18,8 +18,8 @@ use aya::{
 };
 use ipnet::IpNet;
 use lb_common::{
-    Addr4, Addr6, Address, Hook, Port, Reason,
-    flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP},
+    Addr4, Addr6, Address, Hook, Port, Reason, Served,
+    flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP, is_from_client},
     names,
     node::{Config, Device, FragmentKey, FragmentPorts, Netns, Network},
     reason::{Effect, counter_index},
@@ -505,6 +505,23 @@ where
         })
     }
 
+    /// The ports of frontends, of backends, and of what flows and sockets lead to.
+    fn ports(&self) -> Result<BTreeSet<Port>, MapError> {
+        let mut members = BTreeMap::new();
+        self.members(&mut members)?;
+        let members = members.values().map(|member| member.addr.port().into());
+        let frontends = self.services()?.map(|(key, _)| key.port.into());
+        let mut ports: BTreeSet<_> = members.chain(frontends).collect();
+        // A connection may move from the young while they are read.
+        for flows in [&self.young, &self.flows] {
+            let flows = flows.read_all()?.into_iter();
+            ports.extend(flows.map(|(key, entry)| server_port(&key, entry.direction)));
+        }
+        let sockets = self.sockets.read_all()?.into_iter();
+        ports.extend(sockets.map(|(key, _)| key.port));
+        Ok(ports)
+    }
+
     fn flows(&self, now: u32, timeouts: Timeouts) -> Result<impl Iterator<Item = Flow>, MapError> {
         // A connection is in both tables for a while after it was confirmed.
         let mut entries: collections::HashMap<_, _> = self.young.read_all()?.into_iter().collect();
@@ -527,6 +544,15 @@ where
     fn sockets(&self) -> Result<impl Iterator<Item = Socket>, MapError> {
         let entries = self.sockets.read_all()?.into_iter();
         Ok(entries.filter_map(|(key, entry)| socket(&key, &entry)))
+    }
+}
+
+/// The port of a frontend or backend in a packet whose entry has this direction.
+const fn server_port<A>(key: &Tuple<A>, direction: u8) -> Port {
+    if is_from_client(direction) {
+        key.dst_port
+    } else {
+        key.src_port
     }
 }
 
@@ -689,12 +715,61 @@ fn is_refusal(reason: Reason) -> bool {
     ends && reason != Reason::Echo
 }
 
+/// The ports at which anything is served (`klb_served`).
+struct ServedPorts {
+    table: Table<Served>,
+    /// As they were written last, or found; and what is to be written.
+    wanted: Option<Box<Served>>,
+    is_written: bool,
+}
+
+impl ServedPorts {
+    const fn new(table: Table<Served>) -> Self {
+        Self {
+            table,
+            wanted: None,
+            is_written: true,
+        }
+    }
+
+    /// Adds a port, which [`Self::write`] is to write.
+    fn add(&mut self, port: Port) -> Result<(), MapError> {
+        let wanted = match &mut self.wanted {
+            Some(wanted) => wanted,
+            None => self.wanted.insert(Box::new(self.table.get(0)?)),
+        };
+        if wanted.add(port) {
+            self.is_written = false;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<(), MapError> {
+        if let (Some(wanted), false) = (&self.wanted, self.is_written) {
+            self.table.put(0, **wanted)?;
+            self.is_written = true;
+        }
+        Ok(())
+    }
+
+    /// Makes them what they were; whether somebody else had changed them.
+    fn mend(&mut self) -> Result<bool, MapError> {
+        let Some(wanted) = &self.wanted else {
+            return Ok(false);
+        };
+        self.is_written = self.table.get(0)? == **wanted;
+        let is_strange = !self.is_written;
+        self.write().map(|()| is_strange)
+    }
+}
+
 /// Every map of one pin folder.
 pub struct KernelMaps {
     v4: FamilyMaps<Addr4>,
     v6: FamilyMaps<Addr6>,
     backends: Table<u32>,
     metas: Hash<u32, ServiceMeta>,
+    served: ServedPorts,
     config: Table<Config>,
     /// As they were set last.
     settings: Option<Config>,
@@ -720,6 +795,7 @@ impl KernelMaps {
             v6: FamilyMaps::open(pins, &NAMES6)?,
             backends: Table::open(pins, names::BACKENDS)?,
             metas: Hash::open(pins, names::META)?,
+            served: ServedPorts::new(Table::open(pins, names::SERVED)?),
             config: Table::open(pins, names::CONFIG)?,
             settings: None,
             gathering: None,
@@ -742,6 +818,28 @@ impl KernelMaps {
             gathering.entries += 1;
         }
         true
+    }
+
+    /// As [`Self::gathers`], for an entry with a port, which is to be known as
+    /// served before the entry is written.
+    fn serves(&mut self, port: u16) -> Result<bool, MapError> {
+        let gather = self.gathers();
+        self.served.add(port.into())?;
+        if !gather {
+            self.served.write()?;
+        }
+        Ok(gather)
+    }
+
+    /// Adds the ports of all frontends and backends that are there, and those of flows
+    /// and sockets, which may have outlived theirs: an older klb wrote no ports.
+    ///
+    /// Programs that run meanwhile open flows to backends only that are there.
+    pub fn learn_served(&mut self) -> Result<(), MapError> {
+        for port in self.v4.ports()?.into_iter().chain(self.v6.ports()?) {
+            self.served.add(port)?;
+        }
+        self.served.write()
     }
 
     /// Nothing that is gathered is written any more.
@@ -772,7 +870,8 @@ impl KernelMaps {
         result
     }
 
-    fn put_gathered(&self) -> Result<(), MapError> {
+    fn put_gathered(&mut self) -> Result<(), MapError> {
+        self.served.write()?;
         self.backends.put_gathered()?;
         self.v4.slots.put_gathered()?;
         self.v6.slots.put_gathered()?;
@@ -1000,7 +1099,7 @@ impl Maps for KernelMaps {
     }
 
     fn put_service(&mut self, key: FrontendKey, entry: &ServiceEntry) -> Result<(), MapError> {
-        let gather = self.gathers();
+        let gather = self.serves(key.port)?;
         match Family::of(key.addr) {
             Family::V4 => self.v4.put_service(key, entry, gather),
             Family::V6 => self.v6.put_service(key, entry, gather),
@@ -1029,7 +1128,7 @@ impl Maps for KernelMaps {
     }
 
     fn put_slot(&mut self, family: Family, index: u32, value: &SlotValue) -> Result<(), MapError> {
-        let gather = self.gathers();
+        let gather = self.serves(value.addr.port())?;
         match family {
             Family::V4 => self.v4.put_slot(index, value, gather),
             Family::V6 => self.v6.put_slot(index, value, gather),
@@ -1124,6 +1223,10 @@ impl Maps for KernelMaps {
             self.config.put(0, wanted)?;
         }
         Ok(found != wanted)
+    }
+
+    fn mend_served(&mut self) -> Result<bool, MapError> {
+        self.served.mend()
     }
 
     fn gather(&mut self) {

@@ -159,6 +159,12 @@ pub trait Maps {
         Ok(false)
     }
 
+    /// Makes the ports at which anything is served what they were; whether they had
+    /// become others.
+    fn mend_served(&mut self) -> Result<bool, MapError> {
+        Ok(false)
+    }
+
     /// From now on, what is put may be kept back until [`Self::flush`], to be
     /// written together: backends first, then slots and names, then frontends.
     /// Nothing may be deleted meanwhile.
@@ -242,6 +248,10 @@ impl<M: Maps> Maps for Arc<Mutex<M>> {
 
     fn mend_settings(&mut self) -> Result<bool, MapError> {
         lock(self).mend_settings()
+    }
+
+    fn mend_served(&mut self) -> Result<bool, MapError> {
+        lock(self).mend_served()
     }
 
     fn gather(&mut self) {

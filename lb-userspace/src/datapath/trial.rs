@@ -39,13 +39,14 @@ use super::{
 };
 
 /// The maps that the programs only read.
-const PINNED: [&str; 11] = [
+const PINNED: [&str; 12] = [
     names::SERVICES4,
     names::SERVICES6,
     names::SLOTS4,
     names::SLOTS6,
     names::BACKENDS,
     names::META,
+    names::SERVED,
     names::RANGES4,
     names::RANGES6,
     names::CONFIG,

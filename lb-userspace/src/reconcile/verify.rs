@@ -31,6 +31,10 @@ impl<M: Maps> Reconciler<M> {
     /// If a map cannot be read or written; what was mended until then stays so.
     pub fn verify(&mut self) -> Result<Drift, MapError> {
         let mut drift = Drift::new();
+        if self.maps.mend_served()? {
+            self.writes += 1;
+            count(&mut drift, names::SERVED, 1);
+        }
         self.mend_backends(&mut drift)?;
         self.mend_slots(&mut drift)?;
         let strange_ranges = self.mend_ranges(&mut drift)?;

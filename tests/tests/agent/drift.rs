@@ -14,13 +14,14 @@ use lb_tests::{
 use crate::metrics::METRICS;
 
 /// Maps whose content the agent knows to the byte.
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 9] = [
     names::SERVICES4,
     names::SERVICES6,
     names::SLOTS4,
     names::SLOTS6,
     names::BACKENDS,
     names::META,
+    names::SERVED,
     names::CONFIG,
     names::DEVICES,
 ];

@@ -84,7 +84,7 @@ fn with_generic_xdp() {
     to_another_layout_and_back(Hooks::XDP_GENERIC);
 }
 
-/// A klb without that map has pinned the flows.
+/// A klb without these maps has pinned the flows.
 #[test]
 fn from_a_klb_that_did_not_note_what_has_flows() {
     let mut world = crate::stopped_world(Hooks::ALL);
@@ -92,7 +92,9 @@ fn from_a_klb_that_did_not_note_what_has_flows() {
     let streams = Streams::start(&world);
     streams.go_on();
     world.agent.terminate();
-    fs::remove_file(world.agent.pins().join(names::KNOWN)).expect("it is pinned");
+    for map in [names::KNOWN, names::SERVED] {
+        fs::remove_file(world.agent.pins().join(map)).expect("it is pinned");
+    }
     world.agent.start();
     streams.go_on();
     streams.assert_flawless();

@@ -165,6 +165,12 @@ fn strangers(world: &World, observer: &mut Observer) {
         observer.enters("no service: UDP", &packet);
         observer.leaves("no service: UDP", &packet);
     }
+    let at_served_port = SocketAddr::new(stranger.ip(), world.frontend.port());
+    let what = format!(
+        "no service: {}, first packet, a port that is served",
+        name(world)
+    );
+    observer.enters(&what, &world.first(at_served_port));
     let mut other_port = world.frontend;
     other_port.set_port(81);
     let what = format!("{}, another port of a ClusterIP", name(world));
@@ -442,6 +448,12 @@ fn sockets(world: &World, observer: &mut Observer) {
         SocketAddr::new(if world.client.is_ipv4() { v4 } else { v6 }, port)
     };
     observer.connects("no service", &socket(), world.stranger);
+    let at_served_port = SocketAddr::new(world.stranger.ip(), world.frontend.port());
+    observer.connects(
+        "no service, a port that is served",
+        &socket(),
+        at_served_port,
+    );
     observer.connects("a Service", &socket(), world.frontend);
     let loopback = local(Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), 9);
     observer.connects("no service, loopback", &socket(), loopback);
