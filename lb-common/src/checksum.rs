@@ -60,6 +60,12 @@ impl Delta {
         Self(self.0.wrapping_add(other.0))
     }
 
+    /// Whether it changes nothing.
+    #[inline(always)]
+    pub const fn is_nothing(self) -> bool {
+        matches!(self.to_wsum(), 0 | u32::MAX)
+    }
+
     /// Folded to 32 bits, as the kernel's helpers take it.
     #[inline(always)]
     pub const fn to_wsum(self) -> u32 {
@@ -176,6 +182,19 @@ mod tests {
             let there = Delta::new().address(&a, &b).apply(checksum);
             let back = Delta::new().address(&b, &a).apply(there);
             prop_assert_eq!(canonical(back), canonical(checksum));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_nothing_changes_nothing(checksum in any::<u16>(), from in any::<[u16; 2]>(), to in any::<[u16; 2]>()) {
+            let delta = |to: [u16; 2]| Delta::new().ports(from.map(Port::from), to.map(Port::from));
+            prop_assert!(delta(from).is_nothing());
+            let changed = delta(to);
+            if changed.is_nothing() {
+                prop_assert_eq!(canonical(changed.apply(checksum)), canonical(checksum));
+            }
+            prop_assert_eq!(changed.is_nothing(), from == to);
         }
     }
 

@@ -17,8 +17,8 @@ use crate::{
     clock, config,
     family::Family,
     flow::{self, Flow},
+    known,
     parse::Parsed,
-    rare,
 };
 
 /// The service id of a flow that is none of a Service's; their numbers begin at 1.
@@ -29,7 +29,7 @@ pub const NO_SERVICE: u32 = 0;
 /// came in elsewhere may be this packet, translated on its way.
 #[inline(always)]
 pub fn is_second<F: Family>(parsed: &Parsed<F::Addr>, edge: u32) -> bool {
-    if !may_be_direct::<F>(parsed) {
+    if !may_be_direct::<F>(parsed) || !known::is_server(&parsed.tuple) {
         return false;
     }
     let Some(flow) = flow::find_confirmed::<F>(&parsed.tuple.reversed()) else {
@@ -51,19 +51,6 @@ fn may_be_direct<F: Family>(parsed: &Parsed<F::Addr>) -> bool {
     let dst = &parsed.tuple.dst;
     parsed.is_connection()
         && !config::get().is_some_and(|config| dst.is_in(F::cluster_network(config)))
-}
-
-/// Whether there may be a flow of such a connection, from before.
-#[inline(always)]
-pub fn is_known<F: Family>(parsed: &Parsed<F::Addr>) -> bool {
-    let timeout = State::Established.timeout(config::timeouts());
-    may_be_direct::<F>(parsed) && rare::is_noted(rare::hash(&parsed.tuple), timeout)
-}
-
-/// Has [`is_known`] find it.
-#[inline(always)]
-pub fn note<A: Address>(tuple: &Tuple<A>) {
-    rare::note(rare::hash(tuple));
 }
 
 /// Whether the flow is of a direct connection that comes in at another hook. What

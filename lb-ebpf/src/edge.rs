@@ -187,41 +187,22 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
         return Some(Reason::FragmentReleased);
     }
     trace::note::<F>(&parsed.tuple);
-    // What is no business of klb's costs one lookup at most. So the flow of a SYN is
-    // only looked up if it is for a frontend, and that of all others only between
-    // ends that have flows.
-    let (mut service, mut is_direct) = (None, false);
-    let opens_connection = parsed.may_open() && parsed.is_connection();
-    if opens_connection {
-        service = service_of::<F>(&parsed);
-        if service.is_none() {
-            let is_server = known::is_server(&parsed.tuple);
-            is_direct = is_server && direct::is_second::<F>(&parsed, packet.edge());
-            if !(is_direct || is_server && direct::is_known::<F>(&parsed)) {
-                return Some(without_frontend::<P, F>(packet, &parsed));
-            }
-        }
-    }
-    let now = if service.is_some() || is_direct {
-        Some(clock::seconds())
-    } else {
-        known::now_if_flow(&parsed.tuple)
-    };
-    let mut is_port_taken = is_direct;
+    // What is no business of klb's costs one lookup at most: a flow is only looked
+    // for between ends that have flows.
+    let now = known::now_if_flow(&parsed.tuple);
+    let mut is_port_taken = false;
     if let Some(now) = now
         && let Some(reason) = as_of_flow::<P, F>(packet, &parsed, now, &mut is_port_taken)
     {
         return Some(reason);
     }
-    // Most datagrams are of a flow, and need no frontend.
-    if parsed.may_open() && !parsed.is_connection() {
-        service = service_of::<F>(&parsed);
-        if service.is_none() {
-            return Some(without_frontend::<P, F>(packet, &parsed));
-        }
-    }
-    if service.is_none() && !is_direct {
+    if !parsed.may_open() {
         return Some(Reason::NoFlow);
+    }
+    let service = service_of::<F>(&parsed);
+    let is_direct = service.is_none() && direct::is_second::<F>(&parsed, packet.edge());
+    if service.is_none() && !is_direct {
+        return Some(without_frontend::<P, F>(packet, &parsed));
     }
     if must_leave_to_tc::<P, F>(packet, &parsed) {
         return Some(Reason::UnfinishedChecksum);
@@ -229,11 +210,8 @@ fn go_on<P: Packet, F: Family>(packet: &P) -> Option<Reason> {
     let Some(work) = opening::<F>() else {
         return Some(Reason::FlowTableFull);
     };
-    if is_direct {
-        direct::note(&parsed.tuple);
-    }
     work.start(packet, &parsed, service, now.unwrap_or_else(clock::seconds));
-    work.is_port_taken = is_port_taken;
+    work.is_port_taken = is_port_taken || is_direct;
     None
 }
 
@@ -258,9 +236,9 @@ fn as_of_flow<P: Packet, F: Family>(
             flow::remove::<F>(&parsed.tuple);
             return None;
         }
-    } else if direction == MASQUERADE && !parsed.is_connection() {
-        // A client's datagram to the backend's own address: of this flow, and
-        // translated on its way, or of none. Where it goes out it is masqueraded.
+    } else if direction == MASQUERADE && parsed.may_open() {
+        // A client's first packet, or datagram, to the backend's own address: of this
+        // flow, and translated on its way, or of none.
         return None;
     }
     if must_leave_to_tc::<P, F>(packet, parsed) {

@@ -581,6 +581,10 @@ impl Packet for TcContext {
             result = self.l4_csum_replace(field.offset, 0, sum, pseudo);
         }
         result.map_err(|_error| Refused)?;
+        // Often a Service's port is its pods', too.
+        if ports.is_nothing() {
+            return Ok(());
+        }
         self.l4_csum_replace(field.offset, 0, u64::from(ports.to_wsum()), mangled)
             .map_err(|_error| Refused)
     }

@@ -2,7 +2,7 @@
 //! lately: noted by a hash of the packet that it concerns. Another packet may have
 //! the same hash, and then costs a lookup in vain.
 
-use lb_common::{Address, flow::Tuple, node::RARE_BITS};
+use lb_common::node::RARE_BITS;
 
 use crate::{clock, maps::RARE};
 
@@ -30,11 +30,4 @@ pub fn is_noted(hash: u32, within: u32) -> bool {
 fn entry(hash: u32) -> Option<*mut u32> {
     let mixed = hash.wrapping_mul(0x9e37_79b1);
     RARE.get_ptr_mut(mixed >> (u32::BITS - RARE_BITS))
-}
-
-/// A hash of a packet's tuple.
-#[inline(always)]
-pub fn hash<A: Address>(tuple: &Tuple<A>) -> u32 {
-    let ports = u32::from(tuple.src_port.get()) << 16 | u32::from(tuple.dst_port.get());
-    tuple.src.folded() ^ tuple.dst.folded().rotate_left(4) ^ ports
 }

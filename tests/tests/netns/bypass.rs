@@ -186,6 +186,45 @@ fn a_pods_end_of_a_device_is_handed_the_packet() {
     });
 }
 
+/// Its device has no hook behind the one where the answer comes in.
+#[test]
+fn an_answer_to_a_pod_is_translated_where_it_comes_in() {
+    in_a_router(|| {
+        let index = nix::net::if_::if_nametoindex("in0").expect("made above");
+        for neighbour in ["192.168.50.2", "fd00:50::2"] {
+            ip(&format!(
+                "neigh add {neighbour} lladdr 02:00:00:00:03:03 dev in0 nud permanent"
+            ));
+        }
+        for world in worlds() {
+            let mut datapath = serve(&world);
+            let device = Device {
+                flags: DEVICE_POD | DEVICE_PEER,
+                ..Device::default()
+            };
+            datapath.set_device(index, device);
+            let first = world.first(world.frontend);
+            datapath.run(Hook::TcIngress, &first.bytes());
+            let outcome = datapath.run(Hook::TcIngress, &world.answer().bytes());
+            let what = (outcome.reason, outcome.action);
+            assert_eq!(what, (Reason::TransitReply, TC_REDIRECT), "{world:?}");
+            let seen = read(&outcome.frame);
+            assert_eq!((seen.src, seen.dst), (world.frontend, world.client));
+            assert_eq!(outcome.frame[..6], [2, 0, 0, 0, 3, 3]);
+            assert_eq!(hops(&world, &outcome.frame), 63);
+            // A connection that the backend alone remembers: not for the client.
+            if world.protocol == TCP {
+                let mut other = world;
+                other.client.set_port(world.client.port() + 1);
+                datapath.run(Hook::TcIngress, &other.first(other.frontend).bytes());
+                let stale = Packet::tcp(other.backend, other.client, flags::ACK).numbers(7, 8);
+                let outcome = datapath.run(Hook::TcIngress, &stale.bytes());
+                assert_eq!(outcome.reason, Reason::PortTaken);
+            }
+        }
+    });
+}
+
 #[test]
 fn what_the_route_lookup_does_not_know_goes_up_the_stack() {
     in_a_router(|| {

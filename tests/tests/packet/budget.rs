@@ -24,10 +24,10 @@ const BUDGET: [(&str, u32, u32); 11] = [
     (names::CONNECT6, 20_000, 24_000),
     (names::SENDMSG4, 10_600, 12_000),
     (names::SENDMSG6, 22_600, 24_000),
-    (names::RECVMSG4, 760, 75),
-    (names::RECVMSG6, 1_600, 150),
-    (names::GETPEERNAME4, 760, 75),
-    (names::GETPEERNAME6, 1_600, 150),
+    (names::RECVMSG4, 760, 100),
+    (names::RECVMSG6, 1_600, 200),
+    (names::GETPEERNAME4, 760, 100),
+    (names::GETPEERNAME6, 1_600, 200),
 ];
 
 #[test]

@@ -125,7 +125,7 @@ fn a_direct_connection_outlives_the_one_that_it_was_beside() {
             there,
         );
         let syn = direct(&world, 1_000_000).bytes();
-        untouched(datapath, Hook::TcIngress, &syn, Reason::NoFlow);
+        untouched(datapath, Hook::TcIngress, &syn, Reason::NotService);
         let more = more(flags::ACK).bytes();
         untouched(datapath, Hook::TcIngress, &more, Reason::NoFlow);
     }

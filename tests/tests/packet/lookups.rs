@@ -11,7 +11,7 @@ use std::{
 use lb_common::{
     Credit, Hook,
     flow::{SCTP, UDP},
-    node::{CONFIG_BYPASS, Config, DEVICE_XDP, Device},
+    node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, DEVICE_XDP, Device},
     service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind},
 };
 use lb_tests::{
@@ -202,6 +202,9 @@ fn flow(world: &World, observer: &mut Observer) {
         ..
     } = *world;
     let protocol = name(world);
+    // The first flow of a frontend is not looked for.
+    let before = SocketAddr::new(client.ip(), client.port() + 200);
+    observer.enter(&Packet::first(world.protocol, before, frontend));
     observer.enters(&format!("{protocol}, new flow"), &world.first(frontend));
     observer.leaves(&format!("{protocol}, first answer"), &world.answer(backend));
     let (there, back) = match world.protocol {
@@ -307,6 +310,7 @@ fn policies(world: &World, observer: &mut Observer) {
         Packet::first(protocol, client, frontend)
     };
     observer.serve(&service, true);
+    observer.enter(&packet(9));
     observer
         .datapath
         .change_frontend(protocol, frontend, |entry| entry.affinity = 60);
@@ -378,8 +382,17 @@ fn bypassed(observer: &mut Observer, is_v4: bool) -> Table {
         "TCP, flow, bypass",
         &tcp(world.client, world.frontend, flags::ACK),
     );
-    // To one elsewhere and back by XDP, which can send by the device.
     let index = nix::net::if_::if_nametoindex("out0").expect("the router's");
+    let pod = Device {
+        flags: DEVICE_POD | DEVICE_PEER,
+        ..Device::default()
+    };
+    observer.datapath.set_device(index, pod);
+    let back = Packet::tcp(world.backend, world.client, flags::ACK).numbers(5001, 1001);
+    // The way is looked up once.
+    observer.enter(&back);
+    observer.enters("TCP, answer, bypass", &back);
+    // To one elsewhere and back by XDP, which can send by the device.
     let device = Device {
         flags: DEVICE_XDP,
         ..Device::default()

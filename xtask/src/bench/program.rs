@@ -73,10 +73,10 @@ fn packets(options: &Options) -> Vec<Figure> {
 fn connections(options: &Options, group: PathBuf) -> Vec<Figure> {
     let mut contest = connect::Contest::new(options.services, group);
     let mut figures = Vec::new();
-    for is_hit in [true, false] {
+    for whom in connect::Whom::ALL {
         for family in Family::ALL {
             progress(format_args!("connect(), {family}"));
-            figures.push(contest.figure(family, is_hit, options.rounds(ROUNDS)));
+            figures.push(contest.figure(family, whom, options.rounds(ROUNDS)));
         }
     }
     figures

@@ -29,8 +29,8 @@ pub(super) struct Case {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Traffic {
-    /// The first packet of a connection to nobody's address.
-    StrangerFirst,
+    /// The first packet of a connection to nobody's address, at this port.
+    StrangerFirst(u16),
     /// Another packet of it.
     StrangerLater,
     Established,
@@ -81,13 +81,14 @@ impl Case {
     /// The packet, before it becomes one of a client's.
     pub(super) fn packet(&self, hook: Hook, family: Family) -> Packet {
         let dst = match (self.traffic, hook) {
-            (Traffic::StrangerFirst | Traffic::StrangerLater, _) => flows::stranger(family),
+            (Traffic::StrangerFirst(port), _) => flows::stranger(family, port),
+            (Traffic::StrangerLater, _) => flows::stranger(family, flows::SERVED),
             // Masqueraded where it goes out, to the backend already.
             (_, Hook::TcEgress) => flows::backends(family)[0],
             _ => flows::frontend(family, self.service.port()),
         };
         let kind = match self.traffic {
-            Traffic::StrangerFirst | Traffic::New => flags::SYN,
+            Traffic::StrangerFirst(_) | Traffic::New => flags::SYN,
             Traffic::StrangerLater | Traffic::Established => flags::ACK,
         };
         Packet::tcp(flows::no_client(family), dst, kind).payload([7; 40])
@@ -141,7 +142,13 @@ const NEW: Case = Case {
 pub(super) const ALL: &[Case] = &[
     Case {
         title: "no service, first packet",
-        traffic: Traffic::StrangerFirst,
+        traffic: Traffic::StrangerFirst(flows::SERVED),
+        target: Some(1.3),
+        ..BASE
+    },
+    Case {
+        title: "no service, first packet, a port that nothing has",
+        traffic: Traffic::StrangerFirst(flows::NOT_SERVED),
         target: Some(1.3),
         ..BASE
     },

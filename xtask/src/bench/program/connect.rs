@@ -28,9 +28,6 @@ use crate::bench::{
 const SOCKETS: u32 = 100;
 const BATCHES: u32 = 31;
 
-/// Port of the Service that is asked.
-const PORT: u16 = 80;
-
 /// What a program that does nothing is known to add, as a ratio to the floor. It
 /// is far less if the host has other programs of this kind in any group: then
 /// calls without one pay for them too.
@@ -59,6 +56,18 @@ pub(super) struct Contest {
     group: PathBuf,
 }
 
+/// Whom a process names.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whom {
+    Service,
+    Stranger,
+    OtherPort,
+}
+
+impl Whom {
+    pub(super) const ALL: [Self; 3] = [Self::Service, Self::Stranger, Self::OtherPort];
+}
+
 impl Contest {
     /// Fills the maps with so many Services of either family besides the one that
     /// is asked.
@@ -77,7 +86,7 @@ impl Contest {
             ..Config::default()
         });
         for family in Family::ALL {
-            this.serve(flows::frontend(family, PORT), family);
+            this.serve(flows::frontend(family, flows::SERVED), family);
             for number in 0..services {
                 this.serve(flows::other_frontend(family, number), family);
             }
@@ -101,11 +110,15 @@ impl Contest {
     ///
     /// # Panics
     /// If a socket is not connected to what it should be.
-    pub(super) fn figure(&mut self, family: Family, is_hit: bool, rounds: usize) -> Figure {
-        let to = if is_hit {
-            flows::frontend(family, PORT)
-        } else {
-            flows::stranger(family)
+    pub(super) fn figure(&mut self, family: Family, whom: Whom, rounds: usize) -> Figure {
+        let is_hit = whom == Whom::Service;
+        let (what, to) = match whom {
+            Whom::Service => ("a Service", flows::frontend(family, flows::SERVED)),
+            Whom::Stranger => ("no service", flows::stranger(family, flows::SERVED)),
+            Whom::OtherPort => (
+                "no service, at a port that nothing has",
+                flows::stranger(family, flows::NOT_SERVED),
+            ),
         };
         let index = usize::from(family == Family::V6);
         let contestants = [
@@ -126,7 +139,6 @@ impl Contest {
                 added.push(self.time(*who, family, to) - without);
             }
         }
-        let what = if is_hit { "a Service" } else { "no service" };
         let title = format!("{family}: connect() to {what}, added");
         let mut figure = Figure::new("10", title, "ns").to(FLOOR);
         let (bound, band) = if is_hit {

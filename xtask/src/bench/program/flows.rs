@@ -25,13 +25,17 @@ pub(super) fn frontend(family: Family, port: u16) -> SocketAddr {
     )
 }
 
+/// A port that frontends have, and one that nothing has.
+pub(super) const SERVED: u16 = 80;
+pub(super) const NOT_SERVED: u16 = 9;
+
 /// Nobody's frontend.
-pub(super) fn stranger(family: Family) -> SocketAddr {
+pub(super) fn stranger(family: Family, port: u16) -> SocketAddr {
     address(
         family,
         Ipv4Addr::new(10, 3, 0, 1),
         Ipv6Addr::new(0xfd00, 3, 0, 0, 0, 0, 0, 1),
-        80,
+        port,
     )
 }
 
