@@ -217,7 +217,8 @@ fn an_answer_to_a_pod_is_translated_where_it_comes_in() {
                 let mut other = world;
                 other.client.set_port(world.client.port() + 1);
                 datapath.run(Hook::TcIngress, &other.first(other.frontend).bytes());
-                let stale = Packet::tcp(other.backend, other.client, flags::ACK).numbers(7, 8);
+                let stale = Packet::tcp(other.backend, other.client, flags::ACK);
+                let stale = stale.numbers(7, 8).payload([]);
                 let outcome = datapath.run(Hook::TcIngress, &stale.bytes());
                 assert_eq!(outcome.reason, Reason::PortTaken);
             }
