@@ -291,7 +291,7 @@ fn start_datapath(args: &AgentArgs, pins: &Pins) -> anyhow::Result<(Hooks, Kerne
     let mut maps = KernelMaps::open(pins).context(
         "the maps that are pinned are not this klb's; `klb cleanup` makes way for new ones",
     )?;
-    maps.learn_served()?;
+    maps.learn_served(pins)?;
     let config = settings::config(args, maps.config()?)?;
     maps.set_config(&config)?;
     let mut programs = vec![names::TC_INGRESS, names::TC_EGRESS];

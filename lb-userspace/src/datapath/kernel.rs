@@ -18,7 +18,7 @@ use aya::{
 };
 use ipnet::IpNet;
 use lb_common::{
-    Addr4, Addr6, Address, Hook, Port, Reason, Served,
+    Addr4, Addr6, Address, Hook, Port, Reason,
     flow::{FORWARD, FlowEntry, State, Timeouts, Tuple, UDP, is_from_client},
     names,
     node::{Config, Device, FragmentKey, FragmentPorts, Netns, Network},
@@ -35,6 +35,7 @@ use super::{
     gather::{self, Batch},
     load::{LoadError, open_map},
     pins::Pins,
+    served::ServedPorts,
     sys,
 };
 use crate::termination::Orphan;
@@ -198,7 +199,7 @@ fn unless_gone(result: Result<(), MapError>) -> Result<(), MapError> {
 }
 
 /// An array, with its name for errors.
-struct Table<V: Pod> {
+pub(super) struct Table<V: Pod> {
     name: &'static str,
     fd: OwnedFd,
     entries: Array<MapData, V>,
@@ -206,7 +207,7 @@ struct Table<V: Pod> {
 }
 
 impl<V: Pod> Table<V> {
-    fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
+    pub(super) fn open(pins: &Pins, name: &'static str) -> Result<Self, LoadError> {
         let (data, fd, _) = open(pins, name)?;
         Ok(Self {
             name,
@@ -216,7 +217,7 @@ impl<V: Pod> Table<V> {
         })
     }
 
-    fn get(&self, index: u32) -> Result<V, MapError> {
+    pub(super) fn get(&self, index: u32) -> Result<V, MapError> {
         let result = self.entries.get(&index, 0);
         result.map_err(|error| map_error("read", self.name, error))
     }
@@ -229,7 +230,7 @@ impl<V: Pod> Table<V> {
         })
     }
 
-    fn put(&mut self, index: u32, value: V) -> Result<(), MapError> {
+    pub(super) fn put(&mut self, index: u32, value: V) -> Result<(), MapError> {
         let result = self.entries.set(index, value, 0);
         result.map_err(|error| map_error("write", self.name, error))
     }
@@ -715,61 +716,15 @@ fn is_refusal(reason: Reason) -> bool {
     ends && reason != Reason::Echo
 }
 
-/// The ports at which anything is served (`klb_served`).
-struct ServedPorts {
-    table: Table<Served>,
-    /// As they were written last, or found; and what is to be written.
-    wanted: Option<Box<Served>>,
-    is_written: bool,
-}
-
-impl ServedPorts {
-    const fn new(table: Table<Served>) -> Self {
-        Self {
-            table,
-            wanted: None,
-            is_written: true,
-        }
-    }
-
-    /// Adds a port, which [`Self::write`] is to write.
-    fn add(&mut self, port: Port) -> Result<(), MapError> {
-        let wanted = match &mut self.wanted {
-            Some(wanted) => wanted,
-            None => self.wanted.insert(Box::new(self.table.get(0)?)),
-        };
-        if wanted.add(port) {
-            self.is_written = false;
-        }
-        Ok(())
-    }
-
-    fn write(&mut self) -> Result<(), MapError> {
-        if let (Some(wanted), false) = (&self.wanted, self.is_written) {
-            self.table.put(0, **wanted)?;
-            self.is_written = true;
-        }
-        Ok(())
-    }
-
-    /// Makes them what they were; whether somebody else had changed them.
-    fn mend(&mut self) -> Result<bool, MapError> {
-        let Some(wanted) = &self.wanted else {
-            return Ok(false);
-        };
-        self.is_written = self.table.get(0)? == **wanted;
-        let is_strange = !self.is_written;
-        self.write().map(|()| is_strange)
-    }
-}
-
 /// Every map of one pin folder.
 pub struct KernelMaps {
     v4: FamilyMaps<Addr4>,
     v6: FamilyMaps<Addr6>,
     backends: Table<u32>,
     metas: Hash<u32, ServiceMeta>,
-    served: ServedPorts,
+    /// For who writes frontends and slots: an older klb, whose maps may be read, has
+    /// none.
+    served: Option<ServedPorts>,
     config: Table<Config>,
     /// As they were set last.
     settings: Option<Config>,
@@ -795,7 +750,7 @@ impl KernelMaps {
             v6: FamilyMaps::open(pins, &NAMES6)?,
             backends: Table::open(pins, names::BACKENDS)?,
             metas: Hash::open(pins, names::META)?,
-            served: ServedPorts::new(Table::open(pins, names::SERVED)?),
+            served: None,
             config: Table::open(pins, names::CONFIG)?,
             settings: None,
             gathering: None,
@@ -824,22 +779,36 @@ impl KernelMaps {
     /// served before the entry is written.
     fn serves(&mut self, port: u16) -> Result<bool, MapError> {
         let gather = self.gathers();
-        self.served.add(port.into())?;
+        let served = self.served()?;
+        served.add(port.into());
         if !gather {
-            self.served.write()?;
+            served.write()?;
         }
         Ok(gather)
     }
 
-    /// Adds the ports of all frontends and backends that are there, and those of flows
-    /// and sockets, which may have outlived theirs: an older klb wrote no ports.
+    /// The served ports, which [`Self::learn_served`] has opened.
+    fn served(&mut self) -> Result<&mut ServedPorts, MapError> {
+        self.served.as_mut().ok_or_else(|| MapError {
+            operation: "write",
+            map: names::SERVED,
+            source: io::Error::other("the maps are open for reading only"),
+        })
+    }
+
+    /// Opens the served ports, which whoever writes frontends and slots has to. Adds
+    /// those of all frontends and backends that are there, and of flows and sockets,
+    /// which may have outlived theirs: an older klb wrote no ports.
     ///
     /// Programs that run meanwhile open flows to backends only that are there.
-    pub fn learn_served(&mut self) -> Result<(), MapError> {
+    pub fn learn_served(&mut self, pins: &Pins) -> Result<(), LoadError> {
+        let mut served = ServedPorts::open(pins)?;
         for port in self.v4.ports()?.into_iter().chain(self.v6.ports()?) {
-            self.served.add(port)?;
+            served.add(port);
         }
-        self.served.write()
+        served.write()?;
+        self.served = Some(served);
+        Ok(())
     }
 
     /// Nothing that is gathered is written any more.
@@ -871,7 +840,7 @@ impl KernelMaps {
     }
 
     fn put_gathered(&mut self) -> Result<(), MapError> {
-        self.served.write()?;
+        self.served()?.write()?;
         self.backends.put_gathered()?;
         self.v4.slots.put_gathered()?;
         self.v6.slots.put_gathered()?;
@@ -1226,7 +1195,7 @@ impl Maps for KernelMaps {
     }
 
     fn mend_served(&mut self) -> Result<bool, MapError> {
-        self.served.mend()
+        self.served()?.mend()
     }
 
     fn gather(&mut self) {

@@ -16,6 +16,7 @@ pub mod layouts;
 pub mod load;
 pub mod memory;
 pub mod pins;
+mod served;
 mod sys;
 pub mod trace;
 pub mod traffic;
@@ -166,7 +167,8 @@ pub trait Maps {
     }
 
     /// From now on, what is put may be kept back until [`Self::flush`], to be
-    /// written together: backends first, then slots and names, then frontends.
+    /// written together: ports that are served and backends first, then slots and
+    /// names, then frontends.
     /// Nothing may be deleted meanwhile.
     fn gather(&mut self) {}
     /// Writes what was kept back, and keeps back nothing more. After an error

@@ -100,6 +100,24 @@ fn from_a_klb_that_did_not_note_what_has_flows() {
     streams.assert_flawless();
 }
 
+/// Who looks with a newer klb at what an older one has pinned.
+#[test]
+fn commands_read_the_maps_of_a_klb_that_had_fewer() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.start();
+    for map in [names::KNOWN, names::SERVED] {
+        fs::remove_file(world.agent.pins().join(map)).expect("it is pinned");
+    }
+    for command in [
+        ["status"].as_slice(),
+        &["get", "services"],
+        &["get", "flows"],
+    ] {
+        let said = world.agent.klb(command);
+        assert!(said.status.success(), "{command:?}: {said:?}");
+    }
+}
+
 #[test]
 fn cleanup_removes_every_layout() {
     let mut world = crate::stopped_world(Hooks::ALL);
