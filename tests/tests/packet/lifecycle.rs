@@ -13,7 +13,7 @@ use lb_tests::{
     program::Datapath,
 };
 
-use crate::world::{World, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
+use crate::world::{World, answered, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
 
 /// A TCP connection in steps. The client's sequence numbers begin at 1000, the
 /// backend's at 5000.
@@ -363,13 +363,7 @@ fn traffic_in_one_direction_keeps_both_alive() {
                 (world.client, world.backend),
             );
         }
-        translated(
-            &mut datapath,
-            Hook::TcEgress,
-            &world.answer(world.backend),
-            Reason::Reply,
-            (world.frontend, world.client),
-        );
+        answered(&mut datapath, &world);
     }
 }
 
@@ -390,22 +384,10 @@ fn an_entry_that_the_table_dropped_comes_back() {
             Reason::Forward,
             (world.client, world.backend),
         );
-        translated(
-            &mut datapath,
-            Hook::TcEgress,
-            &world.answer(world.backend),
-            Reason::Reply,
-            (world.frontend, world.client),
-        );
+        answered(&mut datapath, &world);
         datapath.evict(FORWARD);
         datapath.age_flows(1);
-        translated(
-            &mut datapath,
-            Hook::TcEgress,
-            &world.answer(world.backend),
-            Reason::Reply,
-            (world.frontend, world.client),
-        );
+        answered(&mut datapath, &world);
         assert_eq!(datapath.flow_count(), 2);
     }
 }
@@ -514,13 +496,7 @@ fn a_direct_datagram_from_a_used_port_ends_the_flow() {
             assert_eq!(datapath.flow_count(), 0);
             // And back to the Service.
             datapath.run(entry, &world.first(world.frontend).bytes());
-            translated(
-                &mut datapath,
-                Hook::TcEgress,
-                &world.answer(world.backend),
-                Reason::Reply,
-                (world.frontend, world.client),
-            );
+            answered(&mut datapath, &world);
         }
     }
 }
@@ -537,13 +513,7 @@ fn a_datagram_for_a_frontend_that_has_gone_is_left_alone() {
             datapath.stop_serving(world.protocol, world.frontend);
             datapath.age_flows(1);
             if answers_first {
-                translated(
-                    &mut datapath,
-                    Hook::TcEgress,
-                    &world.answer(world.backend),
-                    Reason::Reply,
-                    (world.frontend, world.client),
-                );
+                answered(&mut datapath, &world);
             }
             untouched(
                 &mut datapath,

@@ -218,6 +218,11 @@ fn flow(world: &World, observer: &mut Observer) {
             Packet::tcp(backend, client, flags::ACK).numbers(5001, 1001),
         ),
     };
+    if world.is_tcp() {
+        // The client's acknowledgment has told all that there is to tell.
+        observer.enter(&there);
+        observer.leaves("TCP, first data of the backend", &back);
+    }
     // What they tell is news once, and once in a second.
     for _ in 0..2 {
         observer.enter(&there);

@@ -15,7 +15,7 @@ use lb_tests::{
 };
 
 use crate::world::{
-    HERE, World, dropped, local, sctp_worlds, tcp_worlds, translated, untouched, worlds,
+    HERE, World, answered, dropped, local, sctp_worlds, tcp_worlds, translated, untouched, worlds,
 };
 
 const fn remote(addr: SocketAddr) -> Backend {
@@ -66,13 +66,7 @@ fn there_and_back_through_both_translations() {
                 (world.backend, world.client),
             );
         }
-        translated(
-            &mut datapath,
-            Hook::TcEgress,
-            &world.answer(world.backend),
-            Reason::Reply,
-            (world.frontend, world.client),
-        );
+        answered(&mut datapath, &world);
         // The hooks that the packets pass in between leave them alone.
         let between = world.answer(world.backend).bytes();
         let passing = datapath.run(Hook::TcIngress, &between);

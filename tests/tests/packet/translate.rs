@@ -8,7 +8,7 @@ use lb_tests::{
     program::{Backend, Datapath},
 };
 
-use crate::world::{World, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
+use crate::world::{World, answered, local, tcp_worlds, translated, udp_worlds, untouched, worlds};
 
 /// The hooks at which a client's packet comes in.
 const ENTRIES: [Hook; 2] = [Hook::TcIngress, Hook::Xdp];
@@ -243,13 +243,7 @@ fn a_reply_on_its_way_through_the_node_is_left_alone() {
         for entry in ENTRIES {
             untouched(&mut datapath, entry, &answer, Reason::TransitReply);
         }
-        translated(
-            &mut datapath,
-            Hook::TcEgress,
-            &world.answer(world.backend),
-            Reason::Reply,
-            (world.frontend, world.client),
-        );
+        answered(&mut datapath, &world);
     }
 }
 

@@ -130,6 +130,17 @@ pub(crate) fn translated(
     assert_eq!(seen.payload, sent.payload, "the payload is not ours");
 }
 
+/// The backend's answer goes out, and must come from the frontend.
+pub(crate) fn answered(datapath: &mut Datapath, world: &World) {
+    translated(
+        datapath,
+        Hook::TcEgress,
+        &world.answer(world.backend),
+        Reason::Reply,
+        (world.frontend, world.client),
+    );
+}
+
 /// Runs a frame, which must come out byte for byte as it went in.
 pub(crate) fn untouched(datapath: &mut Datapath, hook: Hook, frame: &[u8], reason: Reason) {
     assert_eq!(
