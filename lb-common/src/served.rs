@@ -32,8 +32,12 @@ impl Served {
         ((port >> 3) as usize, 1 << (port & 7))
     }
 
-    /// Adds a port; whether it was not there.
+    /// Adds a port; whether it was not there. 0, which the entry of an address has,
+    /// is none.
     pub fn add(&mut self, port: Port) -> bool {
+        if port.get() == 0 {
+            return false;
+        }
         let (at, bit) = Self::place(port);
         let Some(byte) = self.bytes.get_mut(at) else {
             return false;
@@ -51,10 +55,13 @@ mod tests {
     #[test]
     fn every_port_has_a_bit_of_its_own() {
         let mut served = Served::NONE;
-        for port in 0..=u16::MAX {
+        for port in 1..=u16::MAX {
             assert!(served.add(port.into()), "{port}");
         }
-        assert_eq!(served.bytes, [0xff; Served::BYTES]);
-        assert!(!served.add(80.into()));
+        for port in [80, 0] {
+            assert!(!served.add(port.into()), "{port}");
+        }
+        assert!(served.bytes.starts_with(&[0xfe, 0xff]));
+        assert!(served.bytes[1..].iter().all(|byte| *byte == 0xff));
     }
 }
