@@ -224,7 +224,7 @@ fn as_of_flow<P: Packet, F: Family>(
     now: u32,
     is_port_taken: &mut bool,
 ) -> Option<Reason> {
-    let flow = flow::find::<F>(parsed)?;
+    let flow = flow::find::<F>(parsed, now)?;
     let direction = flow.entry().direction;
     let is_here = is_for_ingress(direction);
     if is_here {
@@ -233,7 +233,7 @@ fn as_of_flow<P: Packet, F: Family>(
         }
         if flow.is_over(parsed, now) {
             *is_port_taken |= flow.is_port_taken();
-            flow::remove::<F>(&parsed.tuple);
+            flow::remove::<F>(&parsed.tuple, &flow);
             return None;
         }
     } else if direction == MASQUERADE && parsed.may_open() {
@@ -358,14 +358,14 @@ fn go_out<P: Packet, F: Family, const KNOWN: bool>(packet: &P) -> Reason {
     } else {
         return Reason::NotService;
     };
-    let Some(flow) = flow::find::<F>(&parsed) else {
+    let Some(flow) = flow::find::<F>(&parsed, now) else {
         return Reason::NotService;
     };
     if is_for_ingress(flow.entry().direction) {
         return Reason::NotService;
     }
     if flow.is_over(&parsed, now) {
-        flow::remove::<F>(&parsed.tuple);
+        flow::remove::<F>(&parsed.tuple, &flow);
         return Reason::StaleFlow;
     }
     if flow.meets_another(&parsed) {

@@ -15,6 +15,8 @@
 //! lookup and store; that flow then sees a bit or a time that the next packets
 //! of either flow put right or outlive.
 
+use core::ptr::{self, NonNull};
+
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
     Port, Reason,
@@ -57,7 +59,7 @@ pub fn find_young<F: Family>(tuple: &Tuple<F::Addr>) -> Option<Flow<F>> {
 
 /// The entry for packets with this tuple.
 #[inline(always)]
-pub fn find<F: Family>(parsed: &Parsed<F::Addr>) -> Option<Flow<F>> {
+pub fn find<F: Family>(parsed: &Parsed<F::Addr>, now: u32) -> Option<Flow<F>> {
     if parsed.is_connection() {
         let flow = find_confirmed(&parsed.tuple);
         // What is large enough for fragments comes after the handshake.
@@ -65,7 +67,27 @@ pub fn find<F: Family>(parsed: &Parsed<F::Addr>) -> Option<Flow<F>> {
             return flow;
         }
     }
-    find_young(&parsed.tuple)
+    let entry = entry_among_young::<F>(&parsed.tuple, parsed.is_syn(), now);
+    Some(Flow {
+        entry: NonNull::new(entry)?.as_ptr(),
+        young: true,
+    })
+}
+
+/// The entry of [`find_young`], or null; for a SYN only if any connection may be
+/// among the young.
+///
+/// Not inlined: the verifier has less to walk.
+#[inline(never)]
+fn entry_among_young<F: Family>(
+    tuple: &Tuple<F::Addr>,
+    is_syn: bool,
+    now: u32,
+) -> *mut FlowEntry<F::Addr> {
+    if is_syn && !known::are_any_young(now) {
+        return ptr::null_mut();
+    }
+    F::young().get_ptr_mut(tuple).unwrap_or(ptr::null_mut())
 }
 
 /// As [`find`], for a tuple that is not the packet's own.
@@ -241,6 +263,9 @@ fn note_ends<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>, now: u32) {
     if entry.last_seen == now {
         return;
     }
+    if flow.young && tuple.protocol != UDP {
+        known::note_young(now);
+    }
     known::note(tuple, entry.direction, now);
     let peer_key = entry.peer_key(tuple.protocol);
     known::note(&peer_key, entry.direction ^ 1, now);
@@ -342,17 +367,15 @@ fn leave_young<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     unsafe { (*flow.entry).flags &= !FLOW_ALSO_YOUNG };
 }
 
-/// Removes all entries of the flow that has `tuple` in one direction.
+/// Removes all entries of the flow that has `tuple` in one direction, where this was
+/// found.
 #[inline(never)]
-pub fn remove<F: Family>(tuple: &Tuple<F::Addr>) {
-    let Some(flow) = find_by::<F>(tuple, true) else {
-        return;
-    };
+pub fn remove<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let entry = flow.entry();
     if entry.flags & FLOW_MASQUERADED != 0 {
         remove_masquerade::<F>(&entry, tuple);
     }
-    remove_pair::<F>(tuple);
+    remove_both(tuple, flow);
 }
 
 /// Removes the second flow of one that is masqueraded, given either entry of the
@@ -368,11 +391,16 @@ fn remove_masquerade<F: Family>(entry: &FlowEntry<F::Addr>, tuple: &Tuple<F::Add
 }
 
 /// Removes both entries of a flow, from whichever table.
-#[inline(never)]
+#[inline(always)]
 pub fn remove_pair<F: Family>(tuple: &Tuple<F::Addr>) {
-    let Some(flow) = find_by::<F>(tuple, true) else {
-        return;
-    };
+    if let Some(flow) = find_by::<F>(tuple, true) {
+        remove_both(tuple, &flow);
+    }
+}
+
+/// As [`remove_pair`], given one of the two.
+#[inline(never)]
+fn remove_both<F: Family>(tuple: &Tuple<F::Addr>, flow: &Flow<F>) {
     let peer_key = flow.entry().peer_key(tuple.protocol);
     let peer = find_by::<F>(&peer_key, true);
     // Whoever is faster in removing either does what we want.
@@ -381,7 +409,7 @@ pub fn remove_pair<F: Family>(tuple: &Tuple<F::Addr>) {
     {
         remove_found(&peer_key, &peer);
     }
-    remove_found(tuple, &flow);
+    remove_found(tuple, flow);
 }
 
 /// Removes an entry from where it was found. To look into the other table takes
@@ -449,7 +477,7 @@ pub fn meet_stranger<F: Family>(tuple: &Tuple<F::Addr>, edge: u32) -> Reason {
     }
     match find_young::<F>(&answer) {
         Some(flow) if flow.entry().direction == REPLY && flow.entry().edge == edge => {
-            remove::<F>(&answer);
+            remove::<F>(&answer, &flow);
             Reason::StaleFlow
         }
         _ => Reason::NotService,

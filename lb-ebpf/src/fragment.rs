@@ -19,6 +19,7 @@ use lb_common::{
 };
 
 use crate::{
+    clock,
     edge::Side,
     family::Family,
     maps::EARLY,
@@ -68,7 +69,7 @@ pub fn meet_first<P: Packet, F: Family>(packet: &P, tuple: &Tuple<F::Addr>, id: 
     // Without an entry the fragments that follow pass untouched, and are
     // counted as lost.
     let _ = F::fragments().insert(&key, &ports, u64::from(BPF_ANY));
-    if rare::is_noted(hash(&key), PATIENCE) {
+    if rare::is_noted(hash(&key), clock::seconds(), PATIENCE) {
         send_carriers::<P, F>(packet, key, side);
     }
 }
@@ -126,7 +127,7 @@ fn store<P: Packet, F: Family>(
             .insert(&key, &*early, u64::from(BPF_NOEXIST))
             .is_ok()
         {
-            rare::note(hash(&key.packet));
+            rare::note(hash(&key.packet), clock::seconds());
             return Ok(key);
         }
     }

@@ -3,11 +3,11 @@
 
 use lb_common::{
     Address, Port,
-    flow::{Tuple, is_from_client},
+    flow::{State, Tuple, is_from_client},
     known::{Known, place},
 };
 
-use crate::{clock, config, maps::KNOWN, served::is_served};
+use crate::{clock, config, maps::KNOWN, rare, served::is_served};
 
 /// Notes that there is a flow with this key, whose entry has this direction. To be
 /// called before the entry is written, and whenever its time is: seldom, so it is
@@ -56,6 +56,29 @@ pub fn is_server<A: Address>(key: &Tuple<A>) -> bool {
 pub fn may_be_answer<A: Address>(key: &Tuple<A>) -> bool {
     let from = last(&key.src, key.src_port).from;
     from != 0 && is_recent(from, clock::seconds())
+}
+
+/// For [`rare`]: that a connection was written among the young, or went on there.
+const YOUNG: u32 = 0;
+
+/// Notes that a connection is among the young. To be called before it is written
+/// there, and whenever its time is.
+#[inline(always)]
+pub fn note_young(now: u32) {
+    rare::note(YOUNG, now);
+}
+
+/// Whether any connection may be among the young. As long as clients answer there are
+/// none for most of the time, so that a new one, which is in neither table, is spared
+/// the look into this one, and its answers' key another.
+///
+/// One that is silent for longer than an opening connection may be is over, so it is
+/// not looked for any more.
+#[inline(always)]
+pub fn are_any_young(now: u32) -> bool {
+    let opening = State::Opening.timeout(config::timeouts());
+    // The time of an entry is up to a second behind.
+    rare::is_noted(YOUNG, now, opening.wrapping_add(1))
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@ use core::ptr;
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_fib_lookup as FibLookup};
 use lb_common::{
     Address, Port, Reason,
-    flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple, UDP},
+    flow::{FLOW_MASQUERADED, FLOW_SYN_DATA, FORWARD, FlowEntry, Tuple},
     node::{CONFIG_BYPASS, DEVICE_POD, Device},
     service::{
         AffinityKey, FRONTEND_LOCAL_POLICY, FRONTEND_MAGLEV, FRONTEND_SOURCE_RANGES, FrontendKind,
@@ -48,6 +48,8 @@ pub struct Opening<A> {
     /// Whether the flow begins among the young; else it may stand among the
     /// confirmed from the beginning ([`lb_common::credit`]).
     pub young: bool,
+    /// Whether the other table may have flows with the reply's tuple.
+    pub looks_into_other: bool,
     /// The backend.
     pub slot: Slot<A>,
     /// Seconds of the monotonic clock.
@@ -153,7 +155,7 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
     } else {
         select::kept::<F>(&affinity, window, timeout, work.now)
     };
-    work.young = !(work.parsed.is_connection() && credit::take(work.now));
+    choose_table(work);
     let hash = select::hash(&work.parsed.tuple);
     let is_direct = work.service.service == direct::NO_SERVICE;
     for attempt in 0..ATTEMPTS {
@@ -187,6 +189,23 @@ fn open_within<P: Packet, F: Family>(window: Window, work: &mut Opening<F::Addr>
         return reason;
     }
     Reason::TupleConflict
+}
+
+/// Chooses the table where the flow begins.
+///
+/// Not inlined: the verifier has less to walk.
+#[inline(never)]
+fn choose_table<A: Address>(work: &mut Opening<A>) {
+    if !work.parsed.is_connection() {
+        work.young = true;
+        work.looks_into_other = false;
+        return;
+    }
+    work.young = !credit::take(work.now);
+    if work.young {
+        known::note_young(work.now);
+    }
+    work.looks_into_other = work.young || known::are_any_young(work.now);
 }
 
 /// A port for a client whose own is taken: none of the well-known ones.
@@ -284,7 +303,7 @@ pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
     work.peer_key = work.entry.peer_key(work.key.protocol);
     work.peer = work.entry.mirrored(&work.key);
     known::note(&work.peer_key, work.peer.direction, work.now);
-    let inserted = if is_in_other_table::<F>(work.young, &work.peer_key) {
+    let inserted = if is_in_other_table::<F>(work) {
         Err(-EEXIST)
     } else {
         flow::insert::<F>(work.young, &work.peer_key, &work.peer, BPF_NOEXIST)
@@ -296,15 +315,19 @@ pub fn link_peer<F: Family>(work: &mut Opening<F::Addr>) -> Reason {
     }
 }
 
-/// Whether a flow with this tuple is, or was, in the other table than the young
-/// one, or than that of the confirmed.
+/// Whether a flow with the reply's tuple is, or was, in the other table than this one.
 #[inline(always)]
-fn is_in_other_table<F: Family>(young: bool, tuple: &Tuple<F::Addr>) -> bool {
-    if young {
-        tuple.protocol != UDP && flow::find_confirmed::<F>(tuple).is_some()
-    } else {
-        flow::find_young::<F>(tuple).is_some()
+fn is_in_other_table<F: Family>(work: &Opening<F::Addr>) -> bool {
+    if !work.looks_into_other {
+        return false;
     }
+    let tuple = &work.peer_key;
+    let entry = if work.young {
+        F::flows().get_ptr_mut(tuple)
+    } else {
+        F::young().get_ptr_mut(tuple)
+    };
+    entry.is_some()
 }
 
 /// Writes the entry of the other direction where one is or was.

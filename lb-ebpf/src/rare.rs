@@ -4,26 +4,27 @@
 
 use lb_common::node::RARE_BITS;
 
-use crate::{clock, maps::RARE};
+use crate::maps::RARE;
 
-/// Notes that it has happened just now.
+/// Notes that it has happened, at a second of the monotonic clock.
 #[inline(always)]
-pub fn note(hash: u32) {
+pub fn note(hash: u32, now: u32) {
     if let Some(last) = entry(hash) {
         // SAFETY: one store of a number, of which every later one will do.
-        unsafe { *last = clock::seconds() };
+        unsafe { *last = now };
     }
 }
 
-/// Whether it has happened within so many seconds.
+/// Whether it has happened within so many seconds before.
 #[inline(always)]
-pub fn is_noted(hash: u32, within: u32) -> bool {
+pub fn is_noted(hash: u32, now: u32, within: u32) -> bool {
     let Some(last) = entry(hash) else {
         return false;
     };
     // SAFETY: one load of a number.
     let last = unsafe { *last };
-    last != 0 && clock::seconds().wrapping_sub(last) <= within
+    // Signed: another CPU's time may be later than this one's.
+    last != 0 && now.wrapping_sub(last).cast_signed() <= within.cast_signed()
 }
 
 #[inline(always)]

@@ -311,9 +311,7 @@ impl Datapath {
             set(self.map(names::BACKENDS), id, 0_u32);
             set_per_cpu(self.map(names::TRAFFIC), id, Traffic::default());
         }
-        for index in 0..1 << RARE_BITS {
-            set(self.map(names::RARE), index, 0_u32);
-        }
+        self.forget_what_was_rare();
         set_per_cpu(self.map(names::ANSWERS), 0, [0_u32; 2]);
         self.set_credit(Credit::MOST);
         self.listen_until(&Trace::default(), 0);
@@ -750,11 +748,28 @@ impl Datapath {
         dump::<Addr4>(table(names::YOUNG4)).len() + dump::<Addr6>(table(names::YOUNG6)).len()
     }
 
-    /// Makes every flow entry look as if it had been silent for so long.
+    /// Takes back that anything rare has happened.
+    pub fn forget_what_was_rare(&mut self) {
+        for index in 0..1 << RARE_BITS {
+            set(self.map(names::RARE), index, 0_u32);
+        }
+    }
+
+    /// Makes every flow entry look as if it had been silent for so long, and all that
+    /// is rare as if it had not happened since.
     pub fn age_flows(&mut self, seconds: u32) {
         for (v4, v6) in FLOW_TABLES {
             age::<Addr4>(self.map(v4), seconds);
             age::<Addr6>(self.map(v6), seconds);
+        }
+        let mut rare: Array<_, u32> = self.map(names::RARE).try_into().expect("an array");
+        for index in 0..rare.len() {
+            let last = rare.get(&index, 0).expect("an index within the map");
+            if last != 0 {
+                let earlier = last.wrapping_sub(seconds);
+                rare.set(index, earlier, 0)
+                    .expect("an index within the map");
+            }
         }
     }
 

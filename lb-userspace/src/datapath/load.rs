@@ -171,10 +171,14 @@ pub fn load_maps(pins: &Pins, sizes: &MapSizes, features: Features) -> Result<Eb
         }
     }
     let is_pinned = |name| pins.map(name).exists();
-    let knows_less = is_pinned(names::FLOWS4) && !is_pinned(names::KNOWN);
+    let has_flows = is_pinned(names::FLOWS4);
+    let knows_less = has_flows && !is_pinned(names::KNOWN);
     let ebpf = loader.load(OBJECT).map_err(LoadError::Object)?;
     if knows_less {
         known::believe_all(&ebpf)?;
+    }
+    if has_flows {
+        known::believe_in_young(&ebpf)?;
     }
     for name in names::MAPS {
         warn_of_other_size(pins, sizes, name)?;

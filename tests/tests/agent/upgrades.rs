@@ -4,7 +4,8 @@
 
 use std::{fs, time::Duration};
 
-use lb_common::names;
+use aya::maps::{Array, Map, MapData};
+use lb_common::{names, node::RARE_BITS};
 use lb_tests::{
     agent::Hooks,
     topology::Family,
@@ -98,6 +99,25 @@ fn from_a_klb_that_did_not_note_what_has_flows() {
     world.agent.start();
     streams.go_on();
     streams.assert_flawless();
+}
+
+/// A klb that went by the table alone has not noted what it put there.
+#[test]
+fn connections_are_looked_for_among_the_young_after_a_start() {
+    let mut world = crate::stopped_world(Hooks::ALL);
+    world.agent.start();
+    world.agent.terminate();
+    let pin = world.agent.pins().join(names::RARE);
+    let noted = || {
+        let data = MapData::from_pin(&pin).expect("it is pinned");
+        let rare: Array<_, u32> = Map::from_map_data(data)
+            .and_then(TryInto::try_into)
+            .expect("an array of numbers");
+        rare.iter().filter(|last| matches!(last, Ok(1..))).count()
+    };
+    assert_eq!(noted(), 0, "there were no flows");
+    world.agent.start();
+    assert_eq!(noted(), 1 << RARE_BITS);
 }
 
 /// Who looks with a newer klb at what an older one has pinned.

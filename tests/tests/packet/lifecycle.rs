@@ -203,6 +203,23 @@ fn a_connection_without_credit_earns_some_for_the_next() {
     }
 }
 
+/// Its SYN comes again and again, later each time than the one before.
+#[test]
+fn a_connection_that_is_not_answered_is_found_among_the_young() {
+    for world in tcp_worlds() {
+        let mut connection = Connection::opening_with(0, world);
+        connection.datapath.set_credit(Credit::MOST);
+        for _ in 0..3 {
+            connection.datapath.age_flows(40);
+            let syn = world.first(world.frontend).bytes();
+            let entered = connection.datapath.run(Hook::TcIngress, &syn);
+            assert_eq!(entered.reason, Reason::Forward);
+            assert_eq!(connection.datapath.flow_count(), 2);
+            assert_eq!(connection.datapath.young_count(), 2);
+        }
+    }
+}
+
 /// The other may be in either table, and has the same tuple back from the backend.
 #[test]
 fn a_connection_gets_another_port_where_one_in_the_other_table_has_its_own() {

@@ -184,6 +184,7 @@ fn without_credit(world: &World, observer: &mut Observer) {
     let syn = Packet::first(world.protocol, client, world.frontend);
     let answer = Packet::tcp(world.backend, client, flags::SYN | flags::ACK).numbers(5000, 1001);
     observer.datapath.set_credit(0);
+    observer.datapath.forget_what_was_rare();
     observer.enters("TCP, new flow, no credit", &syn);
     observer.leaves("TCP, first answer, no credit", &answer);
     observer.enters(
@@ -191,6 +192,7 @@ fn without_credit(world: &World, observer: &mut Observer) {
         &tcp(client, world.frontend, flags::ACK),
     );
     observer.datapath.set_credit(Credit::MOST);
+    observer.datapath.forget_what_was_rare();
 }
 
 /// From the first packet to one in a later second.
