@@ -23,6 +23,9 @@ pub(super) struct Case {
     pub(super) flows: u32,
     /// The packet leaves by the route, or else goes up the stack.
     pub(super) is_routed: bool,
+    /// How many flows may begin among the confirmed: all, as where clients answer, or
+    /// none.
+    pub(super) credit: u32,
     /// Most that klb may cost, as a ratio to the floor.
     pub(super) target: Option<f64>,
 }
@@ -129,6 +132,7 @@ const BASE: Case = Case {
     service: Service::Plain,
     flows: 4096,
     is_routed: false,
+    credit: 0,
     target: None,
 };
 
@@ -136,6 +140,7 @@ const NEW: Case = Case {
     figure: Name::NewFlow,
     traffic: Traffic::New,
     flows: 16_384,
+    credit: u32::MAX,
     ..BASE
 };
 
@@ -220,6 +225,11 @@ pub(super) const ALL: &[Case] = &[
     Case {
         title: "new flow, Maglev",
         service: Service::Maglev,
+        ..NEW
+    },
+    Case {
+        title: "new flow of a client that does not answer",
+        credit: 0,
         ..NEW
     },
 ];

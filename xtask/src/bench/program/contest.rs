@@ -154,6 +154,8 @@ impl Contest {
             flags: if case.is_routed { CONFIG_BYPASS } else { 0 },
             ..Config::default()
         });
+        self.klb.set_credit(case.credit);
+        self.klb.forget_what_was_rare();
         // As the agent says of a device whose driver runs XDP.
         let index = nix::net::if_::if_nametoindex(DEVICE).expect("made for this");
         let device = Device {
