@@ -39,6 +39,9 @@ const BPFFS_MOUNT: &str = "/sys/fs/bpf";
 /// instruction, and the whole may be megabytes.
 const VERIFIER_LINES: usize = 12;
 
+/// How often a program is loaded at most.
+const ATTEMPTS: u32 = 5;
+
 /// Why the object was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -322,16 +325,38 @@ fn warn_of_other_size(pins: &Pins, sizes: &MapSizes, name: &'static str) -> Resu
     Ok(())
 }
 
+/// Tries again what the verifier has given up because a signal came, which it answers
+/// with `EAGAIN`; it is at work for up to half a second. (libbpf tries five times, too;
+/// aya does not.)
+fn again_if_interrupted(
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    let is_interrupted = |error: &ProgramError| {
+        matches!(
+            error,
+            ProgramError::LoadError { io_error, .. } | ProgramError::IOError(io_error)
+                if io_error.kind() == io::ErrorKind::WouldBlock
+        )
+    };
+    for _ in 1..ATTEMPTS {
+        match load() {
+            Err(error) if is_interrupted(&error) => debug!("a signal has stopped the verifier"),
+            loaded => return loaded,
+        }
+    }
+    load()
+}
+
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), LoadError> {
     let program = ebpf
         .program_mut(name)
         .ok_or(LoadError::MissingProgram(name))?;
-    let loaded = match program {
+    let loaded = again_if_interrupted(|| match &mut *program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
-    };
+    });
     loaded.map_err(|error| match error {
         ProgramError::LoadError {
             io_error,
@@ -364,6 +389,38 @@ mod tests {
         assert_eq!(last_lines("a\nb\nc\n", 2), "b\nc");
         assert_eq!(last_lines("a", 2), "a");
         assert_eq!(last_lines("", 2), "");
+    }
+
+    fn refused(error: nix::Error) -> Result<(), ProgramError> {
+        Err(ProgramError::IOError(error.into()))
+    }
+
+    #[test]
+    fn what_a_signal_has_interrupted_is_tried_again() {
+        let mut calls = 0;
+        let loaded = again_if_interrupted(|| {
+            calls += 1;
+            if calls < 3 {
+                refused(nix::Error::EAGAIN)
+            } else {
+                Ok(())
+            }
+        });
+        assert!(loaded.is_ok());
+        assert_eq!(calls, 3);
+    }
+
+    #[test]
+    fn not_for_ever_and_nothing_else() {
+        for (error, expected) in [(nix::Error::EAGAIN, ATTEMPTS), (nix::Error::EACCES, 1)] {
+            let mut calls = 0;
+            let loaded = again_if_interrupted(|| {
+                calls += 1;
+                refused(error)
+            });
+            assert!(loaded.is_err());
+            assert_eq!(calls, expected, "{error}");
+        }
     }
 
     #[test]
