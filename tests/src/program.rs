@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     env,
     fs::File,
-    io::Read as _,
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::{Mutex, PoisonError},
@@ -18,8 +18,8 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupSockAddr, Program, ProgramType, SchedClassifier, TcAttachType, TestRun as _,
-        TestRunOptions, Xdp, XdpMode,
+        CgroupSockAddr, Program, ProgramError, ProgramType, SchedClassifier, TcAttachType,
+        TestRun as _, TestRunOptions, Xdp, XdpMode,
     },
     sys::{BpfHelper, is_helper_supported},
 };
@@ -152,18 +152,33 @@ fn load_packet_programs(mut ebpf: Ebpf) -> Ebpf {
             .program_mut(name)
             .and_then(|program| program.try_into().ok())
             .unwrap_or_else(|| panic!("no TC program {name}"));
-        program
-            .load()
-            .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        again_if_interrupted(|| program.load()).unwrap_or_else(|error| panic!("{name}: {error:?}"));
     }
     let program: &mut Xdp = ebpf
         .program_mut(names::XDP)
         .and_then(|program| program.try_into().ok())
         .expect("an XDP program");
-    program
-        .load()
+    again_if_interrupted(|| program.load())
         .unwrap_or_else(|error| panic!("{}: {error:?}", names::XDP));
     ebpf
+}
+
+/// Loads once more what the verifier has given up because a signal came: that a
+/// process of another test has ended, say.
+///
+/// # Errors
+/// If the program is refused for another reason, or five times for this one.
+pub fn again_if_interrupted(
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    for _ in 0..4 {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            loaded => return loaded,
+        }
+    }
+    load()
 }
 
 /// A backend to put into slots.
@@ -610,7 +625,7 @@ impl Datapath {
         frame: &[u8],
         out: &mut [u8],
         context: Option<(&[u8], &mut [u8])>,
-    ) -> Result<(u32, usize), aya::programs::ProgramError> {
+    ) -> Result<(u32, usize), ProgramError> {
         let (ctx_in, ctx_out) = context.unzip();
         let options = TestRunOptions {
             data_in: Some(frame),
@@ -959,12 +974,12 @@ pub fn costs() -> BTreeMap<String, Cost> {
     ebpf.programs_mut()
         .filter(|(name, _)| *name != names::XDP_FRAGS)
         .map(|(name, program)| {
-            match program {
+            again_if_interrupted(|| match &mut *program {
                 Program::Xdp(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
                 Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
                 other => panic!("{name}: unexpected type {:?}", other.prog_type()),
-            }
+            })
             .unwrap_or_else(|error| panic!("{name}: {error:?}"));
             let info = program.info().expect("the kernel describes its programs");
             let cost = Cost {

@@ -124,7 +124,7 @@ fn a_program_of_somebody_else_is_found_at_an_uplink() {
     let mut object = program::load();
     let program = object.program_mut(names::XDP).expect("in the object");
     let program: &mut Xdp = program.try_into().expect("a program for XDP");
-    program.load().expect("accepted");
+    program::again_if_interrupted(|| program.load()).expect("accepted");
     node.within(|| program.attach(UPLINK, XdpMode::Driver))
         .expect("attached");
     let said = doctor(&world, &["--preflight", "-o", "json"]);
