@@ -37,8 +37,8 @@ pub const FRAGMENTS6: &str = "klb_frag6";
 /// Fragment that came before its first → its frame; written by the TC programs.
 pub const EARLY4: &str = "klb_early4";
 pub const EARLY6: &str = "klb_early6";
-/// By a hash of a packet: when something rare last happened to it; written by the
-/// packet programs.
+/// By a hash: when something rare last happened; written by the packet programs, and
+/// by the agent at a start.
 pub const RARE: &str = "klb_rare";
 /// By a hash of an address and port: when a packet of a flow was last seen to and
 /// from there; written by the packet programs.

@@ -58,7 +58,8 @@ pub fn may_be_answer<A: Address>(key: &Tuple<A>) -> bool {
     from != 0 && is_recent(from, clock::seconds())
 }
 
-/// For [`rare`]: that a connection was written among the young, or went on there.
+/// For [`rare`], which has one note for all of them: that a connection was written
+/// among the young, or went on there.
 const YOUNG: u32 = 0;
 
 /// Notes that a connection is among the young. To be called before it is written

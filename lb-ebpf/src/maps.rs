@@ -120,8 +120,8 @@ pub static EARLY4: Earlies<Addr4> = Earlies::new();
 #[btf_map(name = "klb_early6")]
 pub static EARLY6: Earlies<Addr6> = Earlies::new();
 
-/// By a hash of a packet: when something rare last happened to it, in seconds of
-/// the monotonic clock; the packet programs.
+/// By a hash: when something rare last happened, in seconds of the monotonic clock;
+/// the packet programs, and the agent at a start.
 #[btf_map(name = "klb_rare")]
 pub static RARE: Array<u32, { 1 << RARE_BITS }> = Array::new();
 

@@ -321,13 +321,12 @@ fn is_in_other_table<F: Family>(work: &Opening<F::Addr>) -> bool {
     if !work.looks_into_other {
         return false;
     }
-    let tuple = &work.peer_key;
-    let entry = if work.young {
-        F::flows().get_ptr_mut(tuple)
+    let flow = if work.young {
+        flow::find_confirmed::<F>(&work.peer_key)
     } else {
-        F::young().get_ptr_mut(tuple)
+        flow::find_young::<F>(&work.peer_key)
     };
-    entry.is_some()
+    flow.is_some()
 }
 
 /// Writes the entry of the other direction where one is or was.

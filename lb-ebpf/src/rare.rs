@@ -1,6 +1,6 @@
 //! What happens so seldom that it is worth a lookup only where it has happened
-//! lately: noted by a hash of the packet that it concerns. Another packet may have
-//! the same hash, and then costs a lookup in vain.
+//! lately: noted by a hash of the packet that it concerns, or by a number of its own.
+//! What has the same hash costs a lookup in vain.
 
 use lb_common::node::RARE_BITS;
 

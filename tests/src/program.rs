@@ -18,8 +18,8 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupSockAddr, Program, ProgramError, ProgramType, SchedClassifier, TcAttachType,
-        TestRun as _, TestRunOptions, Xdp, XdpMode,
+        Program, ProgramError, ProgramType, SchedClassifier, TcAttachType, TestRun as _,
+        TestRunOptions, Xdp, XdpMode,
     },
     sys::{BpfHelper, is_helper_supported},
 };
@@ -147,31 +147,28 @@ fn load_with(entries: impl Fn(&str) -> Option<u32>) -> Ebpf {
 }
 
 fn load_packet_programs(mut ebpf: Ebpf) -> Ebpf {
-    for name in [names::TC_INGRESS, names::TC_EGRESS] {
-        let program: &mut SchedClassifier = ebpf
-            .program_mut(name)
-            .and_then(|program| program.try_into().ok())
-            .unwrap_or_else(|| panic!("no TC program {name}"));
-        again_if_interrupted(|| program.load()).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+    for name in [names::TC_INGRESS, names::TC_EGRESS, names::XDP] {
+        let program = ebpf.program_mut(name);
+        let program = program.unwrap_or_else(|| panic!("no program {name}"));
+        load_program(program).unwrap_or_else(|error| panic!("{name}: {error:?}"));
     }
-    let program: &mut Xdp = ebpf
-        .program_mut(names::XDP)
-        .and_then(|program| program.try_into().ok())
-        .expect("an XDP program");
-    again_if_interrupted(|| program.load())
-        .unwrap_or_else(|error| panic!("{}: {error:?}", names::XDP));
     ebpf
 }
 
-/// Loads once more what the verifier has given up because a signal came: that a
-/// process of another test has ended, say.
+/// Loads one program. What the verifier gives up because a signal came, that a process
+/// of another test has ended, say, is loaded once more.
 ///
 /// # Errors
-/// If the program is refused for another reason, or five times for this one.
-pub fn again_if_interrupted(
-    mut load: impl FnMut() -> Result<(), ProgramError>,
-) -> Result<(), ProgramError> {
-    for _ in 0..4 {
+/// If the kernel refuses it, or a signal came five times.
+pub fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+    const ATTEMPTS: u32 = 5;
+    let mut load = || match &mut *program {
+        Program::Xdp(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    for _ in 1..ATTEMPTS {
         match load() {
             Err(ProgramError::LoadError { io_error, .. })
                 if io_error.kind() == io::ErrorKind::WouldBlock => {}
@@ -974,13 +971,7 @@ pub fn costs() -> BTreeMap<String, Cost> {
     ebpf.programs_mut()
         .filter(|(name, _)| *name != names::XDP_FRAGS)
         .map(|(name, program)| {
-            again_if_interrupted(|| match &mut *program {
-                Program::Xdp(program) => program.load(),
-                Program::SchedClassifier(program) => program.load(),
-                Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
-                other => panic!("{name}: unexpected type {:?}", other.prog_type()),
-            })
-            .unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            load_program(program).unwrap_or_else(|error| panic!("{name}: {error:?}"));
             let info = program.info().expect("the kernel describes its programs");
             let cost = Cost {
                 translated: info.size_translated().unwrap_or(0),

@@ -54,10 +54,6 @@ const PINNED: [&str; 12] = [
     names::NETNS,
 ];
 
-/// Arrays that begin as they are: which masquerade port was tried last, and which
-/// ports have a flow of their own beside one of a Service.
-const COPIED: [&str; 2] = [names::PORT_CURSORS, names::RARE];
-
 /// Entries of a table of flows beyond those that are copied there: every CPU of a
 /// large machine may put some hundred aside for itself.
 const ROOM: usize = 8192;
@@ -170,9 +166,8 @@ impl Trial {
         };
         flows.copy_to(&mut this)?;
         known::believe_all(&this.ebpf)?;
-        COPIED
-            .into_iter()
-            .try_for_each(|name| this.copy_numbers(pins, name))?;
+        known::believe_in_young(&this.ebpf)?;
+        this.copy_port_cursors(pins)?;
         Ok(this)
     }
 
@@ -284,8 +279,9 @@ impl Trial {
         })
     }
 
-    /// Makes an array of numbers what the live one is.
-    fn copy_numbers(&mut self, pins: &Pins, name: &'static str) -> Result<(), TrialError> {
+    /// Has masquerade try the port that it would try next.
+    fn copy_port_cursors(&mut self, pins: &Pins) -> Result<(), TrialError> {
+        let name = names::PORT_CURSORS;
         let live: Array<MapData, u32> = typed(open_map(pins, name)?, name)?;
         let mut own: Array<_, u32> = of_type(self.ebpf.map_mut(name), name)?;
         for index in 0..live.len().min(own.len()) {

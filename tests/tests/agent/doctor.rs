@@ -123,8 +123,8 @@ fn a_program_of_somebody_else_is_found_at_an_uplink() {
     assert!(!said.stdout.contains("somebody else"), "{said:?}");
     let mut object = program::load();
     let program = object.program_mut(names::XDP).expect("in the object");
+    program::load_program(program).expect("accepted");
     let program: &mut Xdp = program.try_into().expect("a program for XDP");
-    program::again_if_interrupted(|| program.load()).expect("accepted");
     node.within(|| program.attach(UPLINK, XdpMode::Driver))
         .expect("attached");
     let said = doctor(&world, &["--preflight", "-o", "json"]);

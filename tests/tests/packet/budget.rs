@@ -15,7 +15,7 @@ const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
 
 /// Upper bounds: program, translated bytes, instructions verified. The largest
 /// measured on 5.10 (which does not count instructions), 6.1, 6.12, 6.18 and
-/// 7.2, and a tenth: each verifier walks paths of its own.
+/// 7.2, and up to a tenth: each verifier walks paths of its own.
 const BUDGET: [(&str, u32, u32); 11] = [
     (names::XDP, 114_000, 600_000),
     (names::TC_INGRESS, 167_000, 650_000),

@@ -21,7 +21,7 @@ use lb_common::{
     flow::Tuple,
     service::{ServiceEntry, ServiceKey, Slot},
 };
-use lb_tests::topology::Family;
+use lb_tests::{program::load_program, topology::Family};
 
 use crate::paths;
 
@@ -246,13 +246,7 @@ impl Floor {
 
 /// Loads a program that may be loaded already.
 pub(super) fn load(program: &mut Program) -> Result<(), ProgramError> {
-    let result = match program {
-        Program::Xdp(program) => program.load(),
-        Program::SchedClassifier(program) => program.load(),
-        Program::CgroupSockAddr(program) => program.load(),
-        _ => Err(ProgramError::UnexpectedProgramType),
-    };
-    match result {
+    match load_program(program) {
         Err(ProgramError::AlreadyLoaded) => Ok(()),
         result => result,
     }
