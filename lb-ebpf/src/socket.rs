@@ -17,7 +17,7 @@ use aya_ebpf::{
 use lb_common::{
     Addr4, Addr6, Address as _, Port, Reason,
     flow::UDP,
-    node::{CONFIG_HOST_SOCKETS_ONLY, NETNS_OPTED_OUT},
+    node::{CONFIG_HOST_SOCKETS_ONLY, NETNS_OPTED_OUT, Netns},
     service::{
         AffinityKey, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, ServiceEntry, ServiceKey, Slot,
     },
@@ -44,10 +44,15 @@ pub fn can_choose_error() -> bool {
 }
 
 /// One socket call, with an address of one family in it.
-pub trait Call {
+pub trait Call: Sized {
     type Family: Family;
 
+    /// The call as it is now: an address is read once, and not again when it has been
+    /// set.
+    fn read(context: *mut bpf_sock_addr) -> Self;
+
     fn context(&self) -> *mut bpf_sock_addr;
+    /// The address that the call had when it was read.
     fn addr(&self) -> <Self::Family as Family>::Addr;
     fn set_addr(&self, addr: <Self::Family as Family>::Addr);
     /// The address that the socket is connected to.
@@ -113,38 +118,53 @@ pub trait Call {
 }
 
 /// A call of an IPv4 socket.
-pub struct Call4(*mut bpf_sock_addr);
+pub struct Call4 {
+    context: *mut bpf_sock_addr,
+    addr: Addr4,
+}
 /// A call of an IPv6 socket.
-pub struct Call6(*mut bpf_sock_addr);
+pub struct Call6 {
+    context: *mut bpf_sock_addr,
+    addr: Addr6,
+}
 /// A call of an IPv6 socket with an IPv4 address.
-pub struct CallMapped(*mut bpf_sock_addr);
+pub struct CallMapped {
+    context: *mut bpf_sock_addr,
+    addr: Addr4,
+}
 
 impl Call for Call4 {
     type Family = V4;
 
     #[inline(always)]
+    fn read(context: *mut bpf_sock_addr) -> Self {
+        // SAFETY: the context is the kernel's.
+        let addr = unsafe { (*context).user_ip4 };
+        let addr = Addr4 {
+            octets: addr.to_ne_bytes(),
+        };
+        Self { context, addr }
+    }
+
+    #[inline(always)]
     fn context(&self) -> *mut bpf_sock_addr {
-        self.0
+        self.context
     }
 
     #[inline(always)]
     fn addr(&self) -> Addr4 {
-        // SAFETY: the context is the kernel's.
-        let addr = unsafe { (*self.0).user_ip4 };
-        Addr4 {
-            octets: addr.to_ne_bytes(),
-        }
+        self.addr
     }
 
     #[inline(always)]
     fn set_addr(&self, addr: Addr4) {
         // SAFETY: the context is the kernel's.
-        unsafe { (*self.0).user_ip4 = u32::from_ne_bytes(addr.octets) };
+        unsafe { (*self.context).user_ip4 = u32::from_ne_bytes(addr.octets) };
     }
 
     #[inline(always)]
     fn peer_addr(&self) -> Addr4 {
-        peer_v4(self.0)
+        peer_v4(self.context)
     }
 }
 
@@ -152,13 +172,19 @@ impl Call for Call6 {
     type Family = V6;
 
     #[inline(always)]
+    fn read(context: *mut bpf_sock_addr) -> Self {
+        let addr = Addr6::from_words(words(context));
+        Self { context, addr }
+    }
+
+    #[inline(always)]
     fn context(&self) -> *mut bpf_sock_addr {
-        self.0
+        self.context
     }
 
     #[inline(always)]
     fn addr(&self) -> Addr6 {
-        Addr6::from_words(words(self.0))
+        self.addr
     }
 
     #[inline(always)]
@@ -167,7 +193,7 @@ impl Call for Call6 {
         // SAFETY: the context is the kernel's. Each word is a store of its
         // own; wider ones are not allowed by every kernel.
         unsafe {
-            let to = &raw mut (*self.0).user_ip6;
+            let to = &raw mut (*self.context).user_ip6;
             let to = to.cast::<u32>();
             to.write_volatile(w0);
             to.add(1).write_volatile(w1);
@@ -181,7 +207,7 @@ impl Call for Call6 {
         // SAFETY: the context is the kernel's, and leads to a socket in every
         // hook. Each word is a load of its own.
         let words = unsafe {
-            let from = (&raw const (*(*self.0).__bindgen_anon_1.sk).dst_ip6).cast::<u32>();
+            let from = (&raw const (*(*self.context).__bindgen_anon_1.sk).dst_ip6).cast::<u32>();
             [
                 from.read_volatile(),
                 from.add(1).read_volatile(),
@@ -197,23 +223,29 @@ impl Call for CallMapped {
     type Family = V4;
 
     #[inline(always)]
+    fn read(context: *mut bpf_sock_addr) -> Self {
+        let [_, _, _, addr] = words(context);
+        let addr = Addr4 {
+            octets: addr.to_ne_bytes(),
+        };
+        Self { context, addr }
+    }
+
+    #[inline(always)]
     fn context(&self) -> *mut bpf_sock_addr {
-        self.0
+        self.context
     }
 
     #[inline(always)]
     fn addr(&self) -> Addr4 {
-        let [_, _, _, addr] = words(self.0);
-        Addr4 {
-            octets: addr.to_ne_bytes(),
-        }
+        self.addr
     }
 
     #[inline(always)]
     fn set_addr(&self, addr: Addr4) {
         // SAFETY: the context is the kernel's.
         unsafe {
-            let to = &raw mut (*self.0).user_ip6;
+            let to = &raw mut (*self.context).user_ip6;
             to.cast::<u32>()
                 .add(3)
                 .write_volatile(u32::from_ne_bytes(addr.octets));
@@ -222,7 +254,7 @@ impl Call for CallMapped {
 
     #[inline(always)]
     fn peer_addr(&self) -> Addr4 {
-        peer_v4(self.0)
+        peer_v4(self.context)
     }
 }
 
@@ -253,8 +285,8 @@ fn words(context: *mut bpf_sock_addr) -> [u32; 4] {
 
 /// `::ffff:0:0/96`
 #[inline(always)]
-fn is_mapped(context: *mut bpf_sock_addr) -> bool {
-    let [w0, w1, w2, _] = words(context);
+fn is_mapped(addr: &Addr6) -> bool {
+    let [w0, w1, w2, _] = addr.words();
     w0 | w1 == 0 && w2 == 0xffff_u32.to_be()
 }
 
@@ -285,17 +317,18 @@ pub struct Reveal;
 /// A call of an IPv4 socket.
 #[inline(always)]
 pub fn on4<A: Action>(ctx: &SockAddrContext) -> Reason {
-    A::run_and_tell(&Call4(ctx.as_ptr().cast()))
+    A::run_and_tell(&Call4::read(ctx.as_ptr().cast()))
 }
 
 /// A call of an IPv6 socket, with an address of either family.
 #[inline(always)]
 pub fn on6<A: Action>(ctx: &SockAddrContext) -> Reason {
     let context = ctx.as_ptr().cast();
-    if is_mapped(context) {
-        A::run_and_tell(&CallMapped(context))
+    let call = Call6::read(context);
+    if is_mapped(&call.addr) {
+        A::run_and_tell(&CallMapped::read(context))
     } else {
-        A::run_and_tell(&Call6(context))
+        A::run_and_tell(&call)
     }
 }
 
@@ -434,8 +467,9 @@ fn try_assign<C: Call, const DATAGRAM: bool>(
     call: &C,
     service: &ServiceEntry,
 ) -> Result<&'static Slot<<C::Family as Family>::Addr>, Reason> {
-    let caller = Caller::<C::Family>::of(call)?;
-    let slot = choose::<C::Family>(service, &caller)?;
+    let cookie = netns_cookie(call.context());
+    let caller = Caller::of(call, cookie)?;
+    let slot = choose::<C::Family>(service, caller, cookie)?;
     let forward = call.key(SOCKET_FORWARD);
     let reverse = SocketKey {
         addr: slot.addr,
@@ -499,26 +533,27 @@ fn frontend<C: Call>(call: &C) -> Result<&'static ServiceEntry, Reason> {
 }
 
 /// Who makes the call.
-struct Caller<F: Family> {
-    /// The address that its packets will have, or one that stands for its
-    /// network namespace; no host has either.
-    addr: F::Addr,
-    /// `addr` is an address.
-    is_known: bool,
+#[derive(Clone, Copy)]
+enum Caller {
+    /// A process of the node.
+    Host,
+    /// One in a pod's network namespace, of which the agent has noted this.
+    Pod(&'static Netns),
+    /// One in another.
+    Stranger,
 }
 
-impl<F: Family> Caller<F> {
+impl Caller {
     /// # Errors
     /// If calls from there are not served, or if the address is the loopback of
     /// another namespace than the node's.
     #[inline(always)]
-    fn of<C: Call<Family = F>>(call: &C) -> Result<Self, Reason> {
-        let cookie = netns_cookie(call.context());
+    fn of<C: Call>(call: &C, cookie: [u32; 2]) -> Result<Self, Reason> {
         let config = config::get().ok_or(Reason::NotService)?;
         if cookie == config.host_netns {
-            return Ok(Self::host(cookie));
+            return Ok(Self::Host);
         }
-        if F::is_loopback(&call.addr()) {
+        if C::Family::is_loopback(&call.addr()) {
             return Err(Reason::NotService);
         }
         if config.flags & CONFIG_HOST_SOCKETS_ONLY != 0 {
@@ -527,39 +562,23 @@ impl<F: Family> Caller<F> {
         // SAFETY: only the agent writes this map. It is not preallocated, so an
         // update brings an entry of its own and the old one stays as it is.
         let Some(pod) = (unsafe { NETNS.get(&cookie) }) else {
-            return Ok(Self::unknown(cookie));
+            return Ok(Self::Stranger);
         };
         if pod.flags & NETNS_OPTED_OUT != 0 {
             return Err(Reason::SocketNotServed);
         }
-        Ok(Self::with(F::netns_address(pod), cookie))
+        Ok(Self::Pod(pod))
     }
 
+    /// The address that the packets of the call will have, if it is known.
     #[inline(always)]
-    fn host(cookie: [u32; 2]) -> Self {
-        match device(0) {
-            Some(node) => Self::with(F::device_address(node), cookie),
-            None => Self::unknown(cookie),
-        }
-    }
-
-    #[inline(always)]
-    fn with(addr: F::Addr, cookie: [u32; 2]) -> Self {
-        if addr.is_zero() {
-            return Self::unknown(cookie);
-        }
-        Self {
-            addr,
-            is_known: true,
-        }
-    }
-
-    #[inline(always)]
-    fn unknown(cookie: [u32; 2]) -> Self {
-        Self {
-            addr: F::stand_in(cookie),
-            is_known: false,
-        }
+    fn addr<F: Family>(self) -> Option<F::Addr> {
+        let addr = match self {
+            Self::Host => F::device_address(device(0)?),
+            Self::Pod(pod) => F::netns_address(pod),
+            Self::Stranger => return None,
+        };
+        if addr.is_zero() { None } else { Some(addr) }
     }
 }
 
@@ -581,14 +600,13 @@ fn netns_cookie(context: *mut bpf_sock_addr) -> [u32; 2] {
 #[inline(always)]
 fn choose<F: Family>(
     service: &ServiceEntry,
-    caller: &Caller<F>,
+    caller: Caller,
+    cookie: [u32; 2],
 ) -> Result<&'static Slot<F::Addr>, Reason> {
     if service.flags & FRONTEND_SOURCE_RANGES != 0 {
-        if !caller.is_known {
-            // Its packets have an address, and are looked at.
-            return Err(Reason::SocketNotServed);
-        }
-        if !F::is_in_source_ranges(service.service, &caller.addr) {
+        // If it is not known, its packets have an address, and are looked at.
+        let addr = caller.addr::<F>().ok_or(Reason::SocketNotServed)?;
+        if !F::is_in_source_ranges(service.service, &addr) {
             return Err(Reason::SourceRange);
         }
     }
@@ -598,7 +616,7 @@ fn choose<F: Family>(
     }
     let now = clock::seconds();
     let client = AffinityKey {
-        client: caller.addr,
+        client: caller.addr::<F>().unwrap_or_else(|| F::stand_in(cookie)),
         service: service.service,
     };
     let slot = match select::kept::<F>(&client, window, service.affinity, now) {

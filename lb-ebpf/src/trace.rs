@@ -329,7 +329,7 @@ pub fn call<C: Call>(call: &C, reason: Reason, datagram: bool) -> Reason {
         return reason;
     };
     let reason = opaque::reason(reason);
-    tell_call(call, reason, datagram, trace);
+    tell_call(&C::read(call.context()), reason, datagram, trace);
     reason
 }
 
