@@ -112,6 +112,13 @@ pub fn floor_plain6(ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
+/// Reads the headers, and does nothing about them.
+#[classifier]
+pub fn floor_read_tc(ctx: TcContext) -> i32 {
+    translate::read(&ctx);
+    TC_ACT_UNSPEC
+}
+
 /// Nothing: what is left to measure is the call of a program.
 #[xdp]
 pub fn floor_no_xdp(_ctx: XdpContext) -> u32 {

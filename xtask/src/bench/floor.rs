@@ -48,6 +48,8 @@ pub(super) const TC_PEER: &str = "floor_tc_peer";
 /// it has named, and without it.
 pub(super) const CONNECT: [&str; 2] = ["floor_connect4", "floor_connect6"];
 pub(super) const CONNECT_PLAIN: [&str; 2] = ["floor_plain4", "floor_plain6"];
+/// Headers are read, and that is all.
+pub(super) const TC_READ: &str = "floor_read_tc";
 /// Nothing, at each hook.
 pub(super) const TC_NOTHING: &str = "floor_no_tc";
 pub(super) const XDP_NOTHING: &str = "floor_no_xdp";
@@ -163,12 +165,12 @@ impl Floor {
         Ok(())
     }
 
-    /// Attaches the program that does nothing to a device, both ways.
+    /// As [`Self::attach_tc`], and where they go out.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub(super) fn attach_nothing(&mut self, device: &str) -> Result<()> {
-        let program: &mut SchedClassifier = self.loaded(TC_NOTHING)?.try_into()?;
+    pub(super) fn attach_tc_both(&mut self, name: &str, device: &str) -> Result<()> {
+        let program: &mut SchedClassifier = self.loaded(name)?.try_into()?;
         program.attach(device, TcAttachType::Ingress)?;
         program.attach(device, TcAttachType::Egress)?;
         Ok(())

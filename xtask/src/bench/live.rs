@@ -35,6 +35,7 @@ const XDP: &str = "klb, XDP, bypass";
 const ALL: &str = "klb, all hooks";
 /// What nobody can spare who has programs at klb's hooks.
 const EMPTY: &str = "empty programs";
+const HEADERS: &str = "programs that read headers";
 const FLOOR_SOCKET: &str = "floor, socket";
 const FLOOR_TC: &str = "floor, TC, bypass";
 const FLOOR_XDP: &str = "floor, XDP";
@@ -238,6 +239,7 @@ fn tax(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
         key(IPTABLES, count),
         key(NFTABLES, count.min(MOST_FOR_NFTABLES)),
         key(EMPTY, 0),
+        key(HEADERS, 0),
         key(ALL, many),
     ];
     let title = format!("new connection to a pod, through a node with {many} Services, p50");
@@ -307,6 +309,7 @@ fn way(name: &str) -> Way {
         XDP => Way::XDP,
         ALL => Way::ALL,
         EMPTY => Way::Empty,
+        HEADERS => Way::Headers,
         FLOOR_SOCKET => Way::FloorSocket,
         FLOOR_TC => Way::FloorTc,
         FLOOR_XDP => Way::FloorXdp,

@@ -45,6 +45,8 @@ pub(super) enum Way {
     },
     /// Nobody, with programs that do nothing at each of klb's hooks.
     Empty,
+    /// The same, but that those of TC read each packet's headers.
+    Headers,
     /// The least that can be done: at the socket, or for packets.
     FloorSocket,
     FloorTc,
@@ -148,7 +150,7 @@ impl Site {
                     self.node().netns().output("nft", &["-f", &file]);
                 }
             }
-            Way::Empty | Way::FloorSocket | Way::FloorTc | Way::FloorXdp => {
+            Way::Empty | Way::Headers | Way::FloorSocket | Way::FloorTc | Way::FloorXdp => {
                 let floor = self.load_floor();
                 self.floor = Some(floor.unwrap_or_else(|error| panic!("the floor: {error:#}")));
             }
@@ -213,13 +215,14 @@ impl Site {
                 let devices = pods.iter().map(|(_, device)| device.as_str());
                 for device in devices.chain([UPLINK]) {
                     node.within(|| match way {
-                        Way::Empty => floor.attach_nothing(device),
+                        Way::Empty => floor.attach_tc_both(floor::TC_NOTHING, device),
+                        Way::Headers => floor.attach_tc_both(floor::TC_READ, device),
                         _ => floor.attach_tc(floor::TC_PEER, device),
                     })?;
                 }
             }
         }
-        if matches!(self.way, Way::Empty) {
+        if matches!(self.way, Way::Empty | Way::Headers) {
             floor.attach_connect(floor::CONNECT_NOTHING[0], self.cluster.cgroup().path())?;
             node.within(|| floor.attach_xdp(floor::XDP_NOTHING, UPLINK))?;
         }
