@@ -14,6 +14,7 @@ use crate::{
     family::{Family, V4, V6},
     fragment, opaque,
     packet::Packet,
+    rewrite::Pair,
 };
 
 /// Where the IP header stands: behind an Ethernet header without a VLAN tag.
@@ -281,12 +282,10 @@ pub fn parse_v6<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr6>, Re
         }
         transport.skip_extensions(packet)?;
     }
-    let src = Addr6 {
-        octets: header.src_addr,
-    };
-    let dst = Addr6 {
-        octets: header.dst_addr,
-    };
+    // Not from the header above, of which the compiler copies them byte by byte: words
+    // that are loaded from bytes just stored have to wait for these.
+    let addresses: Option<Pair<Addr6>> = packet.read(L3 + V6::ADDRESSES);
+    let Pair { src, dst } = addresses.ok_or(Reason::Truncated)?;
     transport.parse::<P, V6>(packet, src, dst, ports)
 }
 
@@ -432,28 +431,18 @@ impl Transport {
         if P::LEAVES_RARE_TO_TC && self.fragment != Fragment::Whole {
             return Err(Reason::LeftToTc);
         }
-        let mut tuple = Tuple::new(src, dst, Port::default(), Port::default(), self.protocol);
-        let mut signals = Signals {
-            flags: ACK,
-            data: true,
-            seq: 0,
-            ack: 0,
-        };
-        if !P::LEAVES_RARE_TO_TC && self.fragment == Fragment::Later {
-            if ports == Ports::Needed {
-                let first = fragment::ports::<F>(&tuple, self.id).ok_or(Reason::Fragment)?;
-                tuple.src_port = first.src_port;
-                tuple.dst_port = first.dst_port;
-            }
-        } else {
-            (tuple.src_port, tuple.dst_port, signals) = match self.protocol {
-                TCP => self.parse_tcp(packet)?,
-                UDP => self.parse_udp(packet)?,
-                _ => self.parse_sctp(packet)?,
+        let (src_port, dst_port, signals) =
+            if !P::LEAVES_RARE_TO_TC && self.fragment == Fragment::Later {
+                self.ports_of_first::<F>(src, dst, ports)?
+            } else {
+                match self.protocol {
+                    TCP => self.parse_tcp(packet)?,
+                    UDP => self.parse_udp(packet)?,
+                    _ => self.parse_sctp(packet)?,
+                }
             };
-        }
         let mut parsed = Parsed {
-            tuple,
+            tuple: Tuple::new(src, dst, src_port, dst_port, self.protocol),
             l4: self.offset as u16 & L4_MASK,
             l4_length: self.length,
             fragment: self.fragment,
@@ -462,6 +451,33 @@ impl Transport {
         };
         parsed.blur();
         Ok(parsed)
+    }
+
+    /// The ports of a later fragment, if they are needed.
+    ///
+    /// They are asked for by a tuple of their own. What a function is given stands in
+    /// memory, and the packet's tuple would be copied from there, for every packet: 40
+    /// bytes, some of which would have to wait for what has just been stored in smaller
+    /// pieces.
+    #[inline(always)]
+    fn ports_of_first<F: Family>(
+        &self,
+        src: F::Addr,
+        dst: F::Addr,
+        ports: Ports,
+    ) -> Result<(Port, Port, Signals), Reason> {
+        let signals = Signals {
+            flags: ACK,
+            data: true,
+            seq: 0,
+            ack: 0,
+        };
+        if ports == Ports::Optional {
+            return Ok((Port::default(), Port::default(), signals));
+        }
+        let tuple = Tuple::new(src, dst, Port::default(), Port::default(), self.protocol);
+        let first = fragment::ports::<F>(&tuple, self.id).ok_or(Reason::Fragment)?;
+        Ok((first.src_port, first.dst_port, signals))
     }
 
     /// SCTP's handshake and end, told as TCP's: INIT and INIT ACK carry a tag
