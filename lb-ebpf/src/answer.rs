@@ -75,7 +75,7 @@ fn try_unreachable<P: Packet, F: Family>(packet: &P, quoted: usize) -> Result<()
     // On a machine of either byte order type and code come first.
     #[cfg(target_endian = "big")]
     let (start, checksum) = (start << 16, checksum >> 16);
-    packet.write(icmp, [start | checksum, 0])?;
+    packet.patch(icmp, [start | checksum, 0])?;
     F::write_header(packet, &addresses, (ICMP_HEADER + quoted) as u16)?;
     send_back(packet)
 }

@@ -176,16 +176,13 @@ const fn life_and_checksum(life: u16, checksum: u16) -> u32 {
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// An IPv4 frame up to the addresses.
-#[repr(C, packed(2))]
-#[derive(Clone, Copy)]
-struct Start4 {
-    macs: [u32; 3],
-    /// `EtherType`, and what stands before the time to live.
-    kind: u16,
-    before: [u32; 2],
-    life: u16,
-    checksum: u16,
+/// An IPv4 header's checksum, as it lies in memory, once its time to live is less by
+/// one, as the kernel changes it (`ip_decrease_ttl`; RFC 1141, 2).
+#[inline(always)]
+const fn after_a_hop(checksum: u16) -> u16 {
+    let sum = checksum as u32 + 0x0100_u16.to_be() as u32;
+    let carry = if sum >= 0xffff { 1 } else { 0 };
+    sum.wrapping_add(carry) as u16
 }
 
 impl Family for V4 {
@@ -223,8 +220,8 @@ impl Family for V4 {
             0,
             TTL_AND_PROTOCOL.to_be(),
         ];
-        packet.write(L3, words)?;
-        packet.write(L3 + Self::ADDRESSES, *addresses)?;
+        packet.patch(L3, words)?;
+        packet.patch(L3 + Self::ADDRESSES, *addresses)?;
         let mut delta = Delta::new();
         for word in words {
             delta = delta.word(0, word);
@@ -232,7 +229,7 @@ impl Family for V4 {
         let none = Addr4::default();
         delta = delta.address(&none, &addresses.src);
         delta = delta.address(&none, &addresses.dst);
-        packet.write(L3 + 10, delta.apply(0xffff))
+        packet.patch(L3 + 10, delta.apply(0xffff))
     }
     #[inline(always)]
     fn write_ends<P: Packet>(
@@ -258,14 +255,16 @@ impl Family for V4 {
     /// helper, which takes longer than to copy these bytes.
     #[inline(always)]
     fn forward<P: Packet>(packet: &P, route: &Route<Addr4>) -> Result<(), Refused> {
-        let mut start: Start4 = packet.read(0).ok_or(Refused)?;
-        let [ttl, protocol] = start.life.to_ne_bytes();
-        let life = u16::from_ne_bytes([ttl.wrapping_sub(1), protocol]);
-        let delta = Delta::new().word(start.life.into(), life.into());
-        start.checksum = delta.apply(start.checksum);
-        start.life = life;
-        start.macs = route.macs;
-        packet.write(0, start)
+        // Up to the header's checksum, and two bytes behind it.
+        let start: [u32; 7] = packet.read(0).ok_or(Refused)?;
+        let [_, _, _, kind, length, life, checksum] = start;
+        let [frags0, frags1, ttl, protocol] = life.to_ne_bytes();
+        let life = u32::from_ne_bytes([frags0, frags1, ttl.wrapping_sub(1), protocol]);
+        let [sum0, sum1, src0, src1] = checksum.to_ne_bytes();
+        let [sum0, sum1] = after_a_hop(u16::from_ne_bytes([sum0, sum1])).to_ne_bytes();
+        let checksum = u32::from_ne_bytes([sum0, sum1, src0, src1]);
+        let [to, both, from] = route.macs;
+        packet.write(0, [to, both, from, kind, length, life, checksum])
     }
     #[inline(always)]
     fn pseudo_sum(_addresses: &Pair<Addr4>, _length: u16) -> u64 {
@@ -379,8 +378,8 @@ impl Family for V6 {
             VERSION.to_be(),
             (u32::from(length) << 16 | NEXT_HEADER_AND_HOPS).to_be(),
         ];
-        packet.write(L3, words)?;
-        packet.write(L3 + Self::ADDRESSES, *addresses)
+        packet.patch(L3, words)?;
+        packet.patch(L3 + Self::ADDRESSES, *addresses)
     }
     #[inline(always)]
     fn write_ends<P: Packet>(
@@ -396,13 +395,18 @@ impl Family for V6 {
     fn hops<P: Packet>(packet: &P) -> Option<u8> {
         packet.read(HOPS + 1)
     }
-    /// No checksum in the packet covers the hop limit, but a device's sum of the
-    /// whole packet (`CHECKSUM_COMPLETE`) does: so it is a write of its own.
+    /// In one write as well. No checksum in the packet covers the hop limit.
     #[inline(always)]
     fn forward<P: Packet>(packet: &P, route: &Route<Addr6>) -> Result<(), Refused> {
-        let [next, hops] = packet.read::<u16>(HOPS).ok_or(Refused)?.to_ne_bytes();
-        packet.patch(HOPS, [next, hops.wrapping_sub(1)])?;
-        packet.write(0, route.macs)
+        // Up to the hop limit, and two bytes behind it.
+        let start: [u32; 6] = packet.read(0).ok_or(Refused)?;
+        let [_, _, _, kind, length, life] = start;
+        let [next, hops, src0, src1] = life.to_ne_bytes();
+        let lived = u32::from_ne_bytes([next, hops.wrapping_sub(1), src0, src1]);
+        let [to, both, from] = route.macs;
+        packet.write(0, [to, both, from, kind, length, lived])?;
+        packet.account(Delta::new().word(life, lived));
+        Ok(())
     }
     #[inline(always)]
     fn pseudo_sum(addresses: &Pair<Addr6>, length: u16) -> u64 {

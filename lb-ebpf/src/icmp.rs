@@ -203,10 +203,15 @@ fn readdress<P: Packet, F: Family>(
     let delta = Delta::new()
         .address(&outer.src, &new.src)
         .address(&outer.dst, &new.dst);
-    if let Some(offset) = F::HEADER_CHECKSUM {
-        packet.fix_header_checksum(L3 + offset, delta)?;
+    let at = L3 + F::ADDRESSES;
+    match F::HEADER_CHECKSUM {
+        // Which makes up for them.
+        Some(offset) => {
+            packet.fix_header_checksum(L3 + offset, delta)?;
+            packet.write(at, new)?;
+        }
+        None => packet.patch(at, new)?,
     }
-    packet.patch(L3 + F::ADDRESSES, new)?;
     Ok(delta)
 }
 

@@ -13,7 +13,7 @@ use aya_ebpf::{
         BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode, xdp_action::XDP_REDIRECT,
     },
     helpers::{
-        bpf_clone_redirect, bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail,
+        bpf_clone_redirect, bpf_csum_update, bpf_redirect, bpf_redirect_peer, bpf_skb_change_tail,
         bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_xdp_get_buff_len,
     },
     programs::{TcContext, XdpContext},
@@ -105,6 +105,10 @@ pub trait Packet: Capture {
     /// As [`Self::write`], for bytes that no checksum of the kernel's own
     /// accounts for.
     fn patch<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused>;
+
+    /// Tells the kernel's sum of the whole packet (`CHECKSUM_COMPLETE`), if there is
+    /// one, of a change by [`Self::write`] that no checksum in the packet makes up for.
+    fn account(&self, change: Delta);
 
     /// As [`Self::read`], through a helper where there is one: for loops, which
     /// the compiler turns into arithmetic on packet pointers that the verifier
@@ -271,6 +275,9 @@ impl Packet for XdpContext {
     fn patch<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
         self.write(offset, value)
     }
+
+    #[inline(always)]
+    fn account(&self, _change: Delta) {}
 
     #[inline(always)]
     fn load(&self, offset: usize) -> Option<u32> {
@@ -445,6 +452,12 @@ impl Packet for TcContext {
     fn patch<T: Copy>(&self, offset: usize, value: T) -> Result<(), Refused> {
         let flags = u64::from(BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
         self.store(offset, &value, flags).map_err(|_error| Refused)
+    }
+
+    #[inline(always)]
+    fn account(&self, change: Delta) {
+        // SAFETY: the context is the kernel's. It is refused where there is no sum.
+        unsafe { bpf_csum_update(self.skb.skb, change.to_wsum()) };
     }
 
     #[inline(always)]

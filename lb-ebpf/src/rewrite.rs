@@ -68,8 +68,11 @@ fn try_translate<P: Packet, F: Family>(
         }
         packet.write(parsed.l4(), flow.ports())?;
     }
-    if let Some(offset) = F::HEADER_CHECKSUM {
-        packet.fix_header_checksum(L3 + offset, addresses)?;
+    match F::HEADER_CHECKSUM {
+        Some(offset) => packet.fix_header_checksum(L3 + offset, addresses)?,
+        // No checksum has them, but that of the packet as a whole.
+        None if is_sctp || !has_transport => packet.account(addresses),
+        None => {}
     }
     packet.write(
         L3 + F::ADDRESSES,

@@ -35,6 +35,7 @@ pub mod pty;
 pub mod scope;
 pub mod stack;
 pub mod sweep;
+pub mod syscall;
 pub mod told;
 pub mod topology;
 pub mod traffic;

@@ -10,8 +10,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::CStr,
     fs::File,
-    io,
-    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
 };
 
 use aya::maps::{Map, MapData};
@@ -21,6 +20,7 @@ use lb_common::{Hook, names};
 use crate::{
     cgroup::Cgroup,
     program::{Datapath, object},
+    syscall::{bpf, open, test_run},
 };
 
 /// `bpf_map_lookup_elem` (`linux/bpf.h`).
@@ -45,7 +45,6 @@ const MAP_LOOKUP: i32 = 1;
 const MAP_UPDATE: i32 = 2;
 const PROG_LOAD: i32 = 5;
 const PROG_ATTACH: i32 = 8;
-const PROG_TEST_RUN: i32 = 10;
 const ARRAY: u32 = 2;
 const SCHED_CLS: u32 = 3;
 const XDP: u32 = 6;
@@ -168,7 +167,8 @@ impl Counting {
             Hook::TcEgress => names::TC_EGRESS,
             Hook::Socket => panic!("the kernel has no test run for sockets"),
         };
-        self.count(|| test_run(&self.programs[name], frame))
+        let program = &self.programs[name];
+        self.count(|| test_run(program, frame, 0).expect("a test run"))
     }
 
     /// How often it is looked into which map meanwhile.
@@ -390,60 +390,14 @@ fn load(name: &str, (kind, attach): (u32, u32), code: &[Instruction], license: &
     (attributes.log_level, attributes.log_size) = (1, 1 << 20);
     attributes.log = log.as_mut_ptr() as u64;
     // SAFETY: as above, and so does the log, which is as long as it says.
-    let error = unsafe { open(PROG_LOAD, &mut attributes) }.expect_err("it failed before");
+    let error = match unsafe { open(PROG_LOAD, &mut attributes) } {
+        // A signal had ended the first check.
+        Ok(program) => return program,
+        Err(error) => error,
+    };
     let text = CStr::from_bytes_until_nul(&log)
         .unwrap_or_default()
         .to_string_lossy();
     let end: Vec<_> = text.lines().rev().take(30).collect();
     panic!("{name}, counting: {error}; the verifier's last lines first: {end:#?}");
-}
-
-fn test_run(program: &OwnedFd, frame: &[u8]) -> Vec<u8> {
-    #[repr(C)]
-    struct Attributes {
-        program: u32,
-        result: u32,
-        length_in: u32,
-        length_out: u32,
-        data_in: u64,
-        data_out: u64,
-    }
-    let mut out = vec![0; frame.len() + 256];
-    let mut attributes = Attributes {
-        program: program.as_raw_fd().cast_unsigned(),
-        result: 0,
-        length_in: u32::try_from(frame.len()).expect("a packet"),
-        length_out: u32::try_from(out.len()).expect("a packet"),
-        data_in: frame.as_ptr() as u64,
-        data_out: out.as_mut_ptr() as u64,
-    };
-    // SAFETY: both buffers live through the call and are as long as it says.
-    unsafe { bpf(PROG_TEST_RUN, &mut attributes) }.expect("a test run");
-    out.truncate(attributes.length_out as usize);
-    out
-}
-
-/// As [`bpf`], for commands that return a file descriptor.
-///
-/// # Safety
-/// As for [`bpf`].
-unsafe fn open<T>(command: i32, attributes: &mut T) -> io::Result<OwnedFd> {
-    // SAFETY: the caller vouches for the attributes, and the descriptor is new.
-    unsafe { bpf(command, attributes).map(|fd| OwnedFd::from_raw_fd(fd)) }
-}
-
-/// One call of bpf(2).
-///
-/// # Safety
-/// `attributes` must be the beginning of `union bpf_attr` as `command` reads it,
-/// and the addresses in it valid for what the kernel reads and writes there.
-unsafe fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<RawFd> {
-    let size = size_of::<T>();
-    // SAFETY: the caller vouches for the contents, and the size bounds what the
-    // kernel reads.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(RawFd::try_from(result).expect("a descriptor or zero"))
 }

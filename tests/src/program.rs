@@ -38,7 +38,7 @@ use lb_common::{
     traffic::Traffic,
 };
 
-use crate::topology::Family;
+use crate::{syscall, topology::Family};
 
 /// What TC and XDP return, by what it means.
 pub const TC_GO_ON: u32 = u32::MAX;
@@ -641,6 +641,21 @@ impl Datapath {
             result.return_value,
             usize::try_from(result.data_size_out).expect("fits"),
         ))
+    }
+
+    /// Runs the program of a TC hook on a frame that comes with the kernel's sum of it.
+    /// Returns the frame as it is then, or why the run failed:
+    /// [`syscall::TEST_CHECKSUM_COMPLETE`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    ///
+    /// # Panics
+    /// If there is no such program.
+    pub fn run_with_sum(&self, hook: Hook, frame: &[u8]) -> io::Result<Vec<u8>> {
+        let program: &SchedClassifier = self.program(hook).try_into().expect("at TC");
+        let fd = program.fd().expect("loaded in new");
+        syscall::test_run(fd, frame, syscall::TEST_CHECKSUM_COMPLETE)
     }
 
     /// The packet program of a hook.

@@ -28,7 +28,7 @@ use lb_tests::{
 use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{World, sctp_worlds, with_cluster_network, worlds};
+use crate::world::{World, make_a_router, sctp_worlds, with_cluster_network, worlds};
 
 const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
 
@@ -380,30 +380,6 @@ fn policies(world: &World, observer: &mut Observer) {
     observer.enters(&format!("{what}, not in the source ranges"), &packet(2));
     observer.datapath.allow(number, world.client.ip(), 8);
     observer.enters(&format!("{what}, new flow, source ranges"), &packet(3));
-}
-
-/// A router whose neighbours are known.
-fn make_a_router() {
-    ip("link add out0 type veth peer name out0-peer");
-    ip("link set out0-peer up");
-    ip("link set out0 up");
-    for neighbour in [
-        "10.244.0.5",
-        "10.244.0.6",
-        "fd00:10:244::5",
-        "fd00:10:244::6",
-        "192.168.50.2",
-        "fd00:50::2",
-    ] {
-        ip(&format!("route add {neighbour} dev out0"));
-        ip(&format!(
-            "neigh add {neighbour} lladdr 02:00:00:00:02:02 dev out0 nud permanent"
-        ));
-    }
-    for family in ["ipv4", "ipv6"] {
-        let path = format!("/proc/sys/net/{family}/conf/all/forwarding");
-        std::fs::write(path, "1").expect("a sysctl of this namespace");
-    }
 }
 
 /// With `--routing bypass`, in a router: past the stack, to a backend here and,

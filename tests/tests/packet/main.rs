@@ -14,6 +14,7 @@ mod lookups;
 mod masquerade;
 mod policy;
 mod properties;
+mod sums;
 mod trace;
 mod traffic;
 mod translate;

@@ -10,6 +10,7 @@ use lb_common::{
 };
 use lb_tests::{
     packet::{self, Packet, chunk, flags},
+    private::ip,
     program::{Backend, Datapath, TC_DROP, TC_GO_ON, XDP_DROP, XDP_PASS},
 };
 
@@ -110,6 +111,30 @@ impl World {
             SCTP => Packet::sctp(from, self.client, chunk::INIT_ACK, Packet::SCTP_TAG),
             _ => Packet::udp(from, self.client),
         }
+    }
+}
+
+/// Makes a router of the current network namespace, whose neighbours are known.
+pub(crate) fn make_a_router() {
+    ip("link add out0 type veth peer name out0-peer");
+    ip("link set out0-peer up");
+    ip("link set out0 up");
+    for neighbour in [
+        "10.244.0.5",
+        "10.244.0.6",
+        "fd00:10:244::5",
+        "fd00:10:244::6",
+        "192.168.50.2",
+        "fd00:50::2",
+    ] {
+        ip(&format!("route add {neighbour} dev out0"));
+        ip(&format!(
+            "neigh add {neighbour} lladdr 02:00:00:00:02:02 dev out0 nud permanent"
+        ));
+    }
+    for family in ["ipv4", "ipv6"] {
+        let path = format!("/proc/sys/net/{family}/conf/all/forwarding");
+        std::fs::write(path, "1").expect("a sysctl of this namespace");
     }
 }
 
