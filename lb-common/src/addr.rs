@@ -47,6 +47,10 @@ pub trait Address: Copy + Eq + 'static {
     {
         let ([a0, a1, a2, a3], [m0, m1, m2, m3]) = (self.words(), network.mask.words());
         let [n0, n1, n2, n3] = network.addr.words();
+        // Mostly the first word tells that it is not.
+        if m0 != 0 && (a0 & m0) ^ n0 != 0 {
+            return false;
+        }
         if network.mask.is_zero() {
             return !network.addr.is_zero();
         }
