@@ -92,7 +92,7 @@ fn new_connection(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
             _ => None,
         },
         nftables: (1.12, 1.28),
-        floor: (0.9, 0.97),
+        floor: (0.88, 0.97),
     };
     let figure = Figure::new("1", title, "µs").to(DIRECT);
     vec![requests(bed, options, count, figure, Test::Connect, &known)]
@@ -108,7 +108,7 @@ fn round_trip(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
             _ => None,
         },
         nftables: (1.06, 1.18),
-        floor: (0.86, 0.95),
+        floor: (0.84, 0.95),
     };
     let figure = Figure::new("2", title, "µs").to(DIRECT);
     vec![requests(
@@ -125,7 +125,7 @@ fn datagram(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
     let title = format!("UDP request by a socket of its own, {count} Services, p50");
     let known = Known {
         target: |name| matches!(name, SOCKET | BYPASS).then_some(1.015),
-        nftables: (1.12, 1.3),
+        nftables: (1.1, 1.3),
         floor: (0.93, 1.03),
     };
     let figure = Figure::new("4", title, "µs").to(DIRECT);
