@@ -7,8 +7,9 @@ use std::{
     fs::{self, File},
     io::Write as _,
     marker::PhantomData,
+    net::{Ipv4Addr, UdpSocket},
     os::{
-        fd::AsFd as _,
+        fd::{AsFd as _, AsRawFd as _},
         unix::{fs::MetadataExt as _, process::CommandExt as _},
     },
     path::{Path, PathBuf},
@@ -21,6 +22,31 @@ use nix::sched::{CloneFlags, setns};
 
 /// Where `ip netns` keeps names.
 pub const RUN_NETNS: &str = "/run/netns";
+
+/// The cookie of the current network namespace, low word first, as the programs have
+/// it; `None` where the kernel does not tell (before 5.14).
+///
+/// # Panics
+/// If there can be no socket.
+pub fn cookie() -> Option<[u32; 2]> {
+    /// Not in the libc crate.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
+    let mut cookie = 0_u64;
+    let mut length = size_of_val(&cookie) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of
+    // what it is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    (result == 0).then_some([cookie as u32, (cookie >> 32) as u32])
+}
 
 /// A network namespace; removed on drop, with the devices in it.
 #[derive(Debug)]

@@ -20,6 +20,7 @@ use lb_tests::{
     fragments::cut,
     icmp::{Message, echo, too_big},
     lookups::Counting,
+    netns,
     packet::{Packet, chunk, flags},
     private::{in_private_namespace, ip},
     program::{Backend, Datapath},
@@ -28,7 +29,7 @@ use lb_tests::{
 use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{World, make_a_router, sctp_worlds, with_cluster_network, worlds};
+use crate::world::{World, make_a_router, sctp_worlds, udp_worlds, with_cluster_network, worlds};
 
 const PAGE: &str = include_str!("../../../docs/verifier-budget.md");
 
@@ -566,6 +567,33 @@ fn packets_cost_the_lookups_that_the_page_says() {
         let [table, other] = tables;
         assert_eq!(table, other, "both families cost the same");
         compare(&table);
+    });
+}
+
+#[test]
+fn a_call_of_the_node_does_not_look_for_its_address() {
+    in_private_namespace(|| {
+        ip("link set lo up");
+        let Some(host_netns) = netns::cookie() else {
+            eprintln!("before Linux 5.14 the kernel does not tell whose call it is");
+            return;
+        };
+        let mut observer = Observer::new();
+        observer.configure(|config| Config {
+            host_netns,
+            ..config
+        });
+        let group = Cgroup::new(Scope::test().name());
+        observer.counting.attach_sockets(&group);
+        let _inside = group.enter();
+        for world in udp_worlds() {
+            observer.serve(&world, true);
+            let domain = Domain::for_address(world.client);
+            let socket = Socket::new(domain, Type::DGRAM, None).expect("a socket");
+            observer.connects("a Service", &socket, world.frontend);
+            let cost = observer.table.values().next();
+            assert_eq!(cost.map(String::as_str), Some("1 | klb_svc"));
+        }
     });
 }
 

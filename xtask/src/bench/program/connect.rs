@@ -1,7 +1,7 @@
 //! What `connect()` costs: real calls of UDP sockets, by turns without a program,
 //! with the floor's and with klb's.
 
-use std::{fs::File, net::SocketAddr, os::fd::AsRawFd as _, path::PathBuf, time::Instant};
+use std::{fs::File, net::SocketAddr, path::PathBuf, time::Instant};
 
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, cgroup_sock_addr::CgroupSockAddrLinkId};
 use lb_common::{
@@ -10,6 +10,7 @@ use lb_common::{
     node::Config,
 };
 use lb_tests::{
+    netns,
     program::{Backend, Datapath},
     topology::Family,
 };
@@ -82,7 +83,7 @@ impl Contest {
         };
         this.klb.configure(&Config {
             timeouts: State::TIMEOUTS,
-            host_netns: netns_cookie(),
+            host_netns: netns::cookie().unwrap_or_default(),
             ..Config::default()
         });
         for family in Family::ALL {
@@ -229,28 +230,4 @@ impl Contest {
 /// A socket without a port.
 fn socket(to: SocketAddr) -> Socket {
     Socket::new(Domain::for_address(to), Type::DGRAM, None).expect("a socket")
-}
-
-/// The cookie of the current network namespace, low and high word; zero if the
-/// kernel does not tell (before 5.14).
-fn netns_cookie() -> [u32; 2] {
-    const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket = socket(SocketAddr::from(([0, 0, 0, 0], 0)));
-    let mut cookie = 0_u64;
-    let mut length = size_of_val(&cookie) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes, which is the size of
-    // what it is given.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 {
-        return [0, 0];
-    }
-    [cookie as u32, (cookie >> 32) as u32]
 }
