@@ -87,12 +87,17 @@ fn listen(args: &TraceArgs) -> anyhow::Result<()> {
         shown: 0,
         listener,
     };
-    session.begin(&question(args))?;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(session.follow());
+    let signals = {
+        // Before it is said that this listens: whoever reads that may end it.
+        let _entered = runtime.enter();
+        Signals::new().context("waiting for signals")?
+    };
+    session.begin(&question(args))?;
+    let result = runtime.block_on(session.follow(signals));
     let summary = session.summary();
     // Nobody may be there to read it.
     drop(writeln!(io::stderr(), "{summary}"));
@@ -144,8 +149,7 @@ impl Session {
     }
 
     /// Shows what is told, until somebody has had enough.
-    async fn follow(&mut self) -> anyhow::Result<()> {
-        let mut signals = Signals::new().context("waiting for signals")?;
+    async fn follow(&mut self, mut signals: Signals) -> anyhow::Result<()> {
         let mut renewal = interval(RENEWAL);
         renewal.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ring = watched(self.listener.waiting()?).context("waiting for events")?;

@@ -1,6 +1,11 @@
 //! `klb trace` beside real traffic.
 
-use std::{fs, process::Command, time::Duration};
+use std::{
+    fs,
+    io::{self, PipeReader, PipeWriter, Read as _, Write as _},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use lb_common::{Hook, Reason, names};
 use lb_tests::{
@@ -11,7 +16,11 @@ use lb_tests::{
     wait,
     world::{Frontend, World},
 };
-use nix::sys::signal::Signal;
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 /// Longer than anything takes that is to happen.
@@ -223,6 +232,39 @@ fn is_off(agent: &Agent) -> bool {
         .expect("there is a bpftool");
     let dump: Value = serde_json::from_slice(&dump.stdout).expect("JSON");
     dump[0]["formatted"]["value"]["until"] == 0
+}
+
+/// Whoever reads that it listens may end it at once.
+#[test]
+fn it_says_that_it_listens_once_it_can_be_ended() {
+    let world = crate::world(Hooks::TC);
+    let (mut said, to) = full_pipe();
+    let mut command = world.cluster.node.place.command(klb_path());
+    command.arg("trace").args(world.agent.paths());
+    command.stdout(Stdio::null()).stderr(to);
+    let mut trace = command.spawn().expect("it starts");
+    // This end of the pipe is closed with it.
+    drop(command);
+    wait::until("programs that tell", LIMIT, || {
+        (!is_off(&world.agent)).then_some(())
+    });
+    // It has not said so yet: nothing more goes into the pipe.
+    let pid = Pid::from_raw(trace.id().try_into().expect("a pid"));
+    kill(pid, Signal::SIGINT).expect("it runs");
+    let mut text = String::new();
+    said.read_to_string(&mut text).expect("what it says");
+    let status = trace.wait().expect("it ends");
+    assert!(status.success(), "{status}: {}", text.trim());
+    assert!(is_off(&world.agent), "it has said so itself");
+}
+
+/// A pipe that takes nothing until somebody reads.
+fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, mut writer) = io::pipe().expect("a pipe");
+    let size = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1)).expect("its size");
+    let size = usize::try_from(size).expect("its size");
+    writer.write_all(&vec![b'\n'; size]).expect("room for it");
+    (reader, writer)
 }
 
 #[test]
