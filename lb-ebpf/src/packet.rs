@@ -85,6 +85,10 @@ pub trait Packet: Capture {
     /// flow on their way in (GRO), and splits them as late as it can (GSO).
     fn frames(&self) -> u32;
 
+    /// Whether it is a packet of the kernel's that it will split, or has joined: of
+    /// one that is too long for its IP header this has 0 for a length.
+    fn is_joined(&self) -> bool;
+
     /// Whether the kernel keeps a VLAN's tag beside the frame, which is there to
     /// be taken off by a device above this one.
     fn is_tagged(&self) -> bool;
@@ -252,6 +256,11 @@ impl Packet for XdpContext {
     #[inline(always)]
     fn frames(&self) -> u32 {
         1
+    }
+
+    #[inline(always)]
+    fn is_joined(&self) -> bool {
+        false
     }
 
     #[inline(always)]
@@ -425,6 +434,12 @@ impl Packet for TcContext {
             0 => 1,
             frames => frames,
         }
+    }
+
+    #[inline(always)]
+    fn is_joined(&self) -> bool {
+        // SAFETY: the context is the kernel's.
+        unsafe { (*self.skb.skb).gso_size != 0 }
     }
 
     #[inline(always)]

@@ -235,7 +235,7 @@ pub fn parse_v4<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr4>, Re
     if header.vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    let claimed = usize::from(u16::from_be_bytes(header.tot_len));
+    let claimed = claimed_length(packet, header.tot_len, 0);
     let frags = u16::from_be_bytes(header.frags);
     let [id0, id1] = header.id;
     let transport = Transport {
@@ -268,7 +268,7 @@ pub fn parse_v6<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr6>, Re
     if version >> 4 != 6 {
         return Err(Reason::Malformed);
     }
-    let claimed = usize::from(u16::from_be_bytes(header.payload_len)) + Ipv6Hdr::LEN;
+    let claimed = claimed_length(packet, header.payload_len, Ipv6Hdr::LEN);
     let mut transport = Transport {
         protocol: header.next_hdr,
         offset: L3 + Ipv6Hdr::LEN,
@@ -371,8 +371,22 @@ fn walk_extensions<P: Packet>(packet: &P, protocol: u32) -> u64 {
     Walk::FAILED.0
 }
 
+/// Bytes of an IP packet, given the length that its header claims, which `without` is
+/// not part of.
+///
+/// TCP's packets may be longer than a header can tell while they are the kernel's own
+/// ("BIG TCP", Linux 5.19, and 6.3 for IPv4): their headers have 0 there. By IPv6 a jumbo
+/// option (RFC 2675) stands behind it, which newer kernels leave out.
+#[inline(always)]
+fn claimed_length<P: Packet>(packet: &P, claimed: [u8; 2], without: usize) -> usize {
+    match u16::from_be_bytes(claimed) {
+        0 if packet.is_joined() => packet.length().wrapping_sub(L3),
+        claimed => usize::from(claimed).wrapping_add(without),
+    }
+}
+
 /// Bytes behind the IP header, given the length that the header claims for the
-/// whole packet and its own.
+/// whole packet and its own; of more than there is room for as many as there is.
 #[inline(always)]
 fn payload_length<P: Packet>(packet: &P, claimed: usize, header: usize) -> Result<u16, Reason> {
     if !packet.reaches(L3 + claimed) {
@@ -381,7 +395,12 @@ fn payload_length<P: Packet>(packet: &P, claimed: usize, header: usize) -> Resul
     if claimed < header {
         return Err(Reason::Malformed);
     }
-    Ok(claimed.wrapping_sub(header) as u16)
+    let length = claimed.wrapping_sub(header);
+    Ok(if length > u16::MAX as usize {
+        u16::MAX
+    } else {
+        length as u16
+    })
 }
 
 /// What the IP header says about the one behind it.

@@ -24,6 +24,7 @@ pub mod icmp;
 pub mod lookups;
 pub mod manifests;
 pub mod measure;
+mod netlink;
 pub mod netns;
 pub mod openmetrics;
 pub mod packet;

@@ -20,6 +20,8 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
+use crate::netlink;
+
 /// Where `ip netns` keeps names.
 pub const RUN_NETNS: &str = "/run/netns";
 
@@ -127,6 +129,17 @@ impl Netns {
     pub fn ip(&self, commands: &str) {
         self.within(|| batch(commands))
             .unwrap_or_else(|complaint| panic!("{}: {complaint}", self.name));
+    }
+
+    /// Sets the length of the longest packet of IPv4, in bytes, that the kernel hands to
+    /// a device, or makes of its frames: of such a setting `ip` knows since its 6.3 only,
+    /// as the kernel does.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn set_longest_ipv4(&self, device: &str, bytes: u32) {
+        self.within(|| netlink::set_longest_ipv4(device, bytes))
+            .unwrap_or_else(|error| panic!("{}: {device}: {error}", self.name));
     }
 
     /// Runs a command inside the namespace and returns what it printed.

@@ -590,9 +590,34 @@ impl Datapath {
     /// IP header behind an `EtherType` of IP. A real device delivers such
     /// frames; the namespace tests send them.
     pub fn try_run(&mut self, hook: Hook, frame: &[u8]) -> Option<Outcome> {
+        self.try_run_as(hook, frame, None)
+    }
+
+    /// As [`Self::run`] at TC, for a packet that the kernel will split into frames with
+    /// so many bytes of payload each, or has joined of such.
+    ///
+    /// # Panics
+    /// As [`Self::run`].
+    pub fn run_joined(&mut self, hook: Hook, frame: &[u8], size: u32) -> Outcome {
+        // Length and an offset of `struct __sk_buff` (linux/bpf.h).
+        const SK_BUFF: usize = 192;
+        const GSO_SIZE: usize = 176;
+        let mut before = [0; SK_BUFF];
+        before[GSO_SIZE..][..4].copy_from_slice(&size.to_ne_bytes());
+        let mut after = before;
+        let outcome = self.try_run_as(hook, frame, Some((&before, &mut after)));
+        outcome.unwrap_or_else(|| panic!("{hook:?}: the kernel refuses {} bytes", frame.len()))
+    }
+
+    fn try_run_as(
+        &self,
+        hook: Hook,
+        frame: &[u8],
+        context: Option<(&[u8], &mut [u8])>,
+    ) -> Option<Outcome> {
         let before = self.counters(hook);
         let mut out = vec![0; frame.len() + 256];
-        let (action, length) = match self.test_run(hook, frame, &mut out, None) {
+        let (action, length) = match self.test_run(hook, frame, &mut out, context) {
             Ok(result) => result,
             Err(_) if frame.len() < shortest(hook) => return None,
             Err(error) => panic!("{hook:?}: test run: {error:?}"),

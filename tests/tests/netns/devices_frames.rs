@@ -1,25 +1,36 @@
 //! Large frames: jumbo MTUs, MTUs that change under traffic, and the packets of
 //! many frames that a kernel hands to its devices.
 
+use std::{collections::BTreeSet, net::IpAddr};
+
 use lb_common::{Hook, Reason};
 use lb_tests::{
     agent::Hooks,
+    netns::Netns,
     topology::{Cluster, Family, UPLINK},
     traffic::{Outcome, Protocol},
     world::{Frontend, World},
 };
 use serde::Deserialize;
+use serde_json::Value;
 
-/// Gives every device of the cluster, at both ends, an MTU.
+use crate::trace::{ended, listening};
+
+/// Every device of the cluster, both ends of each.
+fn devices(cluster: &Cluster) -> Vec<(&Netns, &str)> {
+    let node = cluster.node.place.netns();
+    let mut ends = vec![(node, UPLINK), (cluster.outside.place.netns(), "eth0")];
+    for pod in cluster.pods.iter().chain([&cluster.client]) {
+        ends.push((node, &pod.device));
+        ends.push((pod.host.place.netns(), "eth0"));
+    }
+    ends
+}
+
+/// Gives every device an MTU.
 fn set_mtu(cluster: &Cluster, mtu: u32) {
-    let pods = cluster.pods.iter().chain([&cluster.client]);
-    let mut devices = vec![(UPLINK, &cluster.outside)];
-    devices.extend(pods.map(|pod| (pod.device.as_str(), &pod.host)));
-    for (device, peer) in devices {
-        let node = cluster.node.place.netns();
-        node.ip(&format!("link set {device} mtu {mtu}\n"));
-        let peer = peer.place.netns();
-        peer.ip(&format!("link set eth0 mtu {mtu}\n"));
+    for (netns, device) in devices(cluster) {
+        netns.ip(&format!("link set {device} mtu {mtu}\n"));
     }
 }
 
@@ -92,6 +103,45 @@ fn packets_of_many_frames_pass_tc() {
             let size = packet_size(&world);
             assert_eq!(size > 1514, offloads, "{size} bytes a packet");
         }
+    }
+}
+
+/// TCP hands more than 64 KiB at once to a device that takes it ("BIG TCP", Linux 5.19,
+/// and 6.3 for IPv4): no IP header can tell such a length, and each has 0 in its place.
+#[test]
+fn packets_longer_than_their_header_can_tell_pass_tc() {
+    for hooks in [Hooks::TC, Hooks::CLSACT] {
+        let world = crate::world_with_offloads(hooks, true);
+        set_longest(&world.cluster, 200_000);
+        let flags = ["--reason", "forward", "--hook", "tc-ingress", "-o", "json"];
+        let trace = listening(&world.agent, &flags);
+        exchange(&world, &[(Protocol::Tcp, 4_000_000)]);
+        let (lines, _) = ended(trace);
+        let events = lines.iter().map(|line| {
+            let event: Value = serde_json::from_str(line).expect("JSON");
+            let client: IpAddr = serde_json::from_value(event["before"]["src"]["address"].clone())
+                .expect("an address");
+            (client, event["length"].as_u64().expect("a length"))
+        });
+        let long: BTreeSet<_> = events
+            .filter(|(_, length)| *length > u16::MAX.into())
+            .map(|(client, _)| client)
+            .collect();
+        let clients = [&world.cluster.outside, &world.cluster.client.host];
+        let all = Family::ALL
+            .into_iter()
+            .flat_map(|family| clients.map(|client| client.addresses.ip(family)));
+        assert_eq!(long, all.collect(), "who sends long packets");
+    }
+}
+
+/// Has the kernel make longer packets for every device of the cluster, at both ends.
+fn set_longest(cluster: &Cluster, bytes: u32) {
+    for (netns, device) in devices(cluster) {
+        netns.ip(&format!(
+            "link set {device} gso_max_size {bytes} gro_max_size {bytes}\n"
+        ));
+        netns.set_longest_ipv4(device, bytes);
     }
 }
 

@@ -27,7 +27,7 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// A trace that listens already.
-fn listening(agent: &Agent, flags: &[&str]) -> Process {
+pub(crate) fn listening(agent: &Agent, flags: &[&str]) -> Process {
     let mut trace = agent.start_klb(&[&["trace"], flags].concat());
     trace.wait_for_stderr("sign that it listens", LIMIT, |line| {
         line.contains("listening")
@@ -36,7 +36,7 @@ fn listening(agent: &Agent, flags: &[&str]) -> Process {
 }
 
 /// Ends a trace, and returns what it has shown.
-fn ended(mut trace: Process) -> (Vec<String>, String) {
+pub(crate) fn ended(mut trace: Process) -> (Vec<String>, String) {
     trace.signal(Signal::SIGINT);
     let status = trace.wait(LIMIT);
     assert!(status.success(), "{trace:?}");

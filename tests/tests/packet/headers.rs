@@ -3,10 +3,10 @@
 
 use std::{net::SocketAddr, slice};
 
-use lb_common::{Hook, Reason, node::EARLY_PLACES};
+use lb_common::{Hook, Reason, flow::TCP, node::EARLY_PLACES};
 use lb_tests::{
     fragments::{cut, join},
-    packet::{Packet, chunk, read},
+    packet::{Packet, chunk, flags, read},
     program::{Datapath, TC_DROP},
 };
 
@@ -174,6 +174,55 @@ const EXTENSIONS: [&[u8]; 4] = [
         51, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
     ],
 ];
+
+/// A jumbo option (RFC 2675, 2) of 70,000 bytes.
+const JUMBO: &[u8] = &[0, 0, 0xc2, 4, 0, 1, 0x11, 0x70];
+
+/// The frame with 0 for the length that its IP header claims.
+fn without_length(mut frame: Vec<u8>) -> Vec<u8> {
+    let at = if frame[12..14] == [0x08, 0x00] {
+        16
+    } else {
+        18
+    };
+    frame[at..at + 2].fill(0);
+    frame
+}
+
+/// The kernel's own packets of TCP may be longer than their headers can tell ("BIG
+/// TCP"). By IPv6 they had a jumbo option at first, and have none in newer kernels.
+#[test]
+fn packets_longer_than_their_header_can_tell() {
+    for world in worlds().into_iter().filter(|world| world.protocol == TCP) {
+        let mut datapath = world.serve_one();
+        datapath.run(Hook::TcIngress, &world.first(world.frontend).bytes());
+        let is_ipv4 = world.client.is_ipv4();
+        let forms: &[&[&[u8]]] = if is_ipv4 { &[&[]] } else { &[&[], &[JUMBO]] };
+        for (hook, src, dst) in [
+            (Hook::TcIngress, world.client, world.frontend),
+            (Hook::TcEgress, world.backend, world.client),
+        ] {
+            let plain = Packet::tcp(src, dst, flags::ACK).bytes();
+            let expected = datapath.run(hook, &plain);
+            for extensions in forms {
+                let form = |frame: &[u8]| match extensions {
+                    [] => without_length(frame.to_vec()),
+                    extensions => without_length(extend(frame, extensions)),
+                };
+                let frame = form(&plain);
+                let outcome = datapath.run_joined(hook, &frame, 1000);
+                assert_eq!(outcome.reason, expected.reason, "{extensions:?}");
+                assert_eq!(outcome.frame, form(&expected.frame), "{extensions:?}");
+                let wrong = if is_ipv4 {
+                    Reason::Malformed
+                } else {
+                    Reason::Truncated
+                };
+                untouched(&mut datapath, hook, &frame, wrong);
+            }
+        }
+    }
+}
 
 /// Puts extension headers, of which the first byte is their own number, before
 /// the transport header of an IPv6 frame.
