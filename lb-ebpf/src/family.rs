@@ -63,6 +63,9 @@ pub trait Family {
         addresses: Delta,
     ) -> Result<(), Refused>;
 
+    /// Bytes of the packet from its IP header on, as this says.
+    fn claimed_length<P: Packet>(packet: &P) -> Option<usize>;
+
     /// How many routers the packet may yet meet, if it can be read.
     fn hops<P: Packet>(packet: &P) -> Option<u8>;
 
@@ -248,6 +251,11 @@ impl Family for V4 {
         packet.write(L3 + Self::ADDRESSES, [src, dst, to.ports()])
     }
     #[inline(always)]
+    fn claimed_length<P: Packet>(packet: &P) -> Option<usize> {
+        let length: [u8; 2] = packet.read(L3 + 2)?;
+        Some(u16::from_be_bytes(length).into())
+    }
+    #[inline(always)]
     fn hops<P: Packet>(packet: &P) -> Option<u8> {
         packet.read(LIFE)
     }
@@ -390,6 +398,11 @@ impl Family for V6 {
         let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (to.src.words(), to.dst.words());
         let words = [s0, s1, s2, s3, d0, d1, d2, d3, to.ports()];
         packet.write(L3 + Self::ADDRESSES, words)
+    }
+    #[inline(always)]
+    fn claimed_length<P: Packet>(packet: &P) -> Option<usize> {
+        let length: [u8; 2] = packet.read(L3 + 4)?;
+        Some(usize::from(u16::from_be_bytes(length)).wrapping_add(Self::HEADER))
     }
     #[inline(always)]
     fn hops<P: Packet>(packet: &P) -> Option<u8> {

@@ -22,6 +22,8 @@ use lb_common::{checksum::Delta, flow::EDGE_XDP, node::EARLY_BYTES};
 
 use crate::{
     edge::{Side, Way},
+    family::Family,
+    parse::L3,
     trace::Capture,
 };
 
@@ -80,6 +82,10 @@ pub trait Packet: Capture {
     /// Bytes of the whole frame, those included that [`Self::data_end`] leaves
     /// out.
     fn length(&self) -> usize;
+
+    /// As [`Self::length`], of a packet that was parsed, and without what fills up a
+    /// short frame; XDP need not call a helper for that.
+    fn length_by<F: Family>(&self) -> usize;
 
     /// Of how many frames it consists on the wire: the kernel joins those of a
     /// flow on their way in (GRO), and splits them as late as it can (GSO).
@@ -254,6 +260,11 @@ impl Packet for XdpContext {
     }
 
     #[inline(always)]
+    fn length_by<F: Family>(&self) -> usize {
+        F::claimed_length(self).map_or(0, |length| length.wrapping_add(L3))
+    }
+
+    #[inline(always)]
     fn frames(&self) -> u32 {
         1
     }
@@ -425,6 +436,11 @@ impl Packet for TcContext {
     #[inline(always)]
     fn length(&self) -> usize {
         self.len() as usize
+    }
+
+    #[inline(always)]
+    fn length_by<F: Family>(&self) -> usize {
+        self.length()
     }
 
     #[inline(always)]

@@ -39,7 +39,7 @@ pub fn translate<P: Packet, F: Family>(
     let done = opaque::reason(done);
     match try_translate::<P, F>(packet, parsed, flow) {
         Ok(()) => {
-            traffic::count_packet(packet, flow, done);
+            traffic::count_packet::<P, F>(packet, flow, done);
             done
         }
         Err(Refused) => Reason::RewriteFailed,

@@ -105,7 +105,7 @@ pub fn look_up<P: Packet, F: Family>(packet: &P) -> Option<&'static Route<F::Add
     // interrupted by another.
     let route = unsafe { &mut *F::routes().get_ptr_mut(place(&ends, packet.edge()))? };
     let now = ticks();
-    if !is_known::<P, _>(packet, route, &ends, now) && !learn::<P, F>(packet, route, &ends, now) {
+    if !is_known::<P, F>(packet, route, &ends, now) && !learn::<P, F>(packet, route, &ends, now) {
         return None;
     }
     // XDP can send only to a device whose driver takes frames from XDP, and
@@ -132,12 +132,17 @@ fn ticks() -> u32 {
 
 /// Whether what was told is about such a packet, and not too long ago.
 #[inline(always)]
-fn is_known<P: Packet, A: Address>(packet: &P, route: &Route<A>, ends: &Pair<A>, now: u32) -> bool {
+fn is_known<P: Packet, F: Family>(
+    packet: &P,
+    route: &Route<F::Addr>,
+    ends: &Pair<F::Addr>,
+    now: u32,
+) -> bool {
     route.told == now
         && route.edge == packet.edge()
         && route.dst.same(&ends.dst)
         && route.src.same(&ends.src)
-        && (packet.length() <= route.length as usize || packet.frames() > 1)
+        && (packet.length_by::<F>() <= route.length as usize || packet.frames() > 1)
 }
 
 /// Asks the kernel, and notes what it tells. Whether it knows all of the way.
@@ -152,7 +157,7 @@ fn learn<P: Packet, F: Family>(
         return false;
     };
     let length = if P::LEAVES_RARE_TO_TC {
-        packet.length().wrapping_sub(L3) as u16
+        packet.length_by::<F>().wrapping_sub(L3) as u16
     } else {
         0
     };
@@ -170,7 +175,7 @@ fn learn<P: Packet, F: Family>(
     let length = if packet.frames() > 1 {
         0
     } else {
-        packet.length()
+        packet.length_by::<F>()
     };
     route.length = length as u32;
     route.macs = macs(&work.route);

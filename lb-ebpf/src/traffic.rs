@@ -7,19 +7,19 @@ use lb_common::{
     traffic::{Owner, Traffic},
 };
 
-use crate::{maps::TRAFFIC, packet::Packet};
+use crate::{family::Family, maps::TRAFFIC, packet::Packet};
 
 /// Counts a packet that has been translated by an entry. Where masquerade
 /// translates a packet twice, it is counted at the client's edge.
 #[inline(always)]
-pub fn count_packet<P: Packet, A>(packet: &P, flow: &FlowEntry<A>, done: Reason) {
+pub fn count_packet<P: Packet, F: Family>(packet: &P, flow: &FlowEntry<F::Addr>, done: Reason) {
     if flow.direction > REPLY {
         return;
     }
     let Some(traffic) = of(flow.backend) else {
         return;
     };
-    let (packets, bytes) = (u64::from(packet.frames()), packet.length() as u64);
+    let (packets, bytes) = (u64::from(packet.frames()), packet.length_by::<F>() as u64);
     if flow.direction == FORWARD {
         traffic.packets_in = traffic.packets_in.wrapping_add(packets);
         traffic.bytes_in = traffic.bytes_in.wrapping_add(bytes);
