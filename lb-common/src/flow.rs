@@ -248,18 +248,6 @@ pub const SCTP: u8 = 132;
 /// Seconds of silence after which a flow is over, by [`State`].
 pub type Timeouts = [u32; State::COUNT];
 
-/// Seconds of the monotonic clock, as entries have them; they fit for 136 years
-/// of uptime. Within 0.07 s of the whole seconds, and without the division of 64
-/// bits: a program asks for every packet.
-#[inline(always)]
-pub const fn seconds(nanoseconds: u64) -> u32 {
-    /// Of a nanosecond, what does not count: 2²⁶ ns are 0.067 s.
-    const DROPPED: u32 = 26;
-    /// 2²⁶ ns in seconds, times 2²⁹.
-    const FACTOR: u64 = 36_028_797;
-    (((nanoseconds >> DROPPED).wrapping_mul(FACTOR)) >> 29) as u32
-}
-
 /// Where a flow is in its life.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -420,23 +408,6 @@ mod tests {
             let answer = entry.mirrored(&key).translated(key.protocol);
             prop_assert_eq!(received.reversed(), entry.peer_key(key.protocol));
             prop_assert_eq!(answer, key.reversed());
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn seconds_are_seconds(nanoseconds in 0..u64::from(u32::MAX) * 1_000_000_000) {
-            let early = seconds(nanoseconds.saturating_sub(70_000_000));
-            let exact = u32::try_from(nanoseconds / 1_000_000_000).expect("in range");
-            // A second in 60 years, and one where a second begins.
-            let drift = exact.div_ceil(60 * 365 * 86_400) + 1;
-            prop_assert!(early <= exact && exact - early <= drift, "{early}, {exact}");
-        }
-
-        #[test]
-        fn time_does_not_go_back(one in 0..u64::from(u32::MAX >> 1) * 1_000_000_000, later in 0..1_u64 << 40) {
-            let (early, late) = (one, one + later);
-            prop_assert!(seconds(early) <= seconds(late));
         }
     }
 

@@ -17,6 +17,7 @@
 
 pub mod addr;
 pub mod checksum;
+pub mod clock;
 pub mod crc32c;
 pub mod credit;
 pub mod flow;

@@ -154,9 +154,10 @@ pub const SOCKET_PROGRAMS: [&str; 8] = [
 pub const HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
 /// Global (`u8`): 1 if the kernel gives XDP packets of several buffers (5.18).
 pub const HAS_XDP_FRAGS: &str = "HAS_XDP_FRAGS";
-/// Global (`u8`): 1 if the kernel has `bpf_ktime_get_coarse_ns` (5.11), the time
-/// of the last tick, which costs less to ask for.
-pub const HAS_COARSE_CLOCK: &str = "HAS_COARSE_CLOCK";
+/// Globals (`u32` and `u64`): [`crate::clock::Ticks`], or 0 where ticks do not tell
+/// the time.
+pub const TICK: &str = "TICK";
+pub const FIRST_TICK: &str = "FIRST_TICK";
 
 /// Default number of entries of each map, in the order of [`MAPS`] where they
 /// can be chosen; the object declares these.

@@ -2,22 +2,27 @@
 
 use aya_ebpf::{
     Global,
-    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
+    helpers::{bpf_jiffies64, bpf_ktime_get_ns},
 };
+use lb_common::clock::{self, Ticks};
 
+/// [`Ticks`], as the loader found them; 0 if they do not tell the time.
 #[unsafe(no_mangle)]
-static HAS_COARSE_CLOCK: Global<u8> = Global::new(0);
+static TICK: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static FIRST_TICK: Global<u64> = Global::new(0);
 
 /// Seconds of the monotonic clock.
 #[inline(always)]
 pub fn seconds() -> u32 {
-    let nanoseconds = if HAS_COARSE_CLOCK.load() == 0 {
+    let length = TICK.load();
+    let nanoseconds = if length == 0 {
         // SAFETY: the helper takes nothing and may be called from every program.
         unsafe { bpf_ktime_get_ns() }
     } else {
-        // SAFETY: as before, and the loader sets the constant only where the
-        // helper exists.
-        unsafe { bpf_ktime_get_coarse_ns() }
+        // SAFETY: as before; the kernel compiles it into a load.
+        let number = unsafe { bpf_jiffies64() };
+        Ticks::nanoseconds(length, FIRST_TICK.load(), number)
     };
-    lb_common::flow::seconds(nanoseconds)
+    clock::seconds(nanoseconds)
 }

@@ -18,6 +18,7 @@ pub mod agent;
 pub mod apiserver;
 pub mod browser;
 pub mod cgroup;
+mod clock;
 pub mod fragments;
 pub mod helper;
 pub mod icmp;

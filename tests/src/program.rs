@@ -38,7 +38,7 @@ use lb_common::{
     traffic::Traffic,
 };
 
-use crate::{syscall, topology::Family};
+use crate::{clock, syscall, topology::Family};
 
 /// What TC and XDP return, by what it means.
 pub const TC_GO_ON: u32 = u32::MAX;
@@ -132,10 +132,11 @@ fn load_with(entries: impl Fn(&str) -> Option<u32>) -> Ebpf {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
     let has = |helper| u8::from(is_helper_supported(ProgramType::Xdp, helper).unwrap_or(false));
     let xdp_frags = has(BpfHelper::BPF_FUNC_xdp_get_buff_len);
-    let coarse_clock = has(BpfHelper::BPF_FUNC_ktime_get_coarse_ns);
+    let ticks = clock::ticks();
     let mut loader = EbpfLoader::new();
     loader.override_global(names::HAS_XDP_FRAGS, &xdp_frags, true);
-    loader.override_global(names::HAS_COARSE_CLOCK, &coarse_clock, true);
+    loader.override_global(names::TICK, &ticks.length, true);
+    loader.override_global(names::FIRST_TICK, &ticks.first, true);
     for map in names::MAPS {
         if let Some(entries) = entries(map) {
             loader.map_max_entries(map, entries);

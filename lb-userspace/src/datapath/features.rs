@@ -9,6 +9,7 @@ use aya::{
 };
 use serde::Serialize;
 
+use super::clock;
 use crate::{netlink::Netlink, termination};
 
 /// What was found. `None` where it could not be tried.
@@ -22,7 +23,7 @@ pub struct Features {
     /// XDP for packets of several buffers (5.18), without which no driver takes
     /// a program at an MTU of 9000. Known by the helper that came with it.
     pub xdp_frags: Option<bool>,
-    /// `bpf_ktime_get_coarse_ns`: the time of the last tick (5.11).
+    /// Ticks tell the time, which programs need not ask for then.
     pub coarse_clock: Option<bool>,
     /// Sockets can be ended from outside (`CONFIG_INET_DIAG_DESTROY`, which most
     /// distributions set).
@@ -43,11 +44,7 @@ impl Features {
             .ok(),
             xdp_frags: is_helper_supported(ProgramType::Xdp, BpfHelper::BPF_FUNC_xdp_get_buff_len)
                 .ok(),
-            coarse_clock: is_helper_supported(
-                ProgramType::Xdp,
-                BpfHelper::BPF_FUNC_ktime_get_coarse_ns,
-            )
-            .ok(),
+            coarse_clock: clock::is_told_by_ticks(),
             sock_destroy: termination::is_possible(),
             netns_cookie: netns_cookie(),
         }

@@ -11,7 +11,7 @@ use aya::{
     maps::{MapData, MapError, MapInfo},
     programs::{Program, ProgramError},
 };
-use lb_common::{names, traffic::Traffic};
+use lb_common::{clock::Ticks, names, traffic::Traffic};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
@@ -23,6 +23,7 @@ use nix::{
 use tracing::{debug, warn};
 
 use super::{
+    clock,
     features::Features,
     known,
     pins::{LockError, Pins, PinsLock},
@@ -216,7 +217,7 @@ pub(super) fn load_apart(
 struct Globals {
     set_retval: u8,
     xdp_frags: u8,
-    coarse_clock: u8,
+    ticks: Ticks,
 }
 
 impl Globals {
@@ -224,7 +225,10 @@ impl Globals {
         Self {
             set_retval: u8::from(features.set_retval == Some(true)),
             xdp_frags: u8::from(features.xdp_frags == Some(true)),
-            coarse_clock: u8::from(features.coarse_clock == Some(true)),
+            ticks: clock::ticks().unwrap_or(Ticks {
+                length: 0,
+                first: 0,
+            }),
         }
     }
 
@@ -232,7 +236,8 @@ impl Globals {
         let mut loader = EbpfLoader::new();
         loader.override_global(names::HAS_SET_RETVAL, &self.set_retval, true);
         loader.override_global(names::HAS_XDP_FRAGS, &self.xdp_frags, true);
-        loader.override_global(names::HAS_COARSE_CLOCK, &self.coarse_clock, true);
+        loader.override_global(names::TICK, &self.ticks.length, true);
+        loader.override_global(names::FIRST_TICK, &self.ticks.first, true);
         loader
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod attach;
 pub mod cgroup;
+mod clock;
 mod clsact;
 pub mod features;
 pub mod gather;

@@ -15,13 +15,15 @@ use std::{
     ptr::NonNull,
 };
 
-use aya::Pod;
+use aya::{Pod, sys::BpfHelper};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 // Numbers of `enum bpf_cmd` in the kernel's `linux/bpf.h`.
 const MAP_DELETE_ELEM: libc::c_int = 3;
 const MAP_GET_NEXT_KEY: libc::c_int = 4;
+const PROG_LOAD: libc::c_int = 5;
 const OBJ_GET: libc::c_int = 7;
+const PROG_TEST_RUN: libc::c_int = 10;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
 const MAP_UPDATE_BATCH: libc::c_int = 26;
@@ -177,6 +179,74 @@ pub(super) fn detach_link(link: impl AsFd) -> io::Result<()> {
     };
     // SAFETY: the attributes hold a number only.
     unsafe { bpf(LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// A program that calls a helper without arguments, and returns what that says.
+pub(super) struct HelperCall(OwnedFd);
+
+impl HelperCall {
+    /// # Errors
+    ///
+    /// `EINVAL` if the kernel has no such helper, `EPERM` without privileges.
+    pub(super) fn new(helper: BpfHelper) -> io::Result<Self> {
+        #[repr(C)]
+        struct Attr {
+            kind: u32,
+            instruction_count: u32,
+            instructions: u64,
+            license: u64,
+            log: [u32; 4],
+        }
+        /// `BPF_PROG_TYPE_SCHED_CLS`.
+        const CLASSIFIER: u32 = 3;
+        // `BPF_JMP | BPF_CALL` of the helper, and `BPF_JMP | BPF_EXIT`: the number of
+        // the helper is the upper half of the word, in the byte order of the machine.
+        let call = [0x85_u32.to_le(), helper as u32];
+        let instructions = [call, [0x95_u32.to_le(), 0]];
+        let mut attr = Attr {
+            kind: CLASSIFIER,
+            instruction_count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            log: [0; 4],
+        };
+        // SAFETY: there are so many instructions, the licence ends with a zero, and
+        // both outlive the call.
+        let fd = unsafe { bpf(PROG_LOAD, &mut attr) }?;
+        // SAFETY: the kernel has just made this descriptor, which nobody else has.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The lower half of what it says.
+    pub(super) fn run(&self) -> io::Result<u32> {
+        #[repr(C)]
+        struct Attr {
+            program: RawFd,
+            result: u32,
+            length_in: u32,
+            length_out: u32,
+            data_in: u64,
+            data_out: u64,
+            repeat: u32,
+            duration: u32,
+        }
+        // Of a packet that it does not look at.
+        let frame = [0_u8; 64];
+        let mut attr = Attr {
+            program: self.0.as_raw_fd(),
+            result: 0,
+            length_in: frame.len() as u32,
+            length_out: 0,
+            data_in: frame.as_ptr() as u64,
+            data_out: 0,
+            repeat: 1,
+            duration: 0,
+        };
+        // SAFETY: the frame has that length and outlives the call, and nothing is
+        // written but to the attributes.
+        unsafe { bpf(PROG_TEST_RUN, &mut attr) }?;
+        Ok(attr.result)
+    }
 }
 
 /// Removes all entries of a hash map whose keys have so many bytes. Returns how

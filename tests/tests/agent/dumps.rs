@@ -1,5 +1,7 @@
 //! `bpftool map dump pinned`: the debugger of those who have no klb at hand.
 
+use std::time::Duration;
+
 use lb_common::names;
 use lb_tests::{
     agent::Hooks,
@@ -7,6 +9,7 @@ use lb_tests::{
     traffic::Protocol,
     world::{Frontend, World},
 };
+use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
 /// The maps that have entries here, with a field of key and of value; none
@@ -89,4 +92,34 @@ fn every_map_shows_the_names_of_its_fields() {
             "{map}: no {value:?} in the value of {element}"
         );
     }
+}
+
+/// So that whoever reads a dump can compare them with the time since the node has booted.
+#[test]
+fn flows_have_the_time_of_the_monotonic_clock() {
+    let world = crate::world(Hooks::TC);
+    let begun = uptime();
+    for family in Family::ALL {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let request = world.request(Frontend::NodePort, family, protocol);
+            world.cluster.outside.ask(&request).expect("an answer");
+        }
+    }
+    // Either may be in its next second already.
+    let expected = begun.as_secs() - 1..=uptime().as_secs() + 1;
+    for map in [names::FLOWS4, names::FLOWS6, names::YOUNG4, names::YOUNG6] {
+        for element in formatted(&world, map) {
+            let seen = element["value"]["last_seen"].as_u64().expect("a time");
+            assert!(
+                expected.contains(&seen),
+                "{map}: not {expected:?}: {element}"
+            );
+        }
+    }
+}
+
+fn uptime() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .expect("a clock")
+        .into()
 }

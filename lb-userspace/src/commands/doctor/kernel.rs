@@ -246,7 +246,7 @@ fn features(features: Features) -> Vec<Check> {
             "pods cannot opt out of socket load balancing, and NodePorts are not on loopback",
         ),
         (
-            "the time of the last tick (5.11)",
+            "high-resolution timers",
             coarse_clock,
             "each packet of a flow takes some twenty nanoseconds more",
         ),

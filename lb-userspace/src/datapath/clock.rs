@@ -1,0 +1,64 @@
+//! How the kernel's ticks tell programs the time.
+
+use std::{io, time::Duration};
+
+use aya::sys::BpfHelper;
+use lb_common::clock::Ticks;
+use nix::time::{ClockId, clock_getres, clock_gettime};
+use tracing::debug;
+
+use super::sys;
+
+/// What a clock with high-resolution timers says of its precision.
+const PRECISE: Duration = Duration::from_nanos(1);
+
+/// Longer than it takes to see a tick.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// Whether ticks follow the monotonic clock: without high-resolution timers they are
+/// counted as they come, and some never come. `None` if the kernel does not tell.
+pub(super) fn is_told_by_ticks() -> Option<bool> {
+    let precision = clock_getres(ClockId::CLOCK_MONOTONIC).ok()?;
+    Some(Duration::from(precision) == PRECISE)
+}
+
+/// How they tell the time; `None` if they do not, or it cannot be found out.
+pub(super) fn ticks() -> Option<Ticks> {
+    if is_told_by_ticks() != Some(true) {
+        return None;
+    }
+    match measured() {
+        Ok(ticks) => ticks,
+        Err(error) => {
+            debug!(%error, "ticks do not tell programs the time");
+            None
+        }
+    }
+}
+
+/// Their number is compared with the clock right after it has changed: for a while before
+/// that it may be behind by more than one. And within a tick, or something came between.
+fn measured() -> io::Result<Option<Ticks>> {
+    // The precision of this clock, which has the time of the last tick, is a tick.
+    let tick = Duration::from(clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?);
+    let length = u32::try_from(tick.as_nanos()).unwrap_or_default();
+    let counter = sys::HelperCall::new(BpfHelper::BPF_FUNC_jiffies64)?;
+    let begun = now()?;
+    let mut last = counter.run()?;
+    loop {
+        let before = now()?;
+        let number = counter.run()?;
+        let after = now()?;
+        if number != last && after < before + tick {
+            return Ok(Ticks::new(length, number, after.as_nanos() as u64));
+        }
+        if after > begun + LIMIT {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        last = number;
+    }
+}
+
+fn now() -> io::Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.into())
+}
