@@ -45,8 +45,9 @@ impl Ticks {
         let in_ticks = |seconds: u64| seconds.wrapping_mul(SECOND).checked_div(length.into());
         let latest = (1_u64 << 32).checked_sub(in_ticks(Self::EARLY)?)?;
         let earliest = latest.checked_sub(in_ticks(Self::LATE)?)?;
-        // A tick that was counted meanwhile is one more.
-        (earliest <= first && first <= latest.wrapping_add(1)).then_some(Self { length, first })
+        // The first of all are counted as they come, and one may have been counted meanwhile.
+        let latest = latest.wrapping_add(in_ticks(1)?);
+        (earliest <= first && first <= latest).then_some(Self { length, first })
     }
 
     /// Nanoseconds of the clock at a tick.
@@ -104,8 +105,8 @@ mod tests {
         let now = 1_000 * u64::from(length);
         let new = |number: u64| Ticks::new(length, number as u32, now);
         assert!(new(begun + 1_000).is_some());
-        assert!(new(begun + 1_001).is_some(), "one was counted meanwhile");
-        assert!(new(begun + 1_002).is_none(), "before the clock started");
+        assert!(new(begun + 1_250).is_some(), "a second early");
+        assert!(new(begun + 1_251).is_none());
         assert!(new(begun + 1_000 - 150_000).is_some(), "ten minutes late");
         assert!(new(begun + 1_000 - 150_001).is_none());
         assert!(new(0).is_none());

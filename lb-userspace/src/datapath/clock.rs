@@ -5,7 +5,6 @@ use std::{io, time::Duration};
 use aya::sys::BpfHelper;
 use lb_common::clock::Ticks;
 use nix::time::{ClockId, clock_getres, clock_gettime};
-use tracing::debug;
 
 use super::sys;
 
@@ -15,24 +14,18 @@ const PRECISE: Duration = Duration::from_nanos(1);
 /// Longer than it takes to see a tick.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// Whether ticks follow the monotonic clock: without high-resolution timers they are
-/// counted as they come, and some never come. `None` if the kernel does not tell.
-pub(super) fn is_told_by_ticks() -> Option<bool> {
-    let precision = clock_getres(ClockId::CLOCK_MONOTONIC).ok()?;
-    Some(Duration::from(precision) == PRECISE)
-}
-
-/// How they tell the time; `None` if they do not, or it cannot be found out.
-pub(super) fn ticks() -> Option<Ticks> {
-    if is_told_by_ticks() != Some(true) {
-        return None;
-    }
-    match measured() {
-        Ok(ticks) => ticks,
-        Err(error) => {
-            debug!(%error, "ticks do not tell programs the time");
-            None
-        }
+/// How they tell the time; `None` if they do not: without high-resolution timers they are
+/// counted as they come, and some never come.
+///
+/// # Errors
+///
+/// `EPERM` without the privileges to load programs.
+pub(super) fn ticks() -> io::Result<Option<Ticks>> {
+    let precision = Duration::from(clock_getres(ClockId::CLOCK_MONOTONIC)?);
+    if precision == PRECISE {
+        measured()
+    } else {
+        Ok(None)
     }
 }
 

@@ -44,7 +44,7 @@ impl Features {
             .ok(),
             xdp_frags: is_helper_supported(ProgramType::Xdp, BpfHelper::BPF_FUNC_xdp_get_buff_len)
                 .ok(),
-            coarse_clock: clock::is_told_by_ticks(),
+            coarse_clock: clock::ticks().ok().map(|ticks| ticks.is_some()),
             sock_destroy: termination::is_possible(),
             netns_cookie: netns_cookie(),
         }

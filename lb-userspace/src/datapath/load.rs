@@ -217,7 +217,7 @@ pub(super) fn load_apart(
 struct Globals {
     set_retval: u8,
     xdp_frags: u8,
-    ticks: Ticks,
+    ticks: Option<Ticks>,
 }
 
 impl Globals {
@@ -225,10 +225,8 @@ impl Globals {
         Self {
             set_retval: u8::from(features.set_retval == Some(true)),
             xdp_frags: u8::from(features.xdp_frags == Some(true)),
-            ticks: clock::ticks().unwrap_or(Ticks {
-                length: 0,
-                first: 0,
-            }),
+            // Without them programs ask for the time.
+            ticks: clock::ticks().ok().flatten(),
         }
     }
 
@@ -236,8 +234,10 @@ impl Globals {
         let mut loader = EbpfLoader::new();
         loader.override_global(names::HAS_SET_RETVAL, &self.set_retval, true);
         loader.override_global(names::HAS_XDP_FRAGS, &self.xdp_frags, true);
-        loader.override_global(names::TICK, &self.ticks.length, true);
-        loader.override_global(names::FIRST_TICK, &self.ticks.first, true);
+        if let Some(Ticks { length, first }) = &self.ticks {
+            loader.override_global(names::TICK, length, true);
+            loader.override_global(names::FIRST_TICK, first, true);
+        }
         loader
     }
 }
