@@ -19,6 +19,7 @@ pub mod apiserver;
 pub mod browser;
 pub mod cgroup;
 mod clock;
+pub mod cpu;
 pub mod fragments;
 pub mod helper;
 pub mod icmp;

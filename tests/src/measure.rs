@@ -13,11 +13,9 @@ use std::{
 };
 
 use clap::ValueEnum;
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 use serde::{Deserialize, Serialize};
+
+use crate::cpu::tie;
 
 /// Where servers answer each [`Test`].
 pub const CONNECT_PORT: u16 = 4000;
@@ -79,9 +77,7 @@ pub struct Measured {
 /// # Errors
 /// If the kernel refuses.
 pub fn take_cpu(cpu: usize) -> io::Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu)?;
-    sched_setaffinity(Pid::from_raw(0), &set)?;
+    tie(cpu)?;
     // SAFETY: the call takes numbers only.
     let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
     if result != 0 {

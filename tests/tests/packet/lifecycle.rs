@@ -8,6 +8,7 @@ use lb_common::{
     flow::{FORWARD, REPLY, State},
 };
 use lb_tests::{
+    cpu,
     fragments::cut,
     packet::{self, Packet, flags},
     program::Datapath,
@@ -179,6 +180,7 @@ fn both_entries_go_through_the_states_together() {
 /// here, which begins with credit for one.
 #[test]
 fn a_connection_that_is_answered_is_credit_for_the_next() {
+    cpu::stay();
     for world in tcp_worlds() {
         let mut connection = Connection::accepted_with(1, world);
         for port in 2000..2010 {
@@ -192,8 +194,10 @@ fn a_connection_that_is_answered_is_credit_for_the_next() {
     }
 }
 
+/// On the same CPU.
 #[test]
 fn a_connection_without_credit_earns_some_for_the_next() {
+    cpu::stay();
     for world in tcp_worlds() {
         let mut connection = Connection::accepted_with(0, world);
         assert_eq!(connection.datapath.young_count(), 2);
@@ -554,9 +558,10 @@ fn tcp_stays_with_a_backend_that_has_gone() {
     }
 }
 
-/// The tables hold 1024 entries each here.
+/// The tables hold 1024 entries each here, of which the credit of one CPU is half.
 #[test]
 fn a_flood_of_syns_does_not_wash_out_established_connections() {
+    cpu::stay();
     for world in tcp_worlds() {
         let mut connection = Connection::established(world);
         assert_eq!(connection.datapath.young_count(), 0);

@@ -4,6 +4,7 @@ use std::slice;
 
 use lb_common::{Hook, Reason, service::BackendRef, traffic::Traffic};
 use lb_tests::{
+    cpu,
     packet::{Packet, flags},
     program::{Backend, Datapath},
 };
@@ -76,6 +77,8 @@ fn masquerade_counts_at_the_clients_edge() {
 
 #[test]
 fn another_life_of_a_number_counts_from_nothing() {
+    // Each CPU counts, and begins anew with the next packet that it sees itself.
+    cpu::stay();
     for world in worlds() {
         let (mut datapath, backend) = serve(&world, local(world.backend));
         datapath.run(Hook::TcIngress, &world.first(world.frontend).bytes());
