@@ -5,10 +5,14 @@ use std::{
     fs::{self, File, OpenOptions},
     marker::PhantomData,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use crate::wait;
+
+/// Held as long as this process is in a group of a test: it is in one at a time.
+static MOVED: Mutex<()> = Mutex::new(());
 
 /// A control group; removed on drop, when its processes have ended.
 #[derive(Debug)]
@@ -45,15 +49,22 @@ impl Cgroup {
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// Moves this process into the group, until the guard drops.
+    /// Moves this process into the group, until the guard drops. Whoever else wants it
+    /// in another one waits until then.
     ///
     /// # Panics
     /// If the kernel refuses.
     pub fn enter(&self) -> Inside<'_> {
+        // Who panicked with it held has moved the process back.
+        let alone = MOVED.lock().unwrap_or_else(PoisonError::into_inner);
         let own = fs::read_to_string("/proc/self/cgroup").expect("proc is mounted");
         let v2 = own.lines().find_map(|line| line.strip_prefix("0::/"));
         let home = root().join(v2.expect("a group of version 2"));
-        let inside = Inside { home, _of: self };
+        let inside = Inside {
+            home,
+            _of: self,
+            _alone: alone,
+        };
         join(&self.path);
         inside
     }
@@ -64,6 +75,8 @@ impl Cgroup {
 pub struct Inside<'a> {
     home: PathBuf,
     _of: &'a Cgroup,
+    /// Let go when the process has been moved back.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Drop for Inside<'_> {
