@@ -453,7 +453,7 @@ async_test! {
 a_busy_server_is_asked_again_when_it_says {
     for status in [429, 503] {
         let mut fixture = Fixture::new(ApiServer::start());
-        fixture.patience.stream_stall = Duration::from_millis(500);
+        fixture.patience.stream_stall = Duration::from_secs(2);
         fixture.put_two();
         fixture.server.refuse_next(10, Refusal { status, retry_after: Some(1) });
         fixture.start().await;
@@ -536,7 +536,7 @@ async_test! {
 /// or be another server by then.
 a_server_that_stays_silent_is_asked_for_pages {
     let mut fixture = Fixture::new(ApiServer::start());
-    fixture.patience.stream_stall = Duration::from_millis(300);
+    fixture.patience.stream_stall = Duration::from_secs(3);
     fixture.patience.haste = 1000;
     fixture.server.set_endless_lists(true);
     fixture.put_two();
