@@ -227,18 +227,18 @@ mod tests {
         let mut shell = Command::new("sh");
         shell.args([
             "-c",
-            "stty -echo; read line; echo got $line; stty size; read line",
+            "read first; stty -echo; read line; echo got $line; stty size; read line",
         ]);
         let mut terminal = Terminal::start(shell, 5, 30);
         assert!(terminal.is_given_back());
+        terminal.press("what is seen\n");
         wait::until("no echo", LIMIT, || {
             (!terminal.is_given_back()).then_some(())
         });
         terminal.press("a word\n");
-        assert_eq!(
-            terminal.await_text("5 30").lines().next(),
-            Some("got a word")
-        );
+        let shown = terminal.await_text("5 30");
+        let lines: Vec<_> = shown.lines().collect();
+        assert_eq!(lines[..2], ["what is seen", "got a word"]);
         terminal.press("\n");
         assert!(terminal.wait().success());
         assert!(!terminal.is_given_back(), "sh does not give back");
