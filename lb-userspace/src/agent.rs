@@ -354,8 +354,9 @@ async fn announce(
         }
     }
     recorder.ready();
-    info!("ready");
+    // Before it is said: whoever reads that may ask.
     ready.send_replace(true);
+    info!("ready");
     notify(NotifyState::Ready);
 }
 
