@@ -157,7 +157,11 @@ impl Session {
         while next != Next::Enough {
             tokio::select! {
                 biased;
-                () = signals.any() => break,
+                () = signals.any() => {
+                    // What was told before; once, as programs go on.
+                    self.show()?;
+                    break;
+                }
                 _ = renewal.tick() => self.renew()?,
                 () = std::future::ready(()), if next == Next::More => next = self.show()?,
                 guard = ring.readable(), if next == Next::Wait => {
