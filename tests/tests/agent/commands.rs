@@ -66,7 +66,7 @@ fn all_of_them_work_without_an_agent() {
 #[test]
 fn names_need_no_agent_and_no_file() {
     let mut world = crate::stopped_world(Hooks::ALL);
-    put_affinity(&world);
+    put_lasting_affinity(&world);
     world.agent.start();
     use_it(&world);
     let request = world.request(Frontend::ClusterIp, Family::V4, Protocol::Udp);
@@ -426,18 +426,26 @@ fn status_tells_what_is_counted_now() {
     assert!(one_look.iter().all(says_nothing), "{one_look:?}");
 }
 
-/// Gives the Service affinity.
-pub(crate) fn put_affinity(world: &World) {
-    let affinity = "spec:\n  sessionAffinity: ClientIP\n  \
-                    sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}\n";
-    let manifest = world.service.to_string().replace("spec:\n", affinity);
+/// Gives the Service affinity that lasts for so many seconds.
+fn put_affinity(world: &World, seconds: u32) {
+    let affinity = format!(
+        "spec:\n  sessionAffinity: ClientIP\n  \
+         sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}\n"
+    );
+    let manifest = world.service.to_string().replace("spec:\n", &affinity);
     world.agent.manifests.put(SERVICE_FILE, &manifest);
+}
+
+/// Gives the Service affinity that outlasts every test, whatever is restarted in it.
+pub(crate) fn put_lasting_affinity(world: &World) {
+    put_affinity(world, 10_800);
 }
 
 #[test]
 fn affinity_tells_who_keeps_whom() {
     let mut world = crate::stopped_world(Hooks::TC);
-    put_affinity(&world);
+    // A machine has mostly been up for longer: what is aged by more would be of later.
+    put_affinity(&world, 60);
     world.agent.start();
     use_it(&world);
     let all = rows(&world, "affinity", &[]);

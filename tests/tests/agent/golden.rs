@@ -37,7 +37,7 @@ const TABLES: [Case; 9] = [
 /// A world in which every choice has one outcome.
 fn world() -> World {
     let mut world = crate::stopped_world(Hooks::ALL);
-    crate::commands::put_affinity(&world);
+    crate::commands::put_lasting_affinity(&world);
     world.put_endpoints(&[("pod-1", 5)]);
     world.agent.start();
     let client = world.cluster.client.host.without_cgroup();
