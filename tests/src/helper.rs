@@ -9,10 +9,12 @@ use crate::{
     wait,
 };
 
-/// Longer than any request lasts.
+/// Longer than any request lasts, and than a server takes to start.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long a request in a stream waits for its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one of those waits, at most, of which one is to be answered.
+const ATTEMPT: Duration = Duration::from_secs(2);
 
 /// The helper program.
 #[derive(Clone, Debug)]
@@ -106,8 +108,10 @@ impl Helper {
         request: &Request,
         within: Duration,
     ) -> Result<Answer, Failure> {
+        let limit = ATTEMPT.min(Duration::from_millis(request.timeout));
+        let request = request.clone().timeout(limit);
         let within = format!("--within={}", within.as_millis());
-        let mut outcomes = self.run(place, "await", request, &[within]);
+        let mut outcomes = self.run(place, "await", &request, &[within]);
         outcomes.pop().expect("one outcome")
     }
 
@@ -182,7 +186,7 @@ impl Helper {
 /// # Panics
 /// If it does not.
 pub fn await_server(server: &mut Process) {
-    let listening = wait::attempt(Duration::from_secs(5), || {
+    let listening = wait::attempt(LIMIT, || {
         let ready = server.stdout().lines().iter().any(|line| line == "serving");
         let ended = server.status().is_some();
         (ready || ended).then_some(ready)
@@ -208,7 +212,7 @@ impl Stream {
     /// Waits until so many more answers have come.
     ///
     /// # Panics
-    /// If they do not come within ten seconds.
+    /// If they do not come in time.
     pub fn await_more(&self, answers: usize) {
         let wanted = self.answers() + answers;
         let come = wait::attempt(LIMIT, || (self.answers() >= wanted).then_some(()));

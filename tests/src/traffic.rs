@@ -17,6 +17,10 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+/// Milliseconds that a request waits, if nothing else is said: one that is answered is
+/// answered within them also where CPUs are taken away for seconds.
+const TIMEOUT: u64 = 10_000;
+
 /// What clients and servers speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum)]
 pub enum Protocol {
@@ -45,7 +49,7 @@ pub struct Request {
     #[arg(long)]
     pub multipath: bool,
     /// How long to wait for the connection, and for the answer
-    #[arg(long, value_name = "MS", default_value_t = 2000)]
+    #[arg(long, value_name = "MS", default_value_t = TIMEOUT)]
     pub timeout: u64,
     /// Bytes to send and get back
     #[arg(long, default_value_t = 32)]
@@ -61,7 +65,7 @@ impl Request {
             mapped: false,
             connected: false,
             multipath: false,
-            timeout: 2000,
+            timeout: TIMEOUT,
             size: 32,
         }
     }

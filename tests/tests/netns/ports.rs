@@ -1,12 +1,17 @@
 //! A client may use one port again and again. What klb remembers of the last
 //! time must not get in the way of the next.
 
+use std::time::Duration;
+
 use lb_tests::{
     agent::Hooks,
     topology::{Addresses, Family},
     traffic::{Protocol, Request},
     world::{Frontend, World},
 };
+
+/// How long nothing is heard where klb refuses.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// Service, then the pod itself, then the Service: all from one port. After the
 /// first, the pod's answers to that port look like answers for the Service.
@@ -82,7 +87,8 @@ fn one_port_to_two_frontends() {
         first.from,
         world.frontend(Frontend::ClusterIp, Family::V4, Protocol::Udp)
     );
-    if let Ok(second) = client.ask(&to(Frontend::NodePort)) {
+    let second = to(Frontend::NodePort).timeout(SILENCE);
+    if let Ok(second) = client.ask(&second) {
         let frontend = world.frontend(Frontend::NodePort, Family::V4, Protocol::Udp);
         assert_eq!(second.from, frontend, "answers of the other frontend");
     }

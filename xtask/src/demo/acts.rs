@@ -22,6 +22,8 @@ use super::{
 /// Requests to one address. With three pods, one of them is missed once in
 /// 10^10 runs.
 const REQUESTS: u32 = 60;
+/// How long each waits for its answer.
+const PATIENCE: Duration = Duration::from_secs(2);
 const HTTP: u16 = 80;
 const NODE_PORT: u16 = 30080;
 
@@ -106,7 +108,8 @@ fn ask(checks: &mut Checks, stage: &Stage, client: &Host, to: Addresses, port: u
     for family in Family::ALL {
         let to = to.port(family, port);
         let before = stage.agent.status().new_flows();
-        let answers = client.ask_often(&Request::new(Protocol::Tcp, to), REQUESTS);
+        let request = Request::new(Protocol::Tcp, to).timeout(PATIENCE);
+        let answers = client.ask_often(&request, REQUESTS);
         let after = stage.agent.status().new_flows();
         let sent = answers.len();
         let mut answered = 0;
