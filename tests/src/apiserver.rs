@@ -167,16 +167,17 @@ impl ApiServer {
         let tls = server.authority.as_ref().map(Authority::server_config);
         thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
-                let (is_ended, is_down) = {
+                let (is_ended, is_down, generation) = {
                     let state = shared.lock();
-                    (state.ended, state.faults.has(Fault::Down))
+                    let is_down = state.faults.has(Fault::Down);
+                    (state.ended, is_down, state.generation)
                 };
                 if is_ended {
                     return;
                 }
                 if !is_down {
                     let (shared, tls) = (Arc::clone(&shared), tls.clone());
-                    thread::spawn(move || serve(&shared, stream, tls));
+                    thread::spawn(move || serve(&shared, generation, stream, tls));
                 }
             }
         });
@@ -395,9 +396,13 @@ impl Shared {
     }
 }
 
-/// Serves a client until it goes away or is cut off.
-fn serve(shared: &Arc<Shared>, stream: TcpStream, tls: Option<Arc<rustls::ServerConfig>>) {
-    let generation = shared.lock().generation;
+/// Serves a client until it goes away, or is cut off with those of its generation.
+fn serve(
+    shared: &Arc<Shared>,
+    generation: u64,
+    stream: TcpStream,
+    tls: Option<Arc<rustls::ServerConfig>>,
+) {
     let mut connection = match Connection::new(stream, tls) {
         Ok(connection) => connection,
         Err(_closed) => return,
