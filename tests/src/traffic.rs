@@ -6,7 +6,7 @@
 use std::{
     fmt,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     str::FromStr,
     thread,
@@ -158,13 +158,15 @@ impl Request {
         let started = Instant::now();
         let mut connection = Connection::open(self)?;
         let (name, seen) = connection.ask(self.size)?;
-        Ok(Answer {
+        let answer = Answer {
             name,
             from: connection.peer()?,
             peer: Some(connection.peer()?),
             seen,
             micros: micros(started.elapsed()),
-        })
+        };
+        connection.end();
+        Ok(answer)
     }
 
     fn datagram(&self) -> Result<Answer, Failure> {
@@ -495,6 +497,15 @@ impl Connection {
         let name = String::from_utf8_lossy(&message.body).trim().to_owned();
         Ok((name, seen))
     }
+
+    /// Closes it, and waits for the server to close it as well: whoever uses the
+    /// port again, or counts packets, meets neither FIN. A server that does not is
+    /// waited for as long as for an answer.
+    fn end(mut self) {
+        // The answer is there, whatever happens now.
+        drop(self.stream.get_ref().shutdown(Shutdown::Write));
+        drop(self.stream.read_to_end(&mut Vec::new()));
+    }
 }
 
 /// An HTTP/1.1 request or response, as far as it matters here.
@@ -704,6 +715,40 @@ mod tests {
         let mut connection = Connection::open(&request).expect("a connection");
         let first = connection.ask(10).expect("an answer");
         assert_eq!(connection.ask(3000).expect("an answer"), first);
+    }
+
+    /// A server of one connection, which stays open so much longer than its
+    /// client leaves it.
+    fn server_that_lingers(time: Duration) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let addr = listener.local_addr().expect("bound");
+        thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("a client");
+            let open = stream.try_clone().expect("a descriptor");
+            serve_http("here", stream).expect("a client that closes");
+            thread::sleep(time);
+            drop(open);
+        });
+        addr
+    }
+
+    #[test]
+    fn an_answer_is_told_once_both_ends_have_closed() {
+        let late = Duration::from_millis(100);
+        let request = Request::new(Protocol::Tcp, server_that_lingers(late));
+        let started = Instant::now();
+        request.perform().expect("an answer");
+        assert!(started.elapsed() >= late, "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn a_server_that_does_not_close_takes_no_answer_away() {
+        let request = Request::new(
+            Protocol::Tcp,
+            server_that_lingers(Duration::from_secs(3600)),
+        );
+        let request = request.timeout(Duration::from_secs(1));
+        request.perform().expect("an answer");
     }
 
     #[test]
