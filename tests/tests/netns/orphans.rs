@@ -15,6 +15,11 @@ use lb_tests::{
     world::{Frontend, PODS, World, echo},
 };
 
+/// How long a socket may stay as it was: before the agent looks again it rests for
+/// twenty times as long as the last look took, which goes through the namespaces of
+/// other tests as well.
+const LOOKED_AT: Duration = Duration::from_secs(60);
+
 /// The pod that answered last.
 fn last(stream: &Stream) -> Option<String> {
     let reports = stream.reports();
@@ -43,7 +48,7 @@ fn leaves_a_backend_that_has_gone(world: &World, client: &Host, family: Family) 
         .collect();
     // The pod itself lives on and would answer: only the endpoint has gone.
     world.put_endpoints(&rest);
-    wait::until("another pod to answer", Duration::from_secs(10), || {
+    wait::until("another pod to answer", LOOKED_AT, || {
         (last(&stream).as_ref() != Some(&before)).then_some(())
     });
     let lost = stream
@@ -102,7 +107,7 @@ fn a_socket_of_the_node_that_was_there_before_its_service_is_ended() {
     });
     world.agent.manifests.put("late.yaml", &late.to_string());
     for (socket, stay) in sockets {
-        wait::until("the socket to be ended", Duration::from_secs(10), || {
+        wait::until("the socket to be ended", LOOKED_AT, || {
             socket.peer_addr().is_err().then_some(())
         });
         // What a pod sends is translated where it leaves the pod.
