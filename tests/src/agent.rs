@@ -571,6 +571,8 @@ pub fn raw_dump(pin: &Path) -> Vec<String> {
         .map(|element| format!("{}: {}", element.key.concat(), element.value.concat()))
         .collect();
     lines.sort();
+    // From an element that has gone bpftool has no way on, and begins anew.
+    lines.dedup();
     lines
 }
 
@@ -601,15 +603,47 @@ fn raw_elements(pin: &Path) -> Vec<RawElement> {
         .output()
         .unwrap_or_else(|error| panic!("bpftool: {error}"));
     assert!(output.status.success(), "bpftool: {output:?}");
-    let mut elements: Vec<RawElement> = serde_json::from_slice(&output.stdout).expect("JSON");
-    elements.retain(|element| element.value.iter().any(|byte| byte != "0x00"));
+    let dumped: Vec<Dumped> = serde_json::from_slice(&output.stdout).expect("JSON");
+    let elements = dumped.into_iter().filter_map(Dumped::element);
     elements
+        .filter(|element| element.value.iter().any(|byte| byte != "0x00"))
+        .collect()
 }
 
-#[derive(Deserialize)]
 struct RawElement {
     key: Vec<String>,
     value: Vec<String>,
+}
+
+/// An element as bpftool prints it.
+#[derive(Deserialize)]
+struct Dumped {
+    key: Vec<String>,
+    value: DumpedValue,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum DumpedValue {
+    Bytes(Vec<String>),
+    /// What the kernel said in its place.
+    Error {
+        error: String,
+    },
+}
+
+impl Dumped {
+    /// `None` if it has gone between the looks at its key and at its value.
+    fn element(self) -> Option<RawElement> {
+        let Self { key, value } = self;
+        match value {
+            DumpedValue::Bytes(value) => Some(RawElement { key, value }),
+            DumpedValue::Error { error } => {
+                assert_eq!(error, "No such file or directory", "bpftool: {key:?}");
+                None
+            }
+        }
+    }
 }
 
 /// Mounts the BPF file system where it belongs, unless it is there. Agents do so
