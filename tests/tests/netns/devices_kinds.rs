@@ -68,10 +68,13 @@ fn pods_on_a_bridge() {
                 }
             }
         }
-        // Some of these choose the asking pod itself.
+        // Some of these choose the asking pod itself: all sixty miss it once in
+        // 10^10 runs.
         let pod = world.cluster.pod("pod-1").host.without_cgroup();
-        let request = world.any_request();
-        let names: Vec<_> = (0..20).map(|_| ask(&pod, &request).name).collect();
+        let answers = pod.ask_often(&world.any_request(), 60).into_iter();
+        let names: Vec<_> = answers
+            .map(|answer| answer.expect("an answer").name)
+            .collect();
         assert!(names.iter().any(|name| name == "pod-1"), "{names:?}");
         let devices = world.agent.status().devices;
         let mut names = devices.iter().filter_map(|device| device.name.as_deref());
