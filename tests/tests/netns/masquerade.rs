@@ -34,6 +34,8 @@ fn a_remote_backend_sees_the_node_and_answers_through_it() {
     for hooks in [Hooks::TC, Hooks::CLSACT, Hooks::ALL] {
         let world = crate::world(hooks);
         only_remote(&world, "pod-2", 6);
+        // A port that comes twice would be one flow.
+        let mut ports = 42_000..;
         for family in Family::ALL {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 for frontend in [Frontend::NodePort, Frontend::ClusterIp] {
@@ -44,7 +46,9 @@ fn a_remote_backend_sees_the_node_and_answers_through_it() {
                         } else {
                             size
                         };
-                        let answer = world.cluster.outside.ask(&request.clone().size(size));
+                        let port = ports.next().expect("no end");
+                        let request = request.clone().size(size).from_port(port);
+                        let answer = world.cluster.outside.ask(&request);
                         let answer = answer.expect("an answer");
                         assert_eq!(answer.name, "pod-2");
                         assert_eq!(answer.from, world.frontend(frontend, family, protocol));
