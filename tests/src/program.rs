@@ -9,6 +9,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::{Mutex, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use aya::{
@@ -156,13 +158,14 @@ fn load_packet_programs(mut ebpf: Ebpf) -> Ebpf {
     ebpf
 }
 
-/// Loads one program. What the verifier gives up because a signal came, that a process
-/// of another test has ended, say, is loaded once more.
+/// Loads one program. What the verifier gives up (`EAGAIN`) is loaded once more, after a
+/// pause: what disturbs it may go on for seconds, in which five attempts in a row failed.
 ///
 /// # Errors
-/// If the kernel refuses it, or a signal came five times.
+/// If the kernel refuses it, or gives it up twenty times.
 pub fn load_program(program: &mut Program) -> Result<(), ProgramError> {
-    const ATTEMPTS: u32 = 5;
+    const ATTEMPTS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(200);
     let mut load = || match &mut *program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
@@ -172,7 +175,10 @@ pub fn load_program(program: &mut Program) -> Result<(), ProgramError> {
     for _ in 1..ATTEMPTS {
         match load() {
             Err(ProgramError::LoadError { io_error, .. })
-                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+                if io_error.kind() == io::ErrorKind::WouldBlock =>
+            {
+                thread::sleep(PAUSE);
+            }
             loaded => return loaded,
         }
     }

@@ -4,6 +4,8 @@ use std::{
     fs, io,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use aya::{
@@ -40,8 +42,10 @@ const BPFFS_MOUNT: &str = "/sys/fs/bpf";
 /// instruction, and the whole may be megabytes.
 const VERIFIER_LINES: usize = 12;
 
-/// How often a program is loaded at most.
-const ATTEMPTS: u32 = 5;
+/// How often a program is loaded at most, and after which pause: what disturbs the
+/// verifier may go on for seconds, in which five attempts in a row have failed.
+const ATTEMPTS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 200 });
 
 /// Why the object was not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -331,8 +335,8 @@ fn warn_of_other_size(pins: &Pins, sizes: &MapSizes, name: &'static str) -> Resu
 }
 
 /// Tries again what the verifier has given up because a signal came, which it answers
-/// with `EAGAIN`; it is at work for up to half a second. (libbpf tries five times, too;
-/// aya does not.)
+/// with `EAGAIN`; it is at work for up to half a second. (libbpf tries again, too; aya
+/// does not.)
 fn again_if_interrupted(
     mut load: impl FnMut() -> Result<(), ProgramError>,
 ) -> Result<(), ProgramError> {
@@ -345,7 +349,10 @@ fn again_if_interrupted(
     };
     for _ in 1..ATTEMPTS {
         match load() {
-            Err(error) if is_interrupted(&error) => debug!("a signal has stopped the verifier"),
+            Err(error) if is_interrupted(&error) => {
+                debug!("a signal has stopped the verifier");
+                thread::sleep(PAUSE);
+            }
             loaded => return loaded,
         }
     }
