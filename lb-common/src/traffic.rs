@@ -7,8 +7,9 @@ use crate::service::BackendRef;
 ///
 /// Packets are frames as they are on the wire, also where the kernel has joined
 /// them (GRO) or will split them (GSO); bytes are those of the frames as the hook
-/// sees them, of joined ones with one header. What a socket hook translates is
-/// counted as flows only: its packets meet no program.
+/// sees them, of joined ones with one header; under XDP without what fills up a short
+/// frame. What a socket hook translates is counted as flows only: its packets meet no
+/// program.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
