@@ -137,7 +137,7 @@ async fn serve(args: &AgentArgs) -> anyhow::Result<()> {
         args.verify_interval,
     );
     let pods = Namespaces::open(&args.hooks.netns_dir).context("the own network namespace")?;
-    let (pods, news) = (Arc::new(pods), Arc::new(orphans::News::default()));
+    let (pods, news) = (Arc::new(pods), orphans::News::new(args.hooks.socket_lb));
     let table = NetnsTable::open(&pins)?;
     let repairs = parts.control.repairs();
     let namespaces = namespaces::follow(Arc::clone(&pods), table, who_opted_out, known, repairs);

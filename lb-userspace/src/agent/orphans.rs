@@ -16,7 +16,9 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use crate::{aside::aside, datapath::kernel::KernelMaps, netns::Namespaces, termination};
+use crate::{
+    args::SocketLb, aside::aside, datapath::kernel::KernelMaps, netns::Namespaces, termination,
+};
 
 /// A process may be in the middle of `connect()` when its backend goes: the
 /// programs have chosen, and the socket is not connected yet. It is after this
@@ -30,18 +32,31 @@ const SHARE: u32 = 20;
 /// What the task is told.
 #[derive(Debug, Default)]
 pub(super) struct News {
+    /// Whether a socket that is connected anew is given a backend.
+    serves_sockets: bool,
     told: Notify,
     begun: Mutex<BTreeSet<SocketAddr>>,
 }
 
 impl News {
+    pub(super) fn new(socket_lb: SocketLb) -> Arc<Self> {
+        Arc::new(Self {
+            serves_sockets: socket_lb != SocketLb::Off,
+            ..Self::default()
+        })
+    }
+
     /// Backends have ended.
     pub(super) fn ended(&self) {
         self.told.notify_one();
     }
 
-    /// These have become frontends of UDP.
+    /// These have become frontends of UDP. Where sockets are not served, one that is
+    /// connected to such an address loses nothing by staying so.
     pub(super) fn begun(&self, frontends: Vec<SocketAddr>) {
+        if !self.serves_sockets {
+            return;
+        }
         let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
         begun.extend(frontends);
         drop(begun);
@@ -132,6 +147,18 @@ mod tests {
             () = ending => {}
         }
         looks.into_inner().expect("looks")
+    }
+
+    #[test]
+    fn who_was_there_before_a_frontend_stays_where_sockets_are_not_served() {
+        let frontend = SocketAddr::from(([10, 96, 0, 1], 53));
+        for socket_lb in [SocketLb::All, SocketLb::Host, SocketLb::Off] {
+            let is_served = socket_lb != SocketLb::Off;
+            let news = News::new(socket_lb);
+            news.begun(vec![frontend]);
+            assert_eq!(news.told.notified().now_or_never().is_some(), is_served);
+            assert_eq!(news.take_begun().contains(&frontend), is_served);
+        }
     }
 
     #[tokio::test(start_paused = true)]
