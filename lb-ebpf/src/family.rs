@@ -33,6 +33,10 @@ pub trait Family {
 
     /// Bytes of the header without options.
     const HEADER: usize;
+    /// Where the header claims the packet's length, and bytes of itself that it leaves
+    /// out of that.
+    const LENGTH: usize;
+    const UNCLAIMED: usize;
     /// Protocol number of the family's ICMP.
     const ICMP: u8;
     const ECHO_REQUEST: u8;
@@ -62,9 +66,6 @@ pub trait Family {
         to: &FlowEntry<Self::Addr>,
         addresses: Delta,
     ) -> Result<(), Refused>;
-
-    /// Bytes of the packet from its IP header on, as this says.
-    fn claimed_length<P: Packet>(packet: &P) -> Option<usize>;
 
     /// How many routers the packet may yet meet, if it can be read.
     fn hops<P: Packet>(packet: &P) -> Option<u8>;
@@ -193,6 +194,8 @@ impl Family for V4 {
     const ADDRESSES: usize = 12;
     const HEADER_CHECKSUM: Option<usize> = Some(10);
     const HEADER: usize = 20;
+    const LENGTH: usize = 2;
+    const UNCLAIMED: usize = 0;
     const ICMP: u8 = 1;
     const ADDRESS_FAMILY: u8 = 2;
     const ECHO_REQUEST: u8 = 8;
@@ -249,11 +252,6 @@ impl Family for V4 {
         }
         packet.write(CHECKSUM, checksum)?;
         packet.write(L3 + Self::ADDRESSES, [src, dst, to.ports()])
-    }
-    #[inline(always)]
-    fn claimed_length<P: Packet>(packet: &P) -> Option<usize> {
-        let length: [u8; 2] = packet.read(L3 + 2)?;
-        Some(u16::from_be_bytes(length).into())
     }
     #[inline(always)]
     fn hops<P: Packet>(packet: &P) -> Option<u8> {
@@ -359,6 +357,8 @@ impl Family for V6 {
     const ADDRESSES: usize = 8;
     const HEADER_CHECKSUM: Option<usize> = None;
     const HEADER: usize = 40;
+    const LENGTH: usize = 4;
+    const UNCLAIMED: usize = Self::HEADER;
     const ICMP: u8 = 58;
     const ADDRESS_FAMILY: u8 = 10;
     const ECHO_REQUEST: u8 = 128;
@@ -398,11 +398,6 @@ impl Family for V6 {
         let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (to.src.words(), to.dst.words());
         let words = [s0, s1, s2, s3, d0, d1, d2, d3, to.ports()];
         packet.write(L3 + Self::ADDRESSES, words)
-    }
-    #[inline(always)]
-    fn claimed_length<P: Packet>(packet: &P) -> Option<usize> {
-        let length: [u8; 2] = packet.read(L3 + 4)?;
-        Some(usize::from(u16::from_be_bytes(length)).wrapping_add(Self::HEADER))
     }
     #[inline(always)]
     fn hops<P: Packet>(packet: &P) -> Option<u8> {

@@ -23,7 +23,7 @@ use lb_common::{checksum::Delta, flow::EDGE_XDP, node::EARLY_BYTES};
 use crate::{
     edge::{Side, Way},
     family::Family,
-    parse::L3,
+    parse::{L3, claimed_length},
     trace::Capture,
 };
 
@@ -261,7 +261,10 @@ impl Packet for XdpContext {
 
     #[inline(always)]
     fn length_by<F: Family>(&self) -> usize {
-        F::claimed_length(self).map_or(0, |length| length.wrapping_add(L3))
+        let claimed = self.read(L3 + F::LENGTH);
+        claimed.map_or(0, |claimed| {
+            claimed_length::<Self, F>(self, claimed).wrapping_add(L3)
+        })
     }
 
     #[inline(always)]

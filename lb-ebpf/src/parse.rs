@@ -235,7 +235,7 @@ pub fn parse_v4<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr4>, Re
     if header.vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    let claimed = claimed_length(packet, header.tot_len, 0);
+    let claimed = claimed_length::<P, V4>(packet, header.tot_len);
     let frags = u16::from_be_bytes(header.frags);
     let [id0, id1] = header.id;
     let transport = Transport {
@@ -268,7 +268,7 @@ pub fn parse_v6<P: Packet>(packet: &P, ports: Ports) -> Result<Parsed<Addr6>, Re
     if version >> 4 != 6 {
         return Err(Reason::Malformed);
     }
-    let claimed = claimed_length(packet, header.payload_len, Ipv6Hdr::LEN);
+    let claimed = claimed_length::<P, V6>(packet, header.payload_len);
     let mut transport = Transport {
         protocol: header.next_hdr,
         offset: L3 + Ipv6Hdr::LEN,
@@ -371,17 +371,16 @@ fn walk_extensions<P: Packet>(packet: &P, protocol: u32) -> u64 {
     Walk::FAILED.0
 }
 
-/// Bytes of an IP packet, given the length that its header claims, which `without` is
-/// not part of.
+/// Bytes of an IP packet, given what stands at [`Family::LENGTH`] of its header.
 ///
 /// TCP's packets may be longer than a header can tell while they are the kernel's own
 /// ("BIG TCP", Linux 5.19, and 6.3 for IPv4): their headers have 0 there. By IPv6 a jumbo
 /// option (RFC 2675) stands behind it, which newer kernels leave out.
 #[inline(always)]
-fn claimed_length<P: Packet>(packet: &P, claimed: [u8; 2], without: usize) -> usize {
+pub fn claimed_length<P: Packet, F: Family>(packet: &P, claimed: [u8; 2]) -> usize {
     match u16::from_be_bytes(claimed) {
         0 if packet.is_joined() => packet.length().wrapping_sub(L3),
-        claimed => usize::from(claimed).wrapping_add(without),
+        claimed => usize::from(claimed).wrapping_add(F::UNCLAIMED),
     }
 }
 
