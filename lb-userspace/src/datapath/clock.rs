@@ -1,6 +1,6 @@
 //! How the kernel's ticks tell programs the time.
 
-use std::{io, time::Duration};
+use std::{io, sync::OnceLock, time::Duration};
 
 use aya::sys::BpfHelper;
 use lb_common::clock::Ticks;
@@ -15,18 +15,23 @@ const PRECISE: Duration = Duration::from_nanos(1);
 const LIMIT: Duration = Duration::from_secs(1);
 
 /// How they tell the time; `None` if they do not: without high-resolution timers they are
-/// counted as they come, and some never come.
+/// counted as they come, and some never come. Measured once, since it stays so.
 ///
 /// # Errors
 ///
 /// `EPERM` without the privileges to load programs.
 pub(super) fn ticks() -> io::Result<Option<Ticks>> {
-    let precision = Duration::from(clock_getres(ClockId::CLOCK_MONOTONIC)?);
-    if precision == PRECISE {
-        measured()
-    } else {
-        Ok(None)
+    static FOUND: OnceLock<Option<Ticks>> = OnceLock::new();
+    if let Some(found) = FOUND.get() {
+        return Ok(*found);
     }
+    let precision = Duration::from(clock_getres(ClockId::CLOCK_MONOTONIC)?);
+    let found = if precision == PRECISE {
+        measured()?
+    } else {
+        None
+    };
+    Ok(*FOUND.get_or_init(|| found))
 }
 
 /// Their number is compared with the clock right after it has changed: for a while before
