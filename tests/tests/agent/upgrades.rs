@@ -2,7 +2,10 @@
 //! layout is to this klb, a pin folder with another name is as well: neither
 //! reads what is in there.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use aya::maps::{Array, Map, MapData};
 use lb_common::{names, node::RARE_BITS};
@@ -19,11 +22,17 @@ use crate::restarts::Streams;
 /// For a folder to go that nobody needs any more.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn layout(world: &mut World, name: &str) {
+/// Of `--layout-drain`, where a folder shall go.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// Of the same, where it shall stay, whatever it has to translate.
+const LONG: Duration = Duration::from_secs(3600);
+
+fn layout(world: &mut World, name: &str, drain: Duration) {
     let flags = &mut world.agent.flags;
     flags.retain(|flag| !flag.starts_with("--layout"));
     flags.push(format!("--layout={name}"));
-    flags.push("--layout-drain=2s".to_owned());
+    flags.push(format!("--layout-drain={}s", drain.as_secs()));
 }
 
 /// Layouts that something is pinned for.
@@ -41,13 +50,14 @@ fn pinned(world: &World) -> Vec<String> {
 
 fn to_another_layout_and_back(hooks: Hooks) {
     let mut world = crate::stopped_world(hooks);
-    layout(&mut world, "v1");
+    layout(&mut world, "v1", LONG);
     world.agent.start();
     let streams = Streams::start(&world);
     streams.go_on();
-    for (from, to) in [("v1", "v2"), ("v2", "v1")] {
+    // The last time with connections that were opened in the layout that is left.
+    for (from, to, drain) in [("v1", "v2", LONG), ("v2", "v1", LONG), ("v1", "v2", DRAIN)] {
         world.agent.terminate();
-        layout(&mut world, to);
+        layout(&mut world, to, drain);
         world.agent.start();
         streams.go_on();
         assert_eq!(pinned(&world), ["v1", "v2"], "{hooks:?}");
@@ -60,14 +70,19 @@ fn to_another_layout_and_back(hooks: Hooks) {
             "nothing begins there: {said:?}"
         );
     }
+    let since = Instant::now();
+    while since.elapsed() < 2 * DRAIN {
+        streams.go_on();
+    }
+    assert_eq!(pinned(&world), ["v1", "v2"], "{hooks:?}: it is in use");
     streams.assert_flawless();
     wait::until("the other layout to go", PATIENCE, || {
-        (pinned(&world) == ["v1"]).then_some(())
+        (pinned(&world) == ["v2"]).then_some(())
     });
     let request = world.request(Frontend::NodePort, Family::V4, Protocol::Tcp);
     world.cluster.outside.ask(&request).expect("an answer");
-    let said = world.agent.klb(&["status"]);
-    assert!(!said.stdout.contains("layout v2"), "{said:?}");
+    let said = world.agent.klb(&["status", "--layout", "v2"]);
+    assert!(!said.stdout.contains("layout v1"), "{said:?}");
 }
 
 #[test]
@@ -142,11 +157,7 @@ fn commands_read_the_maps_of_a_klb_that_had_fewer() {
 fn cleanup_removes_every_layout() {
     let mut world = crate::stopped_world(Hooks::ALL);
     for name in ["v1", "v2"] {
-        layout(&mut world, name);
-        world
-            .agent
-            .flags
-            .retain(|flag| !flag.starts_with("--layout-drain"));
+        layout(&mut world, name, LONG);
         world.agent.start();
         world.agent.terminate();
     }
