@@ -15,6 +15,8 @@ use lb_tests::{
     world::{Frontend, World},
 };
 
+use crate::policies::AT_ONCE;
+
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
 enum Client {
@@ -44,6 +46,9 @@ use Hook::{Socket, TcIngress, Xdp};
 const NO_ROUTE: Failure = Failure::Unreachable;
 /// No hook answers for the node's own port, and nobody listens there.
 const NO_LISTENER: Failure = Failure::Refused;
+
+/// How long a socket that tries on is waited for.
+const SILENCE: Duration = Duration::from_millis(300);
 
 /// Makes a module for each row, with a test for each protocol and family.
 macro_rules! combinations {
@@ -139,11 +144,12 @@ fn check(
             assert_work(&world.agent.status(), *hook);
         }
         Nobody(failure) => {
-            // Only a connected UDP socket is told of an ICMP error.
-            let request = request.connected().timeout(Duration::from_millis(300));
-            let told = host.ask(&request).expect_err("nobody to answer");
             // A router's "no route" may pass: some sockets try on.
             let tries_on = matches!((client, failure), (Outside, Failure::Unreachable));
+            let limit = if tries_on { SILENCE } else { AT_ONCE };
+            // Only a connected UDP socket is told of an ICMP error.
+            let request = request.connected().timeout(limit);
+            let told = host.ask(&request).expect_err("nobody to answer");
             assert!(
                 told == *failure || (tries_on && told == Failure::TimedOut),
                 "{told}"
