@@ -20,7 +20,6 @@ mod site;
 mod stats;
 
 use std::{
-    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     sync::OnceLock,
@@ -30,7 +29,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum};
 
-use self::report::{Figure, Verdict};
+use self::report::Figure;
 use crate::{ebpf, guard, process::step, release, toolchain, traffic};
 
 /// What the names of all that a benchmark makes begin with.
@@ -186,7 +185,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             step(format_args!("Wrote {}", path.display()));
         }
     }
-    println!("{}", summary(&figures));
+    println!("{}", report::summary(&figures));
     outcome
 }
 
@@ -208,27 +207,6 @@ fn measure(options: &Options, figures: &mut Vec<Figure>) {
 fn write_json(path: &Path, figures: &[Figure]) -> Result<()> {
     let text = format!("{:#}\n", report::json(figures));
     fs::write(path, text).with_context(|| path.display().to_string())
-}
-
-/// How many targets are met, and which are not.
-fn summary(figures: &[Figure]) -> String {
-    let mut met = 0;
-    let mut rest = String::new();
-    for figure in figures {
-        for (row, target, verdict) in figure.verdicts() {
-            if verdict == Verdict::Met {
-                met += 1;
-            } else {
-                write!(
-                    rest,
-                    "\n  {} {}: {target}: {verdict}",
-                    figure.name, row.name
-                )
-                .expect("a string grows");
-            }
-        }
-    }
-    format!("{met} targets met{rest}")
 }
 
 /// Says what is being measured, and since when the first thing was, in seconds:

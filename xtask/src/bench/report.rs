@@ -319,6 +319,29 @@ impl fmt::Display for Figure {
     }
 }
 
+/// How many targets are met, and which are not, by figure.
+pub(super) fn summary(figures: &[Figure]) -> String {
+    let mut met = 0;
+    let mut rest = Vec::new();
+    for figure in figures {
+        let (good, bad): (Vec<_>, Vec<_>) = figure
+            .verdicts()
+            .partition(|(_, _, verdict)| *verdict == Verdict::Met);
+        met += good.len();
+        if !bad.is_empty() {
+            rest.push(format!("  {}: {}", figure.name, figure.title));
+        }
+        let bad = bad.into_iter();
+        rest.extend(bad.map(|(row, target, verdict)| {
+            let name = &row.name;
+            format!("    {name}: {target}: {verdict}")
+        }));
+    }
+    let targets = if met == 1 { "target" } else { "targets" };
+    let first = format!("{met} {targets} met");
+    [vec![first], rest].concat().join("\n")
+}
+
 /// All figures, as JSON.
 pub(super) fn json(figures: &[Figure]) -> Value {
     json!({
@@ -411,6 +434,16 @@ mod tests {
         assert!((ratio.p75 - ratio.p25).abs() < 1e-9);
         let [met, missed] = [Verdict::Met, Verdict::Missed];
         assert_eq!(verdicts(&figure), [met, missed, missed]);
+    }
+
+    #[test]
+    fn what_is_missed_is_told_by_figure() {
+        let mut good = figure();
+        good.rows[2].targets.truncate(1);
+        let expected = "2 targets met\n  1: a title\n    \
+                        klb: ≤ 0.8 × nftables: MISSED\n    klb: ≥ 30: MISSED";
+        assert_eq!(summary(&[good.clone(), figure()]), expected);
+        assert_eq!(summary(&[good]), "1 target met");
     }
 
     #[test]
