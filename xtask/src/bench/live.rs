@@ -125,7 +125,7 @@ fn datagram(bed: &mut Bed, options: &Options, count: u32) -> Vec<Figure> {
     let title = format!("UDP request by a socket of its own, {count} Services, p50");
     let known = Known {
         target: |name| matches!(name, SOCKET | BYPASS).then_some(1.015),
-        nftables: (1.1, 1.3),
+        nftables: (1.07, 1.3),
         floor: (0.93, 1.03),
     };
     let figure = Figure::new("4", title, "µs").to(DIRECT);
