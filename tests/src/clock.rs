@@ -3,7 +3,7 @@
 use std::{fs, sync::OnceLock, time::Duration};
 
 use lb_common::clock::Ticks;
-use nix::time::{ClockId, clock_getres};
+use nix::time::{ClockId, clock_getres, clock_gettime};
 
 /// How ticks tell the time, by the kernel's own word.
 ///
@@ -18,6 +18,23 @@ pub(crate) fn ticks() -> Ticks {
         looks.sort_by_key(|ticks| ticks.first);
         looks[LOOKS / 2]
     })
+}
+
+/// Ticks by which it is the middle of a second, and stays so: each counts for a
+/// nanosecond.
+///
+/// # Panics
+/// If the kernel does not tell how many there have been.
+pub(crate) fn stopped() -> Ticks {
+    const SECOND: u64 = 1_000_000_000;
+    let Ticks { length, first } = ticks();
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).expect("a clock"));
+    let number = first + now.as_nanos() as u64 / u64::from(length);
+    let time = now.as_secs() * SECOND + SECOND / 2;
+    Ticks {
+        length: 1,
+        first: number.wrapping_sub(time),
+    }
 }
 
 fn look() -> Ticks {

@@ -27,6 +27,7 @@ use aya::{
 };
 use lb_common::{
     Addr4, Addr6, Credit, Hook, Port, Reason, Served,
+    clock::Ticks,
     flow::{FlowEntry, State, Tuple},
     known::{self, Known},
     names,
@@ -95,7 +96,12 @@ pub fn object() -> Vec<u8> {
 /// # Panics
 /// If the kernel refuses it.
 pub fn load() -> Ebpf {
-    load_with(|map| {
+    load_small(clock::ticks())
+}
+
+/// As [`load`], with programs that tell the time by these ticks.
+fn load_small(ticks: Ticks) -> Ebpf {
+    load_with(ticks, |map| {
         let fixed = [
             names::COUNTERS,
             names::CONFIG,
@@ -123,7 +129,7 @@ pub fn load() -> Ebpf {
 
 /// With what the agent tells programs of packets about the kernel, and so many
 /// entries in a map, or as many as it has by itself.
-fn load_with(entries: impl Fn(&str) -> Option<u32>) -> Ebpf {
+fn load_with(ticks: Ticks, entries: impl Fn(&str) -> Option<u32>) -> Ebpf {
     // Before Linux 5.11 maps are charged to this limit.
     let unlimited = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
@@ -134,7 +140,6 @@ fn load_with(entries: impl Fn(&str) -> Option<u32>) -> Ebpf {
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
     let has = |helper| u8::from(is_helper_supported(ProgramType::Xdp, helper).unwrap_or(false));
     let xdp_frags = has(BpfHelper::BPF_FUNC_xdp_get_buff_len);
-    let ticks = clock::ticks();
     let mut loader = EbpfLoader::new();
     loader.override_global(names::HAS_XDP_FRAGS, &xdp_frags, true);
     loader.override_global(names::TICK, &ticks.length, true);
@@ -209,8 +214,8 @@ static LOADED: Mutex<Vec<Ebpf>> = Mutex::new(Vec::new());
 pub struct Datapath {
     /// `None` only while it is dropped.
     loaded: Option<Ebpf>,
-    /// A device has a program, the maps are not those of tests, or they hold what
-    /// cannot be emptied at once; nobody else must get it.
+    /// A device has a program, the maps are not those of tests or hold what cannot be
+    /// emptied at once, or the clock has stopped; nobody else must get it.
     is_special: bool,
     next_slot: u32,
     next_service: u32,
@@ -241,12 +246,13 @@ impl Datapath {
         Self::of(free.unwrap_or_else(|| load_packet_programs(load())), false)
     }
 
-    /// With maps that no test has used before.
+    /// With maps that no test has used before, and with programs for which no time
+    /// goes by: what is news once in a second is so once.
     ///
     /// # Panics
     /// If the kernel refuses a program.
-    pub fn of_new_maps() -> Self {
-        Self::of(load_packet_programs(load()), false)
+    pub fn without_time() -> Self {
+        Self::of(load_packet_programs(load_small(clock::stopped())), true)
     }
 
     /// With maps of the size that they have without a flag.
@@ -254,7 +260,10 @@ impl Datapath {
     /// # Panics
     /// If the kernel refuses a program.
     pub fn of_default_size() -> Self {
-        Self::of(load_packet_programs(load_with(|_| None)), true)
+        Self::of(
+            load_packet_programs(load_with(clock::ticks(), |_| None)),
+            true,
+        )
     }
 
     fn of(ebpf: Ebpf, is_special: bool) -> Self {

@@ -6,11 +6,10 @@ use std::{
     fmt::Write as _,
     mem::{self, MaybeUninit},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::Duration,
 };
 
 use lb_common::{
-    Credit, Hook, clock,
+    Credit, Hook,
     flow::{SCTP, UDP},
     node::{CONFIG_BYPASS, Config, DEVICE_PEER, DEVICE_POD, DEVICE_XDP, Device},
     service::{FRONTEND_ECHO, FRONTEND_REFUSE, FRONTEND_SOURCE_RANGES, FrontendKind},
@@ -26,7 +25,6 @@ use lb_tests::{
     program::{Backend, Datapath},
     scope::Scope,
 };
-use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Socket, Type};
 
 use crate::world::{World, make_a_router, sctp_worlds, udp_worlds, with_cluster_network, worlds};
@@ -47,8 +45,9 @@ struct Observer {
 
 impl Observer {
     fn new() -> Self {
-        // What others have noted of flows would be looked for.
-        let datapath = Datapath::of_new_maps();
+        // What others have noted of flows would be looked for, and what packets see in
+        // another second is news, which they write.
+        let datapath = Datapath::without_time();
         let counting = Counting::new(&datapath);
         Self {
             datapath,
@@ -130,27 +129,6 @@ fn row(what: &str, hook: Hook) -> (String, &'static str) {
         _ => "TC out",
     };
     (what.to_owned(), hook)
-}
-
-/// Does it with one client after another, until all of it has been within a second of
-/// the programs' clock: what they see in another one is news, which they write.
-fn within_a_second(world: &World, observer: &mut Observer, steps: fn(&World, &mut Observer)) {
-    const ATTEMPTS: u16 = 20;
-    /// The programs' clock is that of the ticks, a few of which may yet be counted.
-    const MARGIN: Duration = Duration::from_millis(50);
-    let now = || Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).expect("a clock"));
-    let second = |now: Duration| clock::seconds(now.as_nanos() as u64);
-    for attempt in 0..ATTEMPTS {
-        let mut client = world.client;
-        // The other hook's clients have the ports between.
-        client.set_port(client.port() + 2 * attempt);
-        let begun = second(now().saturating_sub(MARGIN));
-        steps(&World { client, ..*world }, observer);
-        if second(now() + MARGIN) == begun {
-            return;
-        }
-    }
-    panic!("{ATTEMPTS} times it took longer than a second, or until the next");
 }
 
 /// The sum, and the maps without their family.
@@ -527,7 +505,7 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
             observer.serve(&world, true);
             world.client.set_port(port);
             strangers(&world, observer);
-            within_a_second(&world, observer, flow);
+            flow(&world, observer);
             if world.protocol == UDP {
                 pings(&world, observer);
             }
@@ -547,7 +525,7 @@ fn observe(observer: &mut Observer, is_v4: bool) -> Table {
             };
             observer.hook = Hook::TcIngress;
             observer.serve(&remote, false);
-            within_a_second(&remote, observer, masqueraded);
+            masqueraded(&remote, observer);
         }
     }
     mem::take(&mut observer.table)
