@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::backoff::Backoff;
 use crate::{
-    datapath::{attach::Hooks, kernel::DeviceTable},
+    datapath::{MapError, attach::Hooks, kernel::DeviceTable},
     devices::{self, Device, Edge, Role, Watcher},
     errors::Chain,
     metrics::Repairs,
@@ -62,13 +62,17 @@ pub(super) async fn follow(
             addresses.clone_from(&edge.addresses);
             changed
         });
-        // Before the programs: they look at it when a flow begins.
-        let mut written = table.write(&with_xdp(&edge, hooks.native_xdp()));
-        let failures = hooks.apply(&edge.devices);
-        if let Ok(mended) = written {
+        let mut write = |hooks: &Hooks| {
+            let mended = table.write(&with_xdp(&edge, hooks.native_xdp()))?;
             reports.repairs.count(table.name(), mended);
+            Ok::<_, MapError>(())
+        };
+        // Before the programs: they look at it when a flow begins.
+        let mut written = write(&hooks);
+        let failures = hooks.apply(&edge.devices);
+        if written.is_ok() {
             // Those that XDP was just put onto are told.
-            written = table.write(&with_xdp(&edge, hooks.native_xdp()));
+            written = write(&hooks);
         }
         if let Err(error) = &written {
             warn!(error = %Chain(error), "the programs do not know all devices; trying again");
