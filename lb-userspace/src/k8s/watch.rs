@@ -311,14 +311,14 @@ impl<R: Resource + 'static> Follower<R> {
         known.listed = true;
         let news = match object.content {
             Ok(Converted { object, warnings }) => {
-                for warning in &warnings {
-                    warn!("{warning}");
-                    self.audience.complain(&reference, warning);
-                }
                 let faults = warnings
                     .iter()
                     .map(|warning| Fault::from(warning).in_part());
                 self.audience.note(&reference, faults.collect());
+                for warning in &warnings {
+                    warn!("{warning}");
+                    self.audience.complain(&reference, warning);
+                }
                 match object {
                     Some(object) => {
                         known.told = Told::Object;
@@ -332,8 +332,8 @@ impl<R: Resource + 'static> Follower<R> {
             }
             Err(error) => {
                 warn!("skipped, what it described stays: {error}");
-                self.audience.complain(&reference, &error);
                 self.audience.note(&reference, vec![Fault::from(&error)]);
+                self.audience.complain(&reference, &error);
                 if known.told == Told::Object {
                     return Ok(());
                 }
