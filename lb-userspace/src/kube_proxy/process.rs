@@ -28,11 +28,18 @@ fn process() -> Option<String> {
     let processes = fs::read_dir("/proc").ok()?.filter_map(Result::ok);
     let mut named = processes.filter(|entry| is_named(&entry.path()));
     let here = named.find(|entry| {
-        let other = fs::read_link(entry.path().join("ns/net"));
-        // Whose namespace is not told may be here.
-        other.map_or(true, |other| other == own)
+        match fs::read_link(entry.path().join("ns/net")) {
+            Ok(other) => other == own,
+            // Whose namespace is not told may be here, but not who has gone meanwhile.
+            Err(error) => !is_gone(&error),
+        }
     });
     here.map(|entry| entry.file_name().to_string_lossy().into_owned())
+}
+
+/// Whether it is of a process that has ended.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
 fn is_named(process: &Path) -> bool {
