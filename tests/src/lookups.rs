@@ -10,7 +10,10 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::CStr,
     fs::File,
+    io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+    thread,
+    time::Duration,
 };
 
 use aya::maps::{Map, MapData};
@@ -368,6 +371,8 @@ fn load(name: &str, (kind, attach): (u32, u32), code: &[Instruction], license: &
         device: u32,
         attach: u32,
     }
+    const ATTEMPTS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(200);
     let mut log = vec![0_u8; 1 << 20];
     let mut attributes = Attributes {
         kind,
@@ -383,15 +388,19 @@ fn load(name: &str, (kind, attach): (u32, u32), code: &[Instruction], license: &
         device: 0,
         attach,
     };
-    // SAFETY: code and license live through the call.
-    if let Ok(program) = unsafe { open(PROG_LOAD, &mut attributes) } {
-        return program;
+    for _ in 0..ATTEMPTS {
+        // SAFETY: code and license live through the call.
+        match unsafe { open(PROG_LOAD, &mut attributes) } {
+            Ok(program) => return program,
+            // The verifier gives up what is disturbed, and may be for seconds.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
+            Err(_) => break,
+        }
     }
     (attributes.log_level, attributes.log_size) = (1, 1 << 20);
     attributes.log = log.as_mut_ptr() as u64;
     // SAFETY: as above, and so does the log, which is as long as it says.
     let error = match unsafe { open(PROG_LOAD, &mut attributes) } {
-        // A signal had ended the first check.
         Ok(program) => return program,
         Err(error) => error,
     };

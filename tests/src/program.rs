@@ -834,7 +834,8 @@ impl Datapath {
         for index in 0..rare.len() {
             let last = rare.get(&index, 0).expect("an index within the map");
             if last != 0 {
-                let earlier = last.wrapping_sub(seconds);
+                // 0 is never, on a machine that has just booted as well.
+                let earlier = last.wrapping_sub(seconds).max(1);
                 rare.set(index, earlier, 0)
                     .expect("an index within the map");
             }

@@ -534,7 +534,7 @@ mod tests {
             let service = service(&format!("s-{number}"));
             fixture.events.tell_service(reason, &service, "full");
         }
-        assert!(start.elapsed() < Duration::from_secs(1), "nobody waits");
+        assert!(start.elapsed() < Duration::from_secs(10), "nobody waits");
         assert!(fixture.events.dropped() >= count - QUEUE as u64 - 1);
         assert!(fixture.server.posted().is_empty());
         fixture.server.set_down(false);

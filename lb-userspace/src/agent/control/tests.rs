@@ -76,6 +76,7 @@ impl Fixture {
         fixture.start().await;
         fixture.await_backends(1, &[1, 2]).await;
         fixture.await_backends(2, &[3, 4]).await;
+        fixture.await_synced().await;
         fixture
     }
 
