@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use crate::process::Place;
+use crate::{process::Place, wait};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -91,6 +91,24 @@ pub fn ask(place: &Place, server: SocketAddr, question: &Question<'_>) -> io::Re
         Ok::<_, io::Error>(answer)
     })?;
     parse(&answer).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, answer))
+}
+
+/// Asks an agent that is ready: its servers begin in tasks of their own, by then or a
+/// moment later.
+///
+/// # Panics
+/// If no answer comes.
+pub fn expect(place: &Place, server: SocketAddr, question: &Question<'_>) -> Page {
+    let mut last = None;
+    let page = wait::attempt(PATIENCE, || match ask(place, server, question) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            last = Some(error);
+            None
+        }
+        answer => Some(answer),
+    });
+    let answer = page.unwrap_or_else(|| Err(last.expect("it was refused")));
+    answer.unwrap_or_else(|error| panic!("{server} {}: {error}", question.path))
 }
 
 fn parse(answer: &str) -> Option<Page> {

@@ -15,7 +15,8 @@ use lb_tests::{
     process::Process,
     topology::Family,
     traffic::Protocol,
-    wait, web,
+    wait,
+    web::{self, Question},
     world::{Frontend, SERVICE_FILE, World, echo},
 };
 use nix::sys::signal::Signal;
@@ -414,7 +415,7 @@ fn status_tells_what_is_counted_now() {
         let document: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         document["counters"].as_array().expect("a list").clone()
     };
-    let busy = counters(&["--over", "2s"], &|| use_it(&world));
+    let busy = counters(&["--over", "5s"], &|| use_it(&world));
     let is_now = |counter: &serde_json::Value| {
         let rate = counter["per_second"].as_f64().expect("a rate");
         counter["effect"] == "translate" && rate > 0.0
@@ -487,7 +488,7 @@ fn readyz_answers_when_ready() {
     let world = crate::world(Hooks::ALL);
     let get = |port: u16, path: &str| {
         let server = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        web::get(&world.cluster.node.place, server, path).expect("an answer")
+        web::expect(&world.cluster.node.place, server, &Question::get(path))
     };
     for path in ["/readyz", "/livez", "/healthz"] {
         let answer = get(10256, path);

@@ -20,6 +20,10 @@ use crate::{metrics::METRICS, privileges::DOCUMENTED};
 /// For an answer for which programs are loaded, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// For an answer that is not an earlier one: those are kept for twenty times as long as
+/// they took to make.
+const NEW: Duration = Duration::from_secs(60);
+
 /// Of the dashboard, as a browser on the node asks.
 fn question(path: &str) -> Question<'_> {
     Question {
@@ -31,7 +35,7 @@ fn question(path: &str) -> Question<'_> {
 
 fn ask(place: &Place, question: &Question<'_>) -> Page {
     let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
-    web::ask(place, server, question).unwrap_or_else(|error| panic!("{question:?}: {error}"))
+    web::expect(place, server, question)
 }
 
 /// What a path tells on the node.
@@ -136,7 +140,7 @@ fn it_follows_what_happens() {
     let path = "/api/services?sort=flows&limit=1";
     let first = told(&world, path);
     assert_eq!(first["services"][0]["flows_per_second"], Value::Null);
-    let busy = wait::until("connections a second", Duration::from_secs(20), || {
+    let busy = wait::until("connections a second", NEW, || {
         client.ask(&request).expect("an answer");
         let list = told(&world, path);
         let rate = list["services"][0]["flows_per_second"].as_f64();
@@ -289,7 +293,7 @@ fn an_agent_that_has_not_heard_of_anything_says_so() {
     world.agent.await_log("ready", |line| {
         line.split_whitespace().any(|word| word == "ready")
     });
-    wait::until("readiness", Duration::from_secs(5), || {
+    wait::until("readiness", NEW, || {
         let status = told(&world, "/api/status");
         (status["ready"] == true).then_some(())
     });

@@ -110,7 +110,7 @@ fn a_node_is_looked_at_by_keyboard() {
     let traffic = client.stream(&world.any_request(), false);
 
     assert_eq!(browser.value("document.title"), "klb on node-1");
-    assert_eq!(text(&mut browser, "state"), "in sync");
+    await_text(&mut browser, "state", "in sync");
     let rows = "document.querySelectorAll('#services tbody tr').length";
     assert_eq!(browser.value(rows), SHOWN);
     let more = u64::from(MANY) + 3 - SHOWN;

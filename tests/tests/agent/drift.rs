@@ -8,7 +8,8 @@ use std::{
 use lb_common::names;
 use lb_tests::{
     agent::{Hooks, raw_dump, spoil},
-    wait, web,
+    wait,
+    web::{self, Question},
 };
 
 use crate::metrics::METRICS;
@@ -43,9 +44,13 @@ fn spoiled_maps_are_mended_and_counted() {
     let request = world.any_request();
     world.cluster.client.host.ask(&request).expect("an answer");
     let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
-    let metrics = web::get(&world.cluster.node.place, server, "/metrics").expect("metrics");
+    let question = Question::get("/metrics");
     for map in MAPS {
         let counted = format!("klb_drift_repaired_total{{map=\"{map}\"}} ");
-        assert!(metrics.body.contains(&counted), "{map}: {}", metrics.body);
+        // What was mended is counted a moment after.
+        wait::until(&counted, Duration::from_secs(20), || {
+            let metrics = web::expect(&world.cluster.node.place, server, &question);
+            metrics.body.contains(&counted).then_some(())
+        });
     }
 }

@@ -69,7 +69,9 @@ fn the_documented_ones_suffice(hooks: Hooks) {
     assert_eq!(pods_known(&world), world.cluster.pods.len());
     world.cluster.add_pods(&[("pod-4", 12)]);
     let wanted = world.cluster.pods.len();
-    wait::until("the new pod to be known", Duration::from_secs(20), || {
+    // If its process comes into the namespace after the last event of it, it is found by
+    // the next look, which is in a minute.
+    wait::until("the new pod to be known", Duration::from_secs(90), || {
         (pods_known(&world) == wanted).then_some(())
     });
     world.agent.kill();

@@ -6,14 +6,14 @@ use lb_tests::{
     agent::{Hooks, ServicePort},
     topology::Family,
     traffic::Protocol,
-    web,
+    web::{self, Question},
     world::{Frontend, PODS, World},
 };
 
 fn metrics(world: &World) -> String {
     let server = SocketAddr::from((Ipv4Addr::LOCALHOST, 10249));
-    let answer = web::get(&world.cluster.node.place, server, "/metrics");
-    answer.expect("an answer").body
+    let question = Question::get("/metrics");
+    web::expect(&world.cluster.node.place, server, &question).body
 }
 
 /// The sum of the time series of a name that have all these labels; `None` if

@@ -23,7 +23,7 @@ use crate::restarts::Streams;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Of `--layout-drain`, where a folder shall go.
-const DRAIN: Duration = Duration::from_secs(2);
+const DRAIN: Duration = Duration::from_secs(4);
 
 /// Of the same, where it shall stay, whatever it has to translate.
 const LONG: Duration = Duration::from_secs(3600);
