@@ -98,7 +98,7 @@ impl Drop for Cgroup {
 
 /// Removes a group. A process that was killed just now may still be in it.
 pub(crate) fn remove(path: &Path) {
-    let gone = wait::attempt(Duration::from_secs(2), || fs::remove_dir(path).ok());
+    let gone = wait::attempt(Duration::from_secs(20), || fs::remove_dir(path).ok());
     if gone.is_none() {
         eprintln!("{} has processes and stays", path.display());
     }

@@ -158,10 +158,12 @@ impl Helper {
     }
 
     /// Starts asking again and again, each time by a new connection, or all the
-    /// time over one that is `held`. An answer may take long: these requests
-    /// are there to tell whether any is lost, and a lost one stays lost.
+    /// time over one that is `held`. An answer may take long, ten seconds or what the
+    /// request says: these requests are there to tell whether any is lost, and a lost one
+    /// stays lost.
     pub fn stream(&self, place: &Place, request: &Request, held: bool) -> Stream {
-        let request = request.clone().timeout(PATIENCE);
+        let timeout = PATIENCE.max(Duration::from_millis(request.timeout));
+        let request = request.clone().timeout(timeout);
         let flag = held.then_some("--hold");
         self.start_stream(place, &request, flag)
     }

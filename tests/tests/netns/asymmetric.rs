@@ -64,6 +64,8 @@ fn answers_by_another_uplink_are_from_the_frontend() {
         (Hooks::TC, "bypass"),
     ] {
         let world = world(hooks, routing);
+        // None twice: a flow stays what it was opened as.
+        let mut ports = 42_000..;
         for remote in [false, true] {
             if remote {
                 only_remote(&world, "pod-2", 6);
@@ -72,6 +74,7 @@ fn answers_by_another_uplink_are_from_the_frontend() {
             for family in Family::ALL {
                 for (protocol, size) in [(Protocol::Tcp, 20_000), (Protocol::Udp, 1300)] {
                     let request = world.request(Frontend::NodePort, family, protocol);
+                    let request = request.from_port(ports.next().expect("no end"));
                     let answer = world.cluster.outside.ask(&request.clone().size(size));
                     let answer = answer.unwrap_or_else(|failure| {
                         panic!("{hooks:?}, {routing}, {request:?}, remote: {remote}: {failure:?}")

@@ -23,6 +23,8 @@ fn large_datagrams_arrive_whole_both_ways() {
         let world = crate::world(hooks);
         let pod = world.cluster.client.host.without_cgroup();
         let outside = &world.cluster.outside;
+        // None twice: a flow stays what it was opened as.
+        let mut ports = 42_000..;
         for remote in [false, true] {
             if remote {
                 only_remote(&world, "pod-2", 6);
@@ -43,6 +45,7 @@ fn large_datagrams_arrive_whole_both_ways() {
                 };
                 for size in [LARGE, LARGEST] {
                     let request = world.request(kind, family, Protocol::Udp).size(size);
+                    let request = request.from_port(ports.next().expect("no end"));
                     let answer = client.ask(&request).unwrap_or_else(|failure| {
                         panic!("{hooks:?}, remote: {remote}, {request:?}: {failure}")
                     });

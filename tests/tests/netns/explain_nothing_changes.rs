@@ -13,7 +13,13 @@ use lb_tests::{
 use crate::{explain::flag, policies::world_with};
 
 /// What the neighbours of a network tell each other now and then is counted too.
-const CHATTER: [Reason; 3] = [Reason::NotIp, Reason::OtherProtocol, Reason::NotService];
+const CHATTER: [Reason; 4] = [
+    Reason::NotIp,
+    Reason::OtherProtocol,
+    Reason::NotService,
+    // A report of listeners has an option.
+    Reason::LeftToTc,
+];
 
 /// All that is pinned: names, the contents of maps but for counters, and what was
 /// counted.

@@ -109,6 +109,8 @@ fn put_in_a_bond(world: &World) -> bool {
 /// A client outside and a pod are served, by pods here and elsewhere.
 fn assert_served(world: &World) {
     let (outside, pod) = (&world.cluster.outside, &world.cluster.client.host);
+    // None twice: a flow stays what it was opened as.
+    let mut ports = 42_000..;
     for remote in [false, true] {
         if remote {
             only_remote(world, "pod-2", 6);
@@ -127,6 +129,7 @@ fn assert_served(world: &World) {
                     (pod, Frontend::ClusterIp),
                 ] {
                     let request = world.request(kind, family, protocol).size(size);
+                    let request = request.from_port(ports.next().expect("no end"));
                     // A link comes up a moment after it was told to.
                     let answer = client.await_answer(&request, FAILOVER);
                     let answer = answer.unwrap_or_else(|failure| panic!("{request:?}: {failure}"));

@@ -345,7 +345,7 @@ fn ask(
         _ => match ask(Duration::from_millis(1200)) {
             Err(Failure::TimedOut) => {
                 eprintln!("{:?}: {to} {protocol:?}, once more", client.addresses.v4);
-                ask(Duration::from_millis(1200))
+                client.ask(&request)
             }
             result => result,
         },

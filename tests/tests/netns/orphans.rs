@@ -18,7 +18,7 @@ use lb_tests::{
 /// How long a socket may stay as it was: before the agent looks again it rests for
 /// twenty times as long as the last look took, which goes through the namespaces of
 /// other tests as well.
-const LOOKED_AT: Duration = Duration::from_secs(60);
+pub(crate) const LOOKED_AT: Duration = Duration::from_secs(60);
 
 /// The pod that answered last.
 fn last(stream: &Stream) -> Option<String> {

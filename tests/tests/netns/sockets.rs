@@ -18,10 +18,10 @@ use lb_tests::{
     world::{Frontend, PODS, SERVICE_FILE, World, echo, endpoints},
 };
 
-use crate::balancers;
+use crate::{balancers, orphans::LOOKED_AT};
 
 /// How long a change of the node's pods may take to be seen.
-const SEEN: Duration = Duration::from_secs(5);
+const SEEN: Duration = Duration::from_secs(20);
 
 /// What the programs know of pods, as bytes: the address is part of them.
 fn pods_known(world: &World) -> Vec<String> {
@@ -370,7 +370,7 @@ fn only_sockets_that_were_given_the_backend_end_with_it() {
     world.put_endpoints(&PODS[1..]);
     only(2);
     for stream in [&connected, &mapped] {
-        wait::until("the process to be told", SEEN, || {
+        wait::until("the process to be told", LOOKED_AT, || {
             (!failures(&stream.reports()).is_empty()).then_some(())
         });
     }
@@ -414,7 +414,8 @@ fn a_process_that_waits_for_a_dead_pod_is_woken() {
     let streams = KINDS.map(|(family, mapped)| {
         let mut request = world.request(Frontend::ClusterIp, family, Protocol::Udp);
         request.mapped = mapped;
-        world.cluster.client.host.stream(&request.connected(), true)
+        let request = request.connected().timeout(2 * LOOKED_AT);
+        world.cluster.client.host.stream(&request, true)
     });
     for stream in &streams {
         stream.await_more(1);
@@ -422,8 +423,8 @@ fn a_process_that_waits_for_a_dead_pod_is_woken() {
     world.cluster.remove_pod(PODS[0].0);
     world.put_endpoints(&PODS[1..]);
     for stream in streams {
-        // Less than the ten seconds that a request waits for its answer.
-        wait::until("an answer of another pod", Duration::from_secs(5), || {
+        // Less than a request waits for its answer.
+        wait::until("an answer of another pod", LOOKED_AT, || {
             stream.reports().into_iter().find(|report| {
                 matches!(&report.outcome, Outcome::Answer(answer) if answer.name != PODS[0].0)
             })
@@ -439,7 +440,7 @@ fn without_endpoints_a_connected_socket_ends_and_the_next_is_refused() {
     let stream = world.cluster.client.host.stream(&request.connected(), true);
     stream.await_more(1);
     world.put_endpoints(&[]);
-    let told = wait::until("two failures", SEEN, || {
+    let told = wait::until("two failures", LOOKED_AT, || {
         let told = failures(&stream.reports());
         (told.len() >= 2).then_some(told)
     });
