@@ -70,3 +70,30 @@ pub fn status(path: &str) -> io::Result<u16> {
         .and_then(|status| status.parse().ok());
     status.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::symlink, process::Command};
+
+    use nix::{
+        sys::wait::{Id, WaitPidFlag, waitid},
+        unistd::Pid,
+    };
+
+    use super::*;
+
+    /// Until its parent asks how it ended, it has a name, and no namespace any more.
+    #[test]
+    fn one_that_has_ended_does_not_run() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let program = folder.path().join(NAME);
+        symlink("/bin/true", &program).expect("linked");
+        let mut child = Command::new(&program).spawn().expect("it starts");
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        waitid(Id::Pid(pid), flags).expect("it ends");
+        assert!(is_named(&Path::new("/proc").join(pid.to_string())));
+        assert_eq!(process(), None);
+        child.wait().expect("it has ended");
+    }
+}
