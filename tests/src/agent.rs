@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
@@ -26,6 +26,7 @@ use crate::{
     scope,
     topology::{Cluster, POD_DEVICES, SecondNode, UPLINK},
     wait,
+    web::{self, Page, Question},
 };
 
 /// How long a start or an end may take. Both wait for the kernel's RCU grace
@@ -214,6 +215,15 @@ impl Agent {
         command.env("RUST_LOG", "info,lb_userspace=debug");
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         self.process = Some(self.place.start("agent", command));
+    }
+
+    /// What an agent that is ready tells on its node.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    pub fn page(&self, port: u16, path: &str) -> Page {
+        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        web::await_answer(&self.place, server, &Question::get(path))
     }
 
     /// `klb`, with the capabilities that it is to have.

@@ -10,10 +10,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::CStr,
     fs::File,
-    io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
-    thread,
-    time::Duration,
 };
 
 use aya::maps::{Map, MapData};
@@ -22,7 +19,7 @@ use lb_common::{Hook, names};
 
 use crate::{
     cgroup::Cgroup,
-    program::{Datapath, object},
+    program::{Datapath, again_if_given_up, object},
     syscall::{bpf, open, test_run},
 };
 
@@ -371,8 +368,6 @@ fn load(name: &str, (kind, attach): (u32, u32), code: &[Instruction], license: &
         device: u32,
         attach: u32,
     }
-    const ATTEMPTS: u32 = 20;
-    const PAUSE: Duration = Duration::from_millis(200);
     let mut log = vec![0_u8; 1 << 20];
     let mut attributes = Attributes {
         kind,
@@ -388,14 +383,10 @@ fn load(name: &str, (kind, attach): (u32, u32), code: &[Instruction], license: &
         device: 0,
         attach,
     };
-    for _ in 0..ATTEMPTS {
-        // SAFETY: code and license live through the call.
-        match unsafe { open(PROG_LOAD, &mut attributes) } {
-            Ok(program) => return program,
-            // The verifier gives up what is disturbed, and may be for seconds.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
-            Err(_) => break,
-        }
+    // SAFETY: code and license live through the call.
+    let load = || unsafe { open(PROG_LOAD, &mut attributes) };
+    if let Ok(program) = again_if_given_up(load, |error| Some(error)) {
+        return program;
     }
     (attributes.log_level, attributes.log_size) = (1, 1 << 20);
     attributes.log = log.as_mut_ptr() as u64;

@@ -163,27 +163,39 @@ fn load_packet_programs(mut ebpf: Ebpf) -> Ebpf {
     ebpf
 }
 
-/// Loads one program. What the verifier gives up (`EAGAIN`) is loaded once more, after a
-/// pause: what disturbs it may go on for seconds, in which five attempts in a row failed.
+/// Loads one program.
 ///
 /// # Errors
 /// If the kernel refuses it, or gives it up twenty times.
 pub fn load_program(program: &mut Program) -> Result<(), ProgramError> {
-    const ATTEMPTS: u32 = 20;
-    const PAUSE: Duration = Duration::from_millis(200);
-    let mut load = || match &mut *program {
+    let load = || match &mut *program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
+    again_if_given_up(load, |error| match error {
+        ProgramError::LoadError { io_error, .. } => Some(io_error),
+        _ => None,
+    })
+}
+
+/// What the verifier gives up (`EAGAIN`) is loaded once more, after a pause: what disturbs
+/// it may go on for seconds, in which five attempts in a row failed. `cause` is the
+/// kernel's own word in an error.
+pub(crate) fn again_if_given_up<T, E>(
+    mut load: impl FnMut() -> Result<T, E>,
+    cause: impl Fn(&E) -> Option<&io::Error>,
+) -> Result<T, E> {
+    const ATTEMPTS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(200);
+    let is_given_up = |error: &E| {
+        let cause = cause(error);
+        cause.is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    };
     for _ in 1..ATTEMPTS {
         match load() {
-            Err(ProgramError::LoadError { io_error, .. })
-                if io_error.kind() == io::ErrorKind::WouldBlock =>
-            {
-                thread::sleep(PAUSE);
-            }
+            Err(error) if is_given_up(&error) => thread::sleep(PAUSE),
             loaded => return loaded,
         }
     }

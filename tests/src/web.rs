@@ -93,21 +93,18 @@ pub fn ask(place: &Place, server: SocketAddr, question: &Question<'_>) -> io::Re
     parse(&answer).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, answer))
 }
 
-/// Asks an agent that is ready: its servers begin in tasks of their own, by then or a
-/// moment later.
+/// As [`ask`], of an agent that is ready: its servers begin in tasks of their own, by then
+/// or a moment later.
 ///
 /// # Panics
 /// If no answer comes.
-pub fn expect(place: &Place, server: SocketAddr, question: &Question<'_>) -> Page {
-    let mut last = None;
-    let page = wait::attempt(PATIENCE, || match ask(place, server, question) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            last = Some(error);
-            None
+pub fn await_answer(place: &Place, server: SocketAddr, question: &Question<'_>) -> Page {
+    let answer = wait::until("a server that listens", PATIENCE, || {
+        match ask(place, server, question) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+            answer => Some(answer),
         }
-        answer => Some(answer),
     });
-    let answer = page.unwrap_or_else(|| Err(last.expect("it was refused")));
     answer.unwrap_or_else(|error| panic!("{server} {}: {error}", question.path))
 }
 

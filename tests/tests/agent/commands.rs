@@ -1,14 +1,7 @@
 //! `klb get` and `klb status`: they read the kernel's maps, whether an agent
 //! runs or not.
 
-use std::{
-    fs,
-    net::{Ipv4Addr, SocketAddr},
-    os::unix::process::ExitStatusExt as _,
-    process::Command,
-    thread,
-    time::Duration,
-};
+use std::{fs, os::unix::process::ExitStatusExt as _, process::Command, thread, time::Duration};
 
 use lb_tests::{
     agent::{Agent, Hooks, klb_path},
@@ -16,7 +9,6 @@ use lb_tests::{
     topology::Family,
     traffic::Protocol,
     wait,
-    web::{self, Question},
     world::{Frontend, SERVICE_FILE, World, echo},
 };
 use nix::sys::signal::Signal;
@@ -486,16 +478,12 @@ fn exit_statuses_tell_failure_from_wrong_usage() {
 #[test]
 fn readyz_answers_when_ready() {
     let world = crate::world(Hooks::ALL);
-    let get = |port: u16, path: &str| {
-        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        web::expect(&world.cluster.node.place, server, &Question::get(path))
-    };
     for path in ["/readyz", "/livez", "/healthz"] {
-        let answer = get(10256, path);
+        let answer = world.agent.page(10256, path);
         assert_eq!(answer.status, 200, "{path}: {answer:?}");
     }
     use_it(&world);
-    let metrics = get(10249, "/metrics").body;
+    let metrics = world.agent.page(10249, "/metrics").body;
     let line = "klb_outcomes_total{hook=\"tc-ingress\",reason=\"new_flow\"} 2";
     assert!(metrics.contains(line), "{metrics}");
 }

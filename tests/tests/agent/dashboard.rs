@@ -35,7 +35,7 @@ fn question(path: &str) -> Question<'_> {
 
 fn ask(place: &Place, question: &Question<'_>) -> Page {
     let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
-    web::expect(place, server, question)
+    web::await_answer(place, server, question)
 }
 
 /// What a path tells on the node.

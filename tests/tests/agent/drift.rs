@@ -1,15 +1,11 @@
 //! Somebody else writes what is the agent's to write.
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    time::Duration,
-};
+use std::time::Duration;
 
 use lb_common::names;
 use lb_tests::{
     agent::{Hooks, raw_dump, spoil},
     wait,
-    web::{self, Question},
 };
 
 use crate::metrics::METRICS;
@@ -43,13 +39,11 @@ fn spoiled_maps_are_mended_and_counted() {
     }
     let request = world.any_request();
     world.cluster.client.host.ask(&request).expect("an answer");
-    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
-    let question = Question::get("/metrics");
     for map in MAPS {
         let counted = format!("klb_drift_repaired_total{{map=\"{map}\"}} ");
         // What was mended is counted a moment after.
         wait::until(&counted, Duration::from_secs(20), || {
-            let metrics = web::expect(&world.cluster.node.place, server, &question);
+            let metrics = world.agent.page(METRICS, "/metrics");
             metrics.body.contains(&counted).then_some(())
         });
     }

@@ -13,7 +13,7 @@ use lb_tests::{
     process::Place,
     topology::{Addresses, Family},
     wait,
-    web::{self, Page, Question},
+    web::{self, Page},
     world::{PODS, World, endpoints},
 };
 use serde_json::{Value, json};
@@ -62,9 +62,7 @@ fn await_healthz(world: &World, what: &str, status: u16) -> Value {
 fn a_node_that_leaves_is_out_of_service_and_alive() {
     let (mut world, server) = crate::api::world(Hooks::SOCKET);
     world.agent.start();
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTHZ));
-    let question = Question::get("/healthz");
-    let page = web::expect(&world.cluster.node.place, address, &question);
+    let page = world.agent.page(HEALTHZ, "/healthz");
     assert_eq!(page.status, 200, "ready, and healthy: {page:?}");
     for (header, value) in [
         ("content-type", "application/json"),

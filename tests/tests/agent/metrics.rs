@@ -1,11 +1,6 @@
 //! What `/metrics` tells, as a whole.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    net::{Ipv4Addr, SocketAddr},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use lb_common::names;
 use lb_tests::{
@@ -15,7 +10,6 @@ use lb_tests::{
     topology::Family,
     traffic::Protocol,
     wait,
-    web::{self, Question},
     world::{Frontend, World},
 };
 
@@ -29,9 +23,7 @@ fn scrape(world: &World) -> Samples {
 }
 
 fn page(world: &World) -> String {
-    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS));
-    let question = Question::get("/metrics");
-    let page = web::expect(&world.cluster.node.place, server, &question);
+    let page = world.agent.page(METRICS, "/metrics");
     assert_eq!(page.status, 200, "{page:?}");
     let kind = &page.headers["content-type"];
     assert_eq!(

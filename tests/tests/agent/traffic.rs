@@ -1,19 +1,16 @@
 //! What `/metrics` tells of the traffic of Services and backends.
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use lb_tests::{
     agent::{Hooks, ServicePort},
     topology::Family,
     traffic::Protocol,
-    web::{self, Question},
     world::{Frontend, PODS, World},
 };
 
+use crate::metrics::METRICS;
+
 fn metrics(world: &World) -> String {
-    let server = SocketAddr::from((Ipv4Addr::LOCALHOST, 10249));
-    let question = Question::get("/metrics");
-    web::expect(&world.cluster.node.place, server, &question).body
+    world.agent.page(METRICS, "/metrics").body
 }
 
 /// The sum of the time series of a name that have all these labels; `None` if

@@ -10,10 +10,10 @@ use lb_tests::{
     world::{Frontend, SERVICE_FILE, World},
 };
 
-/// A refusal is told, and nobody waits for a time-out. Between namespaces the answer may
+/// A refusal is told at once, and not after a time-out. Between namespaces the answer may
 /// come while `connect()` still holds its socket; the kernel then ignores it
 /// (`LockDroppedIcmps`), and the SYN is sent again after a second, and after three.
-pub(crate) const AT_ONCE: Duration = Duration::from_secs(10);
+pub(crate) const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// A world whose Service has more in its `spec`.
 pub(crate) fn world_with(hooks: Hooks, spec: &str) -> World {
